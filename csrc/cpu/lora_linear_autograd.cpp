@@ -1,0 +1,157 @@
+// The autograd of lora_linear in C++, for eager calls on the CPU: the Python Function of
+// lora_kernels/ops/lora_linear.py costs more than the matmuls of a small layer. What is saved, and
+// when, follows that file; the tests run one matrix over both.
+#include "lora_linear_autograd.h"
+
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "dropout.h"
+#include "lora_linear.h"
+
+namespace lora_kernels {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using OptTensor = std::optional<Tensor>;
+
+// Places of the differentiable arguments of apply().
+enum Input { kX, kWeight, kA, kB, kBias, kGate, kXLora, kInputs };
+
+OptTensor optional(const Tensor& tensor) {
+  return tensor.defined() ? OptTensor(tensor) : std::nullopt;
+}
+
+Tensor rows(const Tensor& tensor) {
+  return !tensor.defined() || tensor.dim() == 2 ? tensor : tensor.reshape({-1, tensor.size(-1)});
+}
+
+// A gate on the rank is one vector for all rows, or has x's leading dimensions.
+Tensor gate_rows(const Tensor& gate) {
+  return gate.defined() && gate.dim() == 1 ? gate : rows(gate);
+}
+
+Tensor like_rows_of(const Tensor& grad, const Tensor& dy) {
+  if (!grad.defined() || dy.dim() == 2) return grad;
+  auto shape = dy.sizes().vec();
+  shape.back() = grad.size(-1);
+  return grad.view(shape);
+}
+
+// The equation in differentiable operations, for a second derivative.
+Tensor composite(const variable_list& saved, const Tensor& mask, double scaling, double p) {
+  const Tensor x = rows(saved[kX]), gate = gate_rows(saved[kGate]);
+  Tensor branch = saved[kXLora].defined() ? rows(saved[kXLora]) : x;
+  if (mask.defined()) {
+    branch = branch * dropout_apply(at::ones_like(branch), mask, p);
+  }
+  Tensor h = at::mm(branch, saved[kA].to(x.scalar_type()).t());
+  if (gate.defined()) h = h * gate.to(x.scalar_type());
+  const Tensor delta = at::mm(h, saved[kB].to(x.scalar_type()).t()) * scaling;
+  return saved[kWeight].defined() ? at::mm(x, saved[kWeight].t()) + delta : delta;
+}
+
+struct LoraLinear : torch::autograd::Function<LoraLinear> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                        const Tensor& lora_a, const Tensor& lora_b, const Tensor& bias,
+                        const Tensor& gate, const Tensor& x_lora, double scaling,
+                        double dropout_p) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    OptTensor seed;
+    if (dropout_p > 0) seed = at::empty({1}, x.options().dtype(at::kLong)).random_();
+    const Tensor flat = rows(x);
+    auto [y, h, mask] =
+        lora_linear(flat, optional(weight), lora_a, lora_b, optional(bias),
+                    optional(gate_rows(gate)), optional(rows(x_lora)), seed, scaling, dropout_p);
+    save(ctx, {x, weight, lora_a, lora_b, bias, gate, x_lora}, h, mask, dropout_p);
+    ctx->saved_data["scaling"] = scaling;
+    ctx->saved_data["dropout_p"] = dropout_p;
+    ctx->saved_data["separate"] = x_lora.defined();
+    if (x.dim() == 2) return y;
+    auto shape = x.sizes().vec();
+    shape.back() = y.size(1);
+    return y.view(shape);
+  }
+
+  // Of the inputs only what the gradients asked for will read.
+  static void save(AutogradContext* ctx, variable_list in, const Tensor& h, const Tensor& mask,
+                   double dropout_p) {
+    const auto needs = [&](Input i) { return in[i].defined() && in[i].requires_grad(); };
+    const bool separate = in[kXLora].defined();
+    const bool x_read = needs(kWeight) || (needs(kA) && !separate);
+    const bool mask_read = dropout_p > 0 && (needs(kX) || needs(kA) || needs(kXLora));
+    const bool h_read = needs(kB) || needs(kGate);
+    if (!x_read) in[kX] = Tensor();
+    if (!needs(kX) && !needs(kWeight)) in[kWeight] = Tensor();
+    if (!needs(kA)) in[kXLora] = Tensor();
+    in[kBias] = Tensor();
+    in.push_back(h_read ? h : Tensor());
+    in.push_back(mask_read ? mask : Tensor());
+    ctx->save_for_backward(std::move(in));
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor& dy_any = grad_outputs[0];
+    const Tensor dy = rows(dy_any);
+    const auto needs = [&](Input i) { return ctx->needs_input_grad(i); };
+    variable_list grads(kInputs + 2);
+    if (at::GradMode::is_enabled()) {
+      differentiable(ctx, saved, dy, grads);
+      return grads;
+    }
+    const bool separate = ctx->saved_data["separate"].toBool();
+    const std::array<bool, 5> asked = {needs(kX), needs(kA), needs(kB), needs(kGate),
+                                       needs(kXLora)};
+    const Tensor branch = rows(saved[separate ? kXLora : kX]);
+    const auto given = lora_linear_backward(
+        dy, optional(branch), optional(saved[kWeight]), saved[kA], saved[kB],
+        optional(saved[kInputs]), optional(gate_rows(saved[kGate])), optional(saved[kInputs + 1]),
+        ctx->saved_data["scaling"].toDouble(), ctx->saved_data["dropout_p"].toDouble(), separate,
+        asked);
+    constexpr Input places[] = {kX, kA, kB, kGate, kXLora};
+    for (size_t i = 0, next = 0; i < asked.size(); ++i) {
+      if (asked[i]) grads[places[i]] = given[next++];
+    }
+    grads[kX] = like_rows_of(grads[kX], dy_any);
+    grads[kXLora] = like_rows_of(grads[kXLora], dy_any);
+    if (grads[kGate].defined()) grads[kGate] = grads[kGate].view(saved[kGate].sizes());
+    if (needs(kWeight)) grads[kWeight] = at::mm(dy.t(), rows(saved[kX]));
+    if (needs(kBias)) grads[kBias] = dy.sum(0);
+    return grads;
+  }
+
+  static void differentiable(AutogradContext* ctx, const variable_list& saved, const Tensor& dy,
+                             variable_list& grads) {
+    const bool separate = ctx->saved_data["separate"].toBool();
+    TORCH_CHECK(saved[kX].defined() && (!separate || saved[kXLora].defined()),
+                "lora_linear: a double backward needs the input, which is not saved when no first "
+                "derivative reads it (frozen lora_a, or an x_lora of its own)");
+    const Tensor y = composite(saved, saved[kInputs + 1], ctx->saved_data["scaling"].toDouble(),
+                               ctx->saved_data["dropout_p"].toDouble());
+    variable_list wanted;
+    std::vector<int> places;
+    for (int i = 0; i < kInputs; ++i) {
+      if (i == kBias || !ctx->needs_input_grad(i) || !saved[i].defined()) continue;
+      wanted.push_back(saved[i]);
+      places.push_back(i);
+    }
+    const auto given = torch::autograd::grad({y}, wanted, {dy}, true, true);
+    for (size_t i = 0; i < places.size(); ++i) grads[places[i]] = given[i];
+    if (ctx->needs_input_grad(kBias)) grads[kBias] = dy.sum(0);
+  }
+};
+
+}  // namespace
+
+Tensor lora_linear_autograd(const Tensor& x, const OptTensor& weight, const Tensor& lora_a,
+                            const Tensor& lora_b, const OptTensor& bias, const OptTensor& gate,
+                            const OptTensor& x_lora, double scaling, double dropout_p) {
+  const auto plain = [](const OptTensor& tensor) { return tensor.value_or(Tensor()); };
+  return LoraLinear::apply(x, plain(weight), lora_a, lora_b, plain(bias), plain(gate),
+                           plain(x_lora), scaling, dropout_p);
+}
+
+}  // namespace lora_kernels

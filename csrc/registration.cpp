@@ -1,0 +1,24 @@
+// Implementations only: the schemas live in lora_kernels/_ops.py, so that a pure-Python install works.
+#include <Python.h>
+#include <torch/library.h>
+
+#include "cpu/dropout.h"
+#include "cpu/lora_linear.h"
+#include "cpu/lora_linear_autograd.h"
+
+TORCH_LIBRARY_IMPL(lora_kernels, CPU, library) {
+  library.impl("cpp_dropout_mask", lora_kernels::dropout_mask);
+  library.impl("cpp_lora_linear", lora_kernels::lora_linear);
+  library.impl("cpp_lora_linear_backward", lora_kernels::lora_linear_backward);
+}
+
+TORCH_LIBRARY_IMPL(lora_kernels, CompositeImplicitAutograd, library) {
+  library.impl("cpp_lora_linear_autograd", lora_kernels::lora_linear_autograd);
+}
+
+// Importing lora_kernels._C runs the block above; the module itself is empty.
+extern "C" PyObject* PyInit__C() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
+                                   nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}

@@ -1,0 +1,22 @@
+"""Finds and loads the compiled extension ``lora_kernels._C`` once, and remembers why it is absent."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+from . import _settings
+
+
+@functools.cache
+def load() -> str | None:
+    """Loads the extension. Returns ``None`` when it is loaded, else the reason why it is not."""
+    if _settings.read().skip_extension:
+        return "LORA_KERNELS_SKIP_EXTENSION is set"
+    try:
+        importlib.import_module("lora_kernels._C")
+    except ModuleNotFoundError:
+        return "the extension was not built (no C++ compiler at install time)"
+    except ImportError as error:
+        return f"the extension does not load, rebuild it against this torch: {error}"
+    return None

@@ -1,0 +1,127 @@
+"""Every op's schema and fake kernel: the machine surface of the package.
+
+``lora_kernels::<op>`` is opaque to tracers; which backend computes it is decided when it runs.
+``lora_kernels::cpp_<op>`` has the same schema and is implemented in ``csrc/``.
+
+Shapes: M rows (tokens), K in features, N out features, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "lora_kernels"
+
+# The gradients that `lora_linear_backward` can return; its `needs` has one flag for each.
+GRADS = ("x", "lora_a", "lora_b", "gate", "x_lora")
+
+SCHEMAS = {
+    # One int64 drawn from torch's generator of the device of `like`.
+    "dropout_seed": "(Tensor like) -> Tensor",
+    # Packed keep bits, uint8 [rows, ceil(cols/8)]: bit k%8 of byte k//8 is column k.
+    "dropout_mask": "(Tensor seed, SymInt rows, SymInt cols, float dropout_p) -> Tensor",
+    # y [M,N], h = drop(x_lora or x) Aᵀ [M,R], and the keep bits ([0] without dropout).
+    "lora_linear": (
+        "(Tensor x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? gate,"
+        " Tensor? x_lora, Tensor? seed, float scaling, float dropout_p)"
+        " -> (Tensor y, Tensor h, Tensor mask)"
+    ),
+    # The gradients that `needs` asks for, in the order of GRADS. `x` is the input of the branch.
+    # `separate`: the branch has an input of its own, so its gradient is `x_lora`'s, not `x`'s.
+    "lora_linear_backward": (
+        "(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor? h,"
+        " Tensor? gate, Tensor? mask, float scaling, float dropout_p, bool separate, bool[5] needs)"
+        " -> Tensor[]"
+    ),
+}
+# Ops that csrc/ implements too, under the name `cpp_<op>`.
+CPP_OPS = ("dropout_mask", "lora_linear", "lora_linear_backward")
+# Differentiable in C++: what an eager call on the CPU runs. It decomposes, so it has no fake.
+CPP_AUTOGRAD = (
+    "cpp_lora_linear_autograd(Tensor x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor? bias,"
+    " Tensor? gate, Tensor? x_lora, float scaling, float dropout_p) -> Tensor"
+)
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _fake_dropout_seed(like: Tensor) -> Tensor:
+    return like.new_empty(1, dtype=torch.int64)
+
+
+def _fake_dropout_mask(seed: Tensor, rows: int, cols: int, dropout_p: float) -> Tensor:
+    return seed.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
+
+
+def _fake_lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    x_lora: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, cols = x.shape
+    mask_shape = (0,) if seed is None else (rows, (cols + 7) // 8)
+    return (
+        x.new_empty(rows, lora_b.shape[0]),
+        x.new_empty(rows, lora_a.shape[0]),
+        x.new_empty(mask_shape, dtype=torch.uint8),
+    )
+
+
+def _fake_lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    h: Tensor | None,
+    gate: Tensor | None,
+    mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    separate: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    dx = dy.new_empty(dy.shape[0], lora_a.shape[1]) if needs[0] or needs[4] else None
+    grads = (dx, lora_a, lora_b, gate, dx)
+    contiguous = torch.contiguous_format
+    return [
+        torch.empty_like(like, memory_format=contiguous)
+        for like, needed in zip(grads, needs, strict=True)
+        if needed and like is not None
+    ]
+
+
+def register(op: str, function: Callable[..., object]) -> None:
+    """Makes ``function`` the kernel of ``lora_kernels::<op>`` on every device."""
+    _library.impl(op, function, "CompositeExplicitAutograd")
+
+
+def _define(op: str, schema: str, fake: Callable[..., object]) -> None:
+    random = op == "dropout_seed"
+    tags = (torch.Tag.nondeterministic_seeded,) if random else (torch.Tag.pt2_compliant_tag,)
+    _library.define(op + schema, tags=tags)
+    torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=_library)
+
+
+_FAKES = {
+    "dropout_seed": _fake_dropout_seed,
+    "dropout_mask": _fake_dropout_mask,
+    "lora_linear": _fake_lora_linear,
+    "lora_linear_backward": _fake_lora_linear_backward,
+}
+
+for _op, _schema in SCHEMAS.items():
+    _define(_op, _schema, _FAKES[_op])
+for _op in CPP_OPS:
+    _define(f"cpp_{_op}", SCHEMAS[_op], _FAKES[_op])
+_library.define(CPP_AUTOGRAD)

@@ -1,0 +1,33 @@
+"""Every environment variable the package reads. Nothing else reads ``os.environ``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+_TRUE = {"1", "true", "yes", "on"}
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "").strip().lower() in _TRUE
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A snapshot of the environment; the comments are the documentation of each variable."""
+
+    # LORA_KERNELS_BACKEND: auto | reference | triton | cpp; the backend outside `use_backend`.
+    backend: str
+    # LORA_KERNELS_SKIP_EXTENSION: 1 leaves the compiled extension unloaded, as if it were not built.
+    skip_extension: bool
+    # TRITON_INTERPRET: 1 runs the Triton kernels on CPU tensors in Triton's own interpreter.
+    triton_interpret: bool
+
+
+def read() -> Settings:
+    """The settings as the environment stands now."""
+    return Settings(
+        backend=os.environ.get("LORA_KERNELS_BACKEND", "auto").strip() or "auto",
+        skip_extension=_flag("LORA_KERNELS_SKIP_EXTENSION"),
+        triton_interpret=_flag("TRITON_INTERPRET"),
+    )

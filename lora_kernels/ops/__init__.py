@@ -1,0 +1,1 @@
+"""Public functions and their autograd, one file an op."""
