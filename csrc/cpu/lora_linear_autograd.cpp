@@ -24,6 +24,8 @@ OptTensor optional(const Tensor& tensor) {
   return tensor.defined() ? OptTensor(tensor) : std::nullopt;
 }
 
+Tensor plain(const OptTensor& tensor) { return tensor.value_or(Tensor()); }
+
 Tensor rows(const Tensor& tensor) {
   return !tensor.defined() || tensor.dim() == 2 ? tensor : tensor.reshape({-1, tensor.size(-1)});
 }
@@ -54,11 +56,13 @@ Tensor composite(const variable_list& saved, const Tensor& mask, double scaling,
 }
 
 struct LoraLinear : torch::autograd::Function<LoraLinear> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
-                        const Tensor& lora_a, const Tensor& lora_b, const Tensor& bias,
-                        const Tensor& gate, const Tensor& x_lora, double scaling,
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptTensor& weight_in,
+                        const Tensor& lora_a, const Tensor& lora_b, const OptTensor& bias_in,
+                        const OptTensor& gate_in, const OptTensor& x_lora_in, double scaling,
                         double dropout_p) {
     at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor weight = plain(weight_in), bias = plain(bias_in), gate = plain(gate_in),
+                 x_lora = plain(x_lora_in);
     OptTensor seed;
     if (dropout_p > 0) seed = at::empty({1}, x.options().dtype(at::kLong)).random_();
     const Tensor flat = rows(x);
@@ -79,6 +83,11 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
   static void save(AutogradContext* ctx, variable_list in, const Tensor& h, const Tensor& mask,
                    double dropout_p) {
     const auto needs = [&](Input i) { return in[i].defined() && in[i].requires_grad(); };
+    int64_t needed = 0;
+    for (int i = 0; i < kInputs; ++i) {
+      needed |= static_cast<int64_t>(needs(static_cast<Input>(i))) << i;
+    }
+    ctx->saved_data["needed"] = needed;
     const bool separate = in[kXLora].defined();
     const bool x_read = needs(kWeight) || (needs(kA) && !separate);
     const bool mask_read = dropout_p > 0 && (needs(kX) || needs(kA) || needs(kXLora));
@@ -96,10 +105,12 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor& dy_any = grad_outputs[0];
     const Tensor dy = rows(dy_any);
-    const auto needs = [&](Input i) { return ctx->needs_input_grad(i); };
+    // autograd's own needs_input_grad counts only the tensors that are there.
+    const int64_t needed = ctx->saved_data["needed"].toInt();
+    const auto needs = [&](int i) { return (needed >> i & 1) != 0; };
     variable_list grads(kInputs + 2);
     if (at::GradMode::is_enabled()) {
-      differentiable(ctx, saved, dy, grads);
+      differentiable(ctx, saved, dy, needed, grads);
       return grads;
     }
     const bool separate = ctx->saved_data["separate"].toBool();
@@ -124,7 +135,7 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
   }
 
   static void differentiable(AutogradContext* ctx, const variable_list& saved, const Tensor& dy,
-                             variable_list& grads) {
+                             int64_t needed, variable_list& grads) {
     const bool separate = ctx->saved_data["separate"].toBool();
     TORCH_CHECK(saved[kX].defined() && (!separate || saved[kXLora].defined()),
                 "lora_linear: a double backward needs the input, which is not saved when no first "
@@ -134,13 +145,13 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     variable_list wanted;
     std::vector<int> places;
     for (int i = 0; i < kInputs; ++i) {
-      if (i == kBias || !ctx->needs_input_grad(i) || !saved[i].defined()) continue;
+      if (i == kBias || !(needed >> i & 1) || !saved[i].defined()) continue;
       wanted.push_back(saved[i]);
       places.push_back(i);
     }
     const auto given = torch::autograd::grad({y}, wanted, {dy}, true, true);
     for (size_t i = 0; i < places.size(); ++i) grads[places[i]] = given[i];
-    if (ctx->needs_input_grad(kBias)) grads[kBias] = dy.sum(0);
+    if (needed >> kBias & 1) grads[kBias] = dy.sum(0);
   }
 };
 
@@ -149,9 +160,7 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
 Tensor lora_linear_autograd(const Tensor& x, const OptTensor& weight, const Tensor& lora_a,
                             const Tensor& lora_b, const OptTensor& bias, const OptTensor& gate,
                             const OptTensor& x_lora, double scaling, double dropout_p) {
-  const auto plain = [](const OptTensor& tensor) { return tensor.value_or(Tensor()); };
-  return LoraLinear::apply(x, plain(weight), lora_a, lora_b, plain(bias), plain(gate),
-                           plain(x_lora), scaling, dropout_p);
+  return LoraLinear::apply(x, weight, lora_a, lora_b, bias, gate, x_lora, scaling, dropout_p);
 }
 
 }  // namespace lora_kernels
