@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers; the same stems as ``reference/``. Imports triton."""

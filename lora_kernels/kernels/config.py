@@ -1,0 +1,62 @@
+"""Tile shapes: pure functions of the problem, so that they can be read and tested without a card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Enough programs to give each multiprocessor of a large card two of them; a constant and not the
+# card's own count, so that sums are split, and rounded, the same way on every card.
+TARGET_PROGRAMS = 264
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One launch: rows and columns a step, the padded rank, and the pipeline."""
+
+    block_m: int
+    block_c: int
+    block_r: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def padded_rank(rank: int) -> int:
+    """The rank as the tensor cores take it: a power of two of at least 16."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def _narrow(width: int, itemsize: int) -> int:
+    """Half the columns for 4-byte elements: the same bytes in shared memory."""
+    return max(16, width // 2) if itemsize == 4 else width
+
+
+def forward_tile(rows: int, rank: int, itemsize: int) -> Tile:
+    """For the pass over x that gives h and y₀."""
+    block_r = padded_rank(rank)
+    block_m = 16 if rows <= 2048 and block_r <= 64 else (64 if block_r <= 64 else 32)
+    if block_r <= 32:
+        return Tile(block_m, _narrow(128, itemsize), block_r)
+    if block_r <= 128:
+        return Tile(block_m, _narrow(64, itemsize), block_r)
+    return Tile(block_m if block_r == 256 else 16, _narrow(32, itemsize), block_r, num_warps=8, num_stages=2)
+
+
+def backward_tile(rank: int, itemsize: int) -> Tile:
+    """For the passes over dY and over x: one strip of columns, the rows in steps."""
+    block_r = padded_rank(rank)
+    if block_r <= 32:
+        return Tile(64, _narrow(128, itemsize), block_r, num_warps=4)
+    if block_r <= 64:
+        return Tile(64, _narrow(128, itemsize), block_r, num_warps=8)
+    if block_r <= 128:
+        return Tile(32, _narrow(64, itemsize), block_r, num_warps=8, num_stages=2)
+    return Tile(32, _narrow(32, itemsize), block_r, num_warps=8, num_stages=2)
+
+
+def row_chunks(rows: int, cols: int, tile: Tile) -> tuple[int, int]:
+    """(number of chunks, rows in each) for a grid of column strips and row chunks."""
+    steps = -(-rows // tile.block_m)
+    strips = -(-cols // tile.block_c)
+    chunks = min(steps, max(1, TARGET_PROGRAMS // strips))
+    rows_per_chunk = -(-steps // chunks) * tile.block_m
+    return -(-rows // rows_per_chunk), rows_per_chunk

@@ -1,0 +1,64 @@
+"""Device functions that every kernel here is written in."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .. import _backend
+
+# Triton's interpreter multiplies bfloat16 wrongly, so there the operands are widened first.
+_INTERPRETING = tl.constexpr(_backend.interpreting())
+_ROUNDS = tl.constexpr(7)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in fp32."""
+    if _INTERPRETING:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def load_tile(ptr, rows, cols, stride_row, stride_col, n_rows, n_cols):
+    """The tile [rows, cols] of a matrix, zero outside it."""
+    inside = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
+    offsets = rows[:, None].to(tl.int64) * stride_row + cols[None, :].to(tl.int64) * stride_col
+    return tl.load(ptr + offsets, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, tile, rows, cols, stride_row, stride_col, n_rows, n_cols):
+    """Writes the part of the tile that lies inside the matrix, in the matrix's dtype."""
+    inside = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
+    offsets = rows[:, None].to(tl.int64) * stride_row + cols[None, :].to(tl.int64) * stride_col
+    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _two_bits(word, limit):
+    """One 32-bit word decides two columns: as it stands, and rotated by half."""
+    rotated = (word << 16) | (word >> 16)
+    return (word >= limit).to(tl.int32) | ((rotated >= limit).to(tl.int32) << 1)
+
+
+@triton.jit
+def keep_bytes(seed, rows, bytes_, row_bytes, threshold):
+    """The packed keep bits of ``reference/dropout.py`` for a tile [rows, bytes_]."""
+    counter = rows[:, None].to(tl.int64) * row_bytes + bytes_[None, :]
+    low = (counter & 0xFFFFFFFF).to(tl.uint32)
+    high = (counter >> 32).to(tl.uint32)
+    zero = low * 0
+    w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero, n_rounds=_ROUNDS)
+    limit = threshold.to(tl.uint32)
+    lower = _two_bits(w0, limit) | (_two_bits(w1, limit) << 2)
+    return lower | (_two_bits(w2, limit) << 4) | (_two_bits(w3, limit) << 6)
+
+
+@triton.jit
+def unpack(packed, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """One boolean a column from a tile of bytes [ROWS, COLS / 8]."""
+    bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(bits, (ROWS, COLS)) != 0
