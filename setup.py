@@ -18,7 +18,15 @@ ROOT = Path(__file__).parent
 FORCE = os.environ.get("LORA_KERNELS_FORCE_BUILD") == "1"
 SKIP = os.environ.get("LORA_KERNELS_SKIP_BUILD") == "1"
 # torch's own headers do not pass -Wunused-parameter.
-COMPILE_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]
+COMPILE_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unused-parameter",
+]
 
 
 def compiler_missing() -> str | None:

@@ -7,5 +7,4 @@ from ._version import __version__
 from .ops.lora_linear import lora_linear
 
 
-
 __all__ = ["BackendError", "__version__", "active_backend", "lora_linear", "use_backend"]

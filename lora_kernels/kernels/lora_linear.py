@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import Tile, backward_tile, forward_tile, row_chunks
 from .dropout import signed_threshold
-from .primitives import dot, keep_bytes, load_tile, store_tile, unpack
+from .primitives import cast, dot, keep_bytes, load_tile, store_tile, unpack
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _load_gated(h_ptr, gate_ptr, rows, ranks, M, R, stride_gm, HAS_GATE: tl.cons
     """h ⊙ g for some rows; a gate that all rows share has row stride 0."""
     h = load_tile(h_ptr, rows, ranks, R, 1, M, R)
     if HAS_GATE:
-        h = (h * load_tile(gate_ptr, rows, ranks, stride_gm, 1, M, R).to(tl.float32)).to(h.dtype)
+        h = cast(h * load_tile(gate_ptr, rows, ranks, stride_gm, 1, M, R).to(tl.float32), h.dtype)
     return h
 
 
@@ -77,17 +77,17 @@ def lora_forward_kernel(
             packed = keep_bytes(seed, rows, bytes_, row_bytes, threshold)
             store_tile(mask_ptr, packed, rows, bytes_, row_bytes, 1, M, row_bytes)
             x = tl.where(unpack(packed, BLOCK_M, BLOCK_C), x, 0.0)
-        a = load_tile(a_ptr, cols, ranks, stride_ak, stride_ar, K, R).to(dtype)
+        a = cast(load_tile(a_ptr, cols, ranks, stride_ak, stride_ar, K, R), dtype)
         acc = dot(x, a, acc, PRECISION)
 
-    h = (acc * keep_scale).to(dtype)
+    h = cast(acc * keep_scale, dtype)
     store_tile(h_ptr, h, rows, ranks, R, 1, M, R)
     if HAS_GATE:
-        h = (h * load_tile(gate_ptr, rows, ranks, stride_gm, 1, M, R).to(tl.float32)).to(dtype)
+        h = cast(h * load_tile(gate_ptr, rows, ranks, stride_gm, 1, M, R).to(tl.float32), dtype)
 
     for n in range(0, N, BLOCK_C):
         cols = n + tl.arange(0, BLOCK_C)
-        b = load_tile(b_ptr, ranks, cols, stride_br, stride_bn, R, N).to(dtype)
+        b = cast(load_tile(b_ptr, ranks, cols, stride_br, stride_bn, R, N), dtype)
         y = dot(h, b, tl.zeros((BLOCK_M, BLOCK_C), tl.float32), PRECISION) * scaling
         if HAS_BIAS:
             y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
@@ -121,7 +121,7 @@ def dy_pass_kernel(
     strip, chunk = tl.program_id(0), tl.program_id(1)
     cols = strip * BLOCK_C + tl.arange(0, BLOCK_C)
     ranks = tl.arange(0, BLOCK_R)
-    b = load_tile(b_ptr, cols, ranks, stride_bn, stride_br, N, R).to(dy_ptr.dtype.element_ty)
+    b = cast(load_tile(b_ptr, cols, ranks, stride_bn, stride_br, N, R), dy_ptr.dtype.element_ty)
     u_part_ptr += strip.to(tl.int64) * M * R
     db_part_ptr += chunk.to(tl.int64) * N * R
 
@@ -169,7 +169,7 @@ def x_pass_kernel(
     bytes_ = strip * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
     ranks = tl.arange(0, BLOCK_R)
     row_bytes = (K + 7) // 8
-    a = load_tile(a_ptr, ranks, cols, stride_ar, stride_ak, R, K).to(dh_ptr.dtype.element_ty)
+    a = cast(load_tile(a_ptr, ranks, cols, stride_ar, stride_ak, R, K), dh_ptr.dtype.element_ty)
     da_part_ptr += chunk.to(tl.int64) * R * K
 
     da = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
@@ -204,7 +204,7 @@ def sum_parts_kernel(part_ptr, out_ptr, numel, parts, scale, BLOCK: tl.constexpr
     total = tl.zeros((BLOCK,), tl.float32)
     for part in range(parts):
         total += tl.load(part_ptr + part * numel.to(tl.int64) + offsets, mask=inside, other=0.0)
-    tl.store(out_ptr + offsets, (total * scale).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + offsets, cast(total * scale, out_ptr.dtype.element_ty), mask=inside)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -316,7 +316,9 @@ def _dy_pass(
     strips = triton.cdiv(out, tile.block_c)
     chunks, rows_per_chunk = row_chunks(rows, out, tile)
     u_parts = torch.empty(strips, rows, rank, dtype=torch.float32, device=dy.device)
-    db_parts = torch.empty(chunks, out, rank, dtype=torch.float32, device=dy.device) if h is not None else None
+    db_parts = (
+        torch.empty(chunks, out, rank, dtype=torch.float32, device=dy.device) if h is not None else None
+    )
     gate_arg, stride_gm = _gate_argument(gate, dy) if gate is not None else (None, 0)
     dy_pass_kernel[(strips, chunks)](
         *(dy, lora_b, h, gate_arg, u_parts, u_parts if db_parts is None else db_parts),
@@ -346,7 +348,9 @@ def _x_pass(
     tile = backward_tile(rank, dh.element_size())
     chunks, rows_per_chunk = row_chunks(rows, cols, tile)
     dx = dh.new_empty(rows, cols) if needs_branch else None
-    da_parts = torch.empty(chunks, rank, cols, dtype=torch.float32, device=dh.device) if x is not None else None
+    da_parts = (
+        torch.empty(chunks, rank, cols, dtype=torch.float32, device=dh.device) if x is not None else None
+    )
     x_pass_kernel[(triton.cdiv(cols, tile.block_c), chunks)](
         *(x, lora_a, dh, mask, dx, dh if da_parts is None else da_parts),
         *(rows, cols, rank, 0 if x is None else x.stride(0), *lora_a.stride(), rows_per_chunk),

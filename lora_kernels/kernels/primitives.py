@@ -22,6 +22,17 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x in another dtype, rounded to nearest. The interpreter would truncate to bfloat16."""
+    if _INTERPRETING:
+        if dtype == tl.bfloat16:
+            bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+            bits += 0x7FFF + ((bits >> 16) & 1)
+            x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def load_tile(ptr, rows, cols, stride_row, stride_col, n_rows, n_cols):
     """The tile [rows, cols] of a matrix, zero outside it."""
     inside = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
@@ -34,7 +45,7 @@ def store_tile(ptr, tile, rows, cols, stride_row, stride_col, n_rows, n_cols):
     """Writes the part of the tile that lies inside the matrix, in the matrix's dtype."""
     inside = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
     offsets = rows[:, None].to(tl.int64) * stride_row + cols[None, :].to(tl.int64) * stride_col
-    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=inside)
+    tl.store(ptr + offsets, cast(tile, ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
