@@ -1,0 +1,148 @@
+"""What to adapt and how, with PEFT's field names."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .base import method as find_method
+
+BIAS_MODES = ("none", "all", "lora_only")
+INITS = (True, False, "gaussian")
+
+
+@dataclass
+class LoRAConfig:
+    """ΔW = s · B A with s = lora_alpha / r, or lora_alpha / √r for ``use_rslora``.
+
+    Args:
+        r: rank.
+        lora_alpha: numerator of s.
+        target_modules: which linears: a list of names (each matches itself and every dotted name that
+            ends in it), a regular expression that matches the whole dotted name, or ``"all-linear"``.
+        exclude_modules: names or an expression, matched likewise, to leave out.
+        lora_dropout: probability in [0, 1) on the branch's input.
+        bias: which biases train: ``"none"``, ``"all"`` or ``"lora_only"`` (those of adapted linears).
+        use_rslora: rsLoRA's scaling.
+        modules_to_save: names of further modules to train and save whole.
+        init_lora_weights: ``True`` (Kaiming-uniform A, zero B), ``"gaussian"`` (normal A, zero B) or
+            ``False`` (both random).
+        rank_pattern: expression for the end of a dotted name -> r.
+        alpha_pattern: expression for the end of a dotted name -> lora_alpha.
+        method: which parametrisation of A and B; see ``lora_kernels.adapters.METHODS``.
+        method_options: options of that method.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is out of range; the message names it.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    method: str = "lora"
+    method_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        _check_rank("r", self.r)
+        _check_number("lora_alpha", self.lora_alpha)
+        _check_number("lora_dropout", self.lora_dropout)
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout: expected 0 <= lora_dropout < 1, got {self.lora_dropout}")
+        _check_choice("bias", self.bias, BIAS_MODES)
+        _check_choice("init_lora_weights", self.init_lora_weights, INITS)
+        self.target_modules = _names("target_modules", self.target_modules)
+        self.exclude_modules = _names("exclude_modules", self.exclude_modules)
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(
+                f"modules_to_save: expected a list of names, got the str {self.modules_to_save!r}"
+            )
+        self.modules_to_save = _names("modules_to_save", self.modules_to_save)  # type: ignore[assignment]
+        _check_pattern("rank_pattern", self.rank_pattern, _check_rank)
+        _check_pattern("alpha_pattern", self.alpha_pattern, _check_number)
+        self._check_options()
+
+    def _check_options(self) -> None:
+        known = find_method(self.method).options
+        for key in self.method_options:
+            if key not in known:
+                want = ", ".join(sorted(known)) or "none"
+                raise ValueError(f"method_options: {self.method} takes {want}, got {key!r}")
+
+    def for_module(self, name: str) -> LoRAConfig:
+        """The same config with the rank and the alpha that the patterns give the module ``name``."""
+        r = _lookup(self.rank_pattern, name, self.r)
+        alpha = _lookup(self.alpha_pattern, name, self.lora_alpha)
+        if r == self.r and alpha == self.lora_alpha:
+            return self
+        return dataclasses.replace(self, r=r, lora_alpha=alpha)
+
+
+def _check_rank(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected a rank of at least 1, got {value}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_expression(name: str, expression: Any) -> None:
+    if not isinstance(expression, str):
+        raise TypeError(f"{name}: expected str, got {type(expression).__name__}")
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{name}: {expression!r} is not a regular expression ({error})") from None
+
+
+def _check_pattern(name: str, pattern: Any, check: Any) -> None:
+    if not isinstance(pattern, dict):
+        raise TypeError(f"{name}: expected a dict, got {type(pattern).__name__}")
+    for key, value in pattern.items():
+        _check_expression(name, key)
+        check(f"{name}[{key!r}]", value)
+
+
+def _names(name: str, value: Any) -> list[str] | str | None:
+    """``value`` as a list of names, or the expression or ``None`` that it is."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        _check_expression(name, value)
+        return value
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name}: expected a list of names or a str, got {type(value).__name__}")
+    names = sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+    for item in names:
+        if not isinstance(item, str):
+            raise TypeError(f"{name}: expected names, got {item!r}")
+    return names
+
+
+def _lookup(pattern: dict[str, Any], name: str, default: Any) -> Any:
+    """The value of the first key that matches the whole of ``name`` or what follows one of its dots."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default

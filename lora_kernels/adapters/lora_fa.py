@@ -1,0 +1,16 @@
+"""LoRA-FA: the down-projection stays as it was drawn."""
+
+from __future__ import annotations
+
+from .base import Adapter, register
+
+
+@register("lora_fa")
+class LoRAFA(Adapter):
+    """ΔW = (α/r) · B A with A frozen
+
+    LoRA-FA (Zhang et al., 2023, arXiv 2308.03303). Only B ``[out, r]`` trains, so the backward pass
+    reads h = x Aᵀ and x is not saved.
+    """
+
+    frozen = frozenset({"lora_A"})

@@ -1,0 +1,37 @@
+"""Modules and verbs on models."""
+
+from __future__ import annotations
+
+from ..adapters import LoRAConfig
+from .apply import (
+    apply_lora,
+    count_parameters,
+    disable_adapters,
+    lora_configs,
+    lora_layers,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+    merge_adapters,
+    print_trainable_parameters,
+    remove_lora,
+    set_adapter,
+    unmerge_adapters,
+)
+from .linear import LoRALinear
+
+__all__ = [
+    "LoRAConfig",
+    "LoRALinear",
+    "apply_lora",
+    "count_parameters",
+    "disable_adapters",
+    "lora_configs",
+    "lora_layers",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "merge_adapters",
+    "print_trainable_parameters",
+    "remove_lora",
+    "set_adapter",
+    "unmerge_adapters",
+]

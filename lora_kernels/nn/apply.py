@@ -1,0 +1,320 @@
+"""Verbs on whole models: apply, choose, merge, count, remove."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..adapters import Adapter, LoRAConfig
+from .linear import LoRALinear, _check_name
+
+ALL_LINEAR = "all-linear"
+_CONFIGS = "_lora_configs"
+
+
+class _Site(NamedTuple):
+    """One linear of a model: every (parent, attribute) that holds it, and its first dotted name."""
+
+    name: str
+    linear: nn.Linear
+    places: list[tuple[nn.Module, str]]
+
+
+def apply_lora(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") -> nn.Module:
+    """Replaces the targeted linears of ``model`` in place by :class:`LoRALinear` and freezes the rest.
+
+    A linear that is shared by several parents is replaced once, in all of them. A second call with another
+    ``adapter_name`` adds an adapter to the layers, inactive until :func:`set_adapter`.
+
+    Args:
+        model: any module that contains ``nn.Linear``s.
+        config: what to adapt and how.
+        adapter_name: name of the new adapter.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: not a module, or not a config.
+        ValueError: no linear matches ``target_modules``, a match cannot be adapted, or the name is taken.
+            The model is then as it was.
+    """
+    _check_types(model, config)
+    _check_name(adapter_name, lora_configs(model))
+    sites = _find_sites(model, config)
+    _check_saved_modules(model, config)
+    first = not lora_configs(model)
+    made = [_prepare(site, config, adapter_name) for site in sites]
+    for site, (layer, adapter) in zip(sites, made, strict=True):
+        layer.add_adapter(adapter_name, adapter, activate=first)
+        _install(site, layer)
+    model.__dict__.setdefault(_CONFIGS, {})[adapter_name] = config
+    mark_only_lora_as_trainable(model, _bias_mode(model))
+    return model
+
+
+def lora_configs(model: nn.Module) -> dict[str, LoRAConfig]:
+    """The config of each adapter that :func:`apply_lora` put on ``model``, by name."""
+    return dict(vars(model).get(_CONFIGS, {}))
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Dotted name -> layer, each layer once."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+
+
+def _check_types(model: nn.Module, config: LoRAConfig) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(f"config: expected a LoRAConfig, got {type(config).__name__}")
+
+
+def _prepare(site: _Site, config: LoRAConfig, adapter_name: str) -> tuple[LoRALinear, Adapter]:
+    """The layer for ``site`` and its new adapter, nothing yet changed."""
+    layer = site.linear
+    if isinstance(layer, LoRALinear):
+        _check_name(adapter_name, layer.adapters)
+    else:
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        layer = LoRALinear._share(layer)
+        for parameter in trained:  # frozen once everything is known to fit
+            parameter.requires_grad_(True)
+    return layer, layer.make_adapter(config.for_module(site.name))
+
+
+def _install(site: _Site, layer: LoRALinear) -> None:
+    for parent, attribute in site.places:
+        parent._modules[attribute] = layer
+        if isinstance(parent, nn.TransformerEncoderLayer) and not layer._forward_pre_hooks:
+            # Without gradients torch's fast path reads the linears' weights and calls none of them,
+            # unless one has a hook.
+            layer.register_forward_pre_hook(_keep_off_fast_path)
+
+
+def _keep_off_fast_path(module: nn.Module, args: object) -> None:
+    return None
+
+
+def _find_sites(model: nn.Module, config: LoRAConfig) -> list[_Site]:
+    """The linears that ``config`` targets.
+
+    Raises:
+        ValueError: there are none, or a named target is no plain ``nn.Linear``.
+    """
+    if config.target_modules is None:
+        raise ValueError(f"target_modules: expected names, an expression or {ALL_LINEAR!r}, got None")
+    everything = _is_all_linear(config)
+    skipped = _output_head(model) if everything else None
+    sites: dict[int, _Site] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name or module is skipped or _inside_adapters(name) or not _targets(config, name):
+            continue
+        if type(module) in (nn.Linear, LoRALinear):
+            site = sites.setdefault(id(module), _Site(name, module, []))
+            parent, _, attribute = name.rpartition(".")
+            site.places.append((model.get_submodule(parent), attribute))
+        elif isinstance(config.target_modules, list):
+            raise ValueError(f"target_modules: {name!r} is a {type(module).__name__}, not a plain nn.Linear")
+    if not sites:
+        raise ValueError(_no_match(model, config))
+    _warn_of_strays(config, [site.name for site in sites.values()])
+    return list(sites.values())
+
+
+def _inside_adapters(name: str) -> bool:
+    return ".adapters." in f".{name}."
+
+
+def _is_all_linear(config: LoRAConfig) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
+
+
+def _targets(config: LoRAConfig, name: str) -> bool:
+    """PEFT's rule: exclusions first, modules saved whole next, then the targets."""
+    if config.exclude_modules and _matches(config.exclude_modules, name):
+        return False
+    if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ()):
+        return False
+    return _is_all_linear(config) or _matches(config.target_modules, name)
+
+
+def _matches(names: list[str] | str | None, name: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return any(name == one or name.endswith(f".{one}") for one in names or ())
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """The output embedding of a Transformers model, which "all-linear" leaves out."""
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if callable(getter) else None
+
+
+def _no_match(model: nn.Module, config: LoRAConfig) -> str:
+    names = [name for name, module in model.named_modules() if name and isinstance(module, nn.Linear)]
+    shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "none"
+    return f"target_modules: {config.target_modules!r} matches no nn.Linear of the model; it has {shown}"
+
+
+def _warn_of_strays(config: LoRAConfig, found: list[str]) -> None:
+    if not isinstance(config.target_modules, list):
+        return
+    strays = [one for one in config.target_modules if not any(_matches([one], name) for name in found)]
+    if strays:
+        warnings.warn(f"target_modules: no linear is named {', '.join(strays)}", stacklevel=4)
+
+
+def _check_saved_modules(model: nn.Module, config: LoRAConfig) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for saved in config.modules_to_save or ():
+        if not any(_matches([saved], name) for name in names):
+            raise ValueError(f"modules_to_save: no module is named {saved!r}")
+
+
+def _bias_mode(model: nn.Module) -> str:
+    modes = {config.bias for config in lora_configs(model).values()}
+    return next((mode for mode in ("all", "lora_only") if mode in modes), "none")
+
+
+def _saved_modules(model: nn.Module, configs: Iterable[LoRAConfig]) -> Iterator[tuple[str, nn.Module]]:
+    wanted = [saved for config in configs for saved in config.modules_to_save or ()]
+    for name, module in model.named_modules():
+        if _matches(wanted, name):
+            yield name, module
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
+    """Freezes ``model`` but for its active adapters, its ``modules_to_save`` and the biases asked for.
+
+    Args:
+        model: a model with :class:`LoRALinear` layers.
+        bias: ``"none"``, ``"all"``, or ``"lora_only"`` for those of the adapted linears.
+
+    Raises:
+        ValueError: no such ``bias``.
+    """
+    if bias not in ("none", "all", "lora_only"):
+        raise ValueError(f"bias: expected 'none', 'all' or 'lora_only', got {bias!r}")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for layer in lora_layers(model).values():
+        for name, adapter in layer.adapters.items():
+            adapter.set_trainable(name in layer.active)
+        if bias == "lora_only" and layer.bias is not None:
+            layer.bias.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if bias == "all" and name.rpartition(".")[2] == "bias" and not _inside_adapters(name):
+            parameter.requires_grad_(True)
+    for _, module in _saved_modules(model, lora_configs(model).values()):
+        for parameter in module.parameters():
+            parameter.requires_grad_(True)
+
+
+def lora_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
+    """The part of ``model.state_dict()`` that fine-tuning made, under the same keys.
+
+    Adapter parameters are ``<layer>.adapters.<adapter name>.<parameter>``; with them come the biases and the
+    ``modules_to_save`` of the adapter's config. ``model.load_state_dict(…, strict=False)`` takes it back.
+
+    Args:
+        model: a model with :class:`LoRALinear` layers.
+        adapter_name: one adapter; by default all of them.
+
+    Raises:
+        ValueError: no layer has that adapter.
+    """
+    layers = lora_layers(model)
+    if adapter_name is not None:
+        _check_adapters(layers, (adapter_name,))
+    configs = {n: c for n, c in lora_configs(model).items() if adapter_name in (None, n)}
+    whole = [name for name, _ in _saved_modules(model, configs.values())]
+    biases = {config.bias for config in configs.values()}
+    inside = ".adapters." if adapter_name is None else f".adapters.{adapter_name}."
+
+    def wanted(key: str) -> bool:
+        owner, _, last = key.rpartition(".")
+        is_bias = last == "bias" and ("all" in biases or ("lora_only" in biases and owner in layers))
+        saved = any(owner == name or owner.startswith(f"{name}.") for name in whole)
+        return inside in f".{key}" or (not _inside_adapters(key) and (is_bias or saved))
+
+    return {key: value for key, value in model.state_dict().items() if wanted(key)}
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """How many parameters train, and how many there are."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Prints both counts of :func:`count_parameters` and their ratio."""
+    trainable, total = count_parameters(model)
+    share = 100 * trainable / max(total, 1)
+    print(f"trainable parameters: {trainable:,} of {total:,} ({share:.4f}%)")
+
+
+def _check_adapters(layers: dict[str, LoRALinear], names: Iterable[str]) -> None:
+    known = dict.fromkeys(name for layer in layers.values() for name in layer.adapters)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"adapter: expected one of {', '.join(known) or 'none'}, got {name!r}")
+
+
+def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
+    """Makes these adapters the active ones in every layer that has them, and inactive all others.
+
+    Raises:
+        ValueError: no layer has an adapter of that name.
+        RuntimeError: a layer is merged.
+    """
+    names = (names,) if isinstance(names, str) else tuple(names)
+    layers = lora_layers(model)
+    _check_adapters(layers, names)
+    for layer in layers.values():
+        layer._must_be_unmerged("choose other adapters")
+    for layer in layers.values():
+        layer.set_adapter([name for name in names if name in layer.adapters])
+
+
+@contextlib.contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside the ``with`` block ``model`` computes what its base does."""
+    with contextlib.ExitStack() as scope:
+        for layer in lora_layers(model).values():
+            scope.enter_context(layer.disable_adapters())
+        yield
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Merges every layer's active adapters into its weight; see :meth:`LoRALinear.merge`."""
+    for layer in lora_layers(model).values():
+        layer.merge()
+
+
+def unmerge_adapters(model: nn.Module) -> None:
+    """Undoes :func:`merge_adapters`, bit for bit."""
+    for layer in lora_layers(model).values():
+        layer.unmerge()
+
+
+def remove_lora(model: nn.Module, *, merge: bool = False) -> nn.Module:
+    """Puts an ``nn.Linear`` back wherever there is a :class:`LoRALinear`.
+
+    The base parameters are the original ones and stay frozen. With ``merge`` the linears carry the active
+    adapters in new weights.
+    """
+    plain: dict[int, nn.Linear] = {}
+    for parent in list(model.modules()):
+        for attribute, child in parent._modules.items():
+            if isinstance(child, LoRALinear):
+                if id(child) not in plain:
+                    plain[id(child)] = child.to_linear(merge=merge)
+                parent._modules[attribute] = plain[id(child)]
+    model.__dict__.pop(_CONFIGS, None)
+    return model
