@@ -33,7 +33,8 @@ def _narrow(width: int, itemsize: int) -> int:
 def forward_tile(rows: int, rank: int, itemsize: int) -> Tile:
     """For the pass over x that gives h and y₀."""
     block_r = padded_rank(rank)
-    block_m = 16 if rows <= 2048 and block_r <= 64 else (64 if block_r <= 64 else 32)
+    tall = 64 if block_r * itemsize <= 128 else 32
+    block_m = 16 if rows <= 2048 and block_r <= 64 else tall
     if block_r <= 32:
         return Tile(block_m, _narrow(128, itemsize), block_r)
     if block_r <= 128:
@@ -41,16 +42,26 @@ def forward_tile(rows: int, rank: int, itemsize: int) -> Tile:
     return Tile(block_m if block_r == 256 else 16, _narrow(32, itemsize), block_r, num_warps=8, num_stages=2)
 
 
-def backward_tile(rank: int, itemsize: int) -> Tile:
-    """For the passes over dY and over x: one strip of columns, the rows in steps."""
+def dy_tile(rank: int, itemsize: int) -> Tile:
+    """For the pass over dY. U's partials are written once a strip, so strips are wide."""
     block_r = padded_rank(rank)
-    if block_r <= 32:
-        return Tile(64, _narrow(128, itemsize), block_r, num_warps=4)
     if block_r <= 64:
-        return Tile(64, _narrow(128, itemsize), block_r, num_warps=8)
+        return Tile(64, _narrow(128, itemsize), block_r, num_warps=4 if block_r <= 32 else 8)
+    return _wide_rank_tile(block_r, itemsize)
+
+
+def x_tile(rank: int, itemsize: int) -> Tile:
+    """For the pass over x, which holds a tile of x and one of dX₀: half the columns of dY's."""
+    block_r = padded_rank(rank)
+    if block_r <= 64:
+        return Tile(64, _narrow(64, itemsize), block_r, num_warps=4)
+    return _wide_rank_tile(block_r, itemsize)
+
+
+def _wide_rank_tile(block_r: int, itemsize: int) -> Tile:
     if block_r <= 128:
         return Tile(32, _narrow(64, itemsize), block_r, num_warps=8, num_stages=2)
-    return Tile(32, _narrow(32, itemsize), block_r, num_warps=8, num_stages=2)
+    return Tile(32 if block_r == 256 else 16, _narrow(32, itemsize), block_r, num_warps=8, num_stages=2)
 
 
 def row_chunks(rows: int, cols: int, tile: Tile) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Tile, backward_tile, forward_tile, row_chunks
+from .config import Tile, dy_tile, forward_tile, row_chunks, x_tile
 from .dropout import signed_threshold
 from .primitives import cast, dot, keep_bytes, load_tile, store_tile, unpack
 
@@ -196,7 +196,7 @@ def x_pass_kernel(
         store_tile(da_part_ptr, da * keep_scale, cols, ranks, 1, K, K, R)
 
 
-@triton.jit(do_not_specialize=["numel", "parts"])
+@triton.jit(do_not_specialize=["parts"])
 def sum_parts_kernel(part_ptr, out_ptr, numel, parts, scale, BLOCK: tl.constexpr):
     """out = scale · Σ parts, in the order of the parts."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -312,7 +312,7 @@ def _dy_pass(
 ) -> tuple[Tensor, Tensor | None]:
     """U = s dY B (fp32 where a gate follows) and, where h is given, dB = s dYᵀ (h ⊙ g)."""
     (rows, out), rank = dy.shape, lora_b.shape[1]
-    tile = backward_tile(rank, dy.element_size())
+    tile = dy_tile(rank, dy.element_size())
     strips = triton.cdiv(out, tile.block_c)
     chunks, rows_per_chunk = row_chunks(rows, out, tile)
     u_parts = torch.empty(strips, rows, rank, dtype=torch.float32, device=dy.device)
@@ -345,7 +345,7 @@ def _x_pass(
         return None, None
     x = None if x is None else _unit_columns(x)
     (rows, rank), cols = dh.shape, lora_a.shape[1]
-    tile = backward_tile(rank, dh.element_size())
+    tile = x_tile(rank, dh.element_size())
     chunks, rows_per_chunk = row_chunks(rows, cols, tile)
     dx = dh.new_empty(rows, cols) if needs_branch else None
     da_parts = (

@@ -1,0 +1,167 @@
+"""Compiles every kernel ahead of time, with no card, and reads what the assembler made of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import dropout, lora_linear
+from .config import Tile, dy_tile, forward_tile, x_tile
+
+TARGETS = (80, 90, 100)
+RANKS = (16, 64, 128, 256, 512)
+# What a thread block may have, in bytes.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+_ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One kernel at one shape bucket: the types of its pointers, its constants and its tile."""
+
+    kernel: str
+    variant: str
+    dtype: str
+    rank: int
+    fn: Any
+    constants: dict[str, Any]
+    tile: Tile | None
+    pointers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the assembler made of a :class:`Spec` for one target."""
+
+    kernel: str
+    variant: str
+    dtype: str
+    rank: int
+    target: str
+    registers: int
+    shared: int
+    spills: int
+    mma: str
+    wide_loads: int
+    narrow_loads: int
+
+
+def specs(dtypes: tuple[str, ...] = ("bf16",), ranks: tuple[int, ...] = RANKS) -> Iterator[Spec]:
+    """Every kernel in the variant that carries most: bias and dropout, all gradients; and the gate."""
+    for dtype in dtypes:
+        for rank in ranks:
+            yield from _linear_specs(dtype, rank)
+    yield Spec(
+        "sum_parts", "", "fp32", 0, lora_linear.sum_parts_kernel, {"BLOCK": 1024}, None, {"out_ptr": "*bf16"}
+    )
+    constants = {"BLOCK_M": 16, "BLOCK_C": 128}
+    pointers = {"mask_ptr": "*u8", "seed_ptr": "*i64"}
+    yield Spec("dropout_mask", "", "u8", 0, dropout.dropout_mask_kernel, constants, None, pointers)
+
+
+def _linear_specs(dtype: str, rank: int) -> Iterator[Spec]:
+    itemsize = _ITEMSIZE[dtype]
+    element = f"*{dtype}"
+    forward = forward_tile(8192, rank, itemsize)
+    precision = {"PRECISION": "tf32"}
+    pointers = {"seed_ptr": "*i64", "mask_ptr": "*u8", "gate_ptr": "*fp32"}
+    partials = {"u_part_ptr": "*fp32", "db_part_ptr": "*fp32", "da_part_ptr": "*fp32"}
+    types = {**dict.fromkeys(_POINTERS, element), **pointers, **partials}
+    for variant, dropout_on, gate in (
+        ("plain", False, False),
+        ("dropout", True, False),
+        ("gate", False, True),
+    ):
+        flags = {"HAS_BIAS": True, "HAS_GATE": gate, "DROPOUT": dropout_on, **precision}
+        yield Spec("forward", variant, dtype, rank, lora_linear.lora_forward_kernel, flags, forward, types)
+    for variant, gate in (("plain", False), ("gate", True)):
+        flags = {"HAS_GATE": gate, "NEED_DB": True, **precision}
+        yield Spec(
+            "dy_pass", variant, dtype, rank, lora_linear.dy_pass_kernel, flags, dy_tile(rank, itemsize), types
+        )
+    for variant, dropout_on in (("plain", False), ("dropout", True)):
+        flags = {"DROPOUT": dropout_on, "NEED_DX": True, "NEED_DA": True, **precision}
+        yield Spec(
+            "x_pass", variant, dtype, rank, lora_linear.x_pass_kernel, flags, x_tile(rank, itemsize), types
+        )
+
+
+_POINTERS = ("x_ptr", "a_ptr", "b_ptr", "bias_ptr", "h_ptr", "y_ptr", "dy_ptr", "dh_ptr", "dx_ptr")
+# Rows along which the kernels read have unit stride; the launcher sees to it.
+_UNIT = ("stride_ak", "stride_br")
+_FLOATS = ("scaling", "keep_scale", "scale")
+_UNSPECIALISED = ("M", "parts", "rows", "threshold", "rows_per_chunk")
+
+
+def _source(spec: Spec) -> ASTSource:
+    """The kernel as the launcher would specialise it for sizes that are multiples of 16."""
+    constants = dict(spec.constants)
+    if spec.tile is not None:
+        tile = spec.tile
+        constants |= {"BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c, "BLOCK_R": tile.block_r}
+    signature, attrs = {}, {}
+    for i, name in enumerate(spec.fn.arg_names):
+        if name in _UNIT:
+            constants[name] = 1
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in _FLOATS:
+            signature[name] = "fp32"
+        else:
+            signature[name] = spec.pointers.get(name, "*fp32") if name.endswith("_ptr") else "i32"
+            if name not in _UNSPECIALISED:
+                attrs[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(spec.fn, signature, constexprs=constants, attrs=attrs)
+
+
+def inspect(spec: Spec, capability: int) -> Report:
+    """Compiles ``spec`` for one compute capability (80, 90, 100) and reads the machine code."""
+    options = (
+        {} if spec.tile is None else {"num_warps": spec.tile.num_warps, "num_stages": spec.tile.num_stages}
+    )
+    compiled = triton.compile(_source(spec), target=GPUTarget("cuda", capability, 32), options=options)
+    usage, sass = _disassemble(compiled.asm["cubin"])
+    loads = re.findall(r"\b(?:LDG|LDGSTS)\.E\S*", sass)
+    wide = sum(".128" in load for load in loads) + len(re.findall(r"\bUTMALDG", sass))
+    return Report(
+        kernel=spec.kernel,
+        variant=spec.variant,
+        dtype=spec.dtype,
+        rank=spec.rank,
+        target=f"sm_{capability}",
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        shared=compiled.metadata.shared,
+        spills=int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
+        mma=_mma_kind(sass),
+        wide_loads=wide,
+        narrow_loads=len(loads) - sum(".128" in load for load in loads),
+    )
+
+
+def _mma_kind(sass: str) -> str:
+    for kind in ("UTCHMMA", "UTCQMMA", "HGMMA", "HMMA"):
+        if re.search(rf"\b{kind}\b", sass):
+            return kind
+    return "-"
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """The assembler's resource report and the machine code of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _tool("cuobjdump", "--dump-resource-usage", file.name), _tool("nvdisasm", file.name)
+
+
+def _tool(name: str, *args: str) -> str:
+    return subprocess.run([_TOOLS / name, *args], check=True, capture_output=True, text=True).stdout

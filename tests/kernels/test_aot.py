@@ -1,0 +1,53 @@
+"""Every kernel compiled for each target with no card: no spill, tensor cores, wide loads."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+MMA = {"sm_80": {"HMMA"}, "sm_90": {"HGMMA", "HMMA"}, "sm_100": {"UTCHMMA", "HMMA"}}
+NO_MATMUL = {"sum_parts", "dropout_mask"}
+
+
+def _inspect(*options: str) -> list[dict]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "lora_kernels.cli", "inspect", "--json", *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def _check(row: dict) -> None:
+    name = f"{row['kernel']}/{row['variant']} {row['dtype']} rank {row['rank']} {row['target']}"
+    assert row["spills"] == 0, f"{name} spills {row['spills']} bytes"
+    assert row["shared"] <= SHARED_LIMIT[row["target"]], f"{name}: {row['shared']} bytes of shared memory"
+    if row["kernel"] not in NO_MATMUL:
+        assert row["mma"] in MMA[row["target"]], f"{name}: no tensor-core instruction ({row['mma']})"
+    if row["dtype"] == "bf16":
+        assert row["wide_loads"] > row["narrow_loads"], f"{name}: {row['narrow_loads']} narrow loads"
+
+
+@pytest.mark.parametrize("rank", [16, 64, 128, 256, 512])
+@pytest.mark.parametrize("target", ["80", "90", "100"])
+def test_half_precision(target, rank):
+    rows = _inspect("--target", target, "--rank", str(rank))
+    assert {row["kernel"] for row in rows} == {"forward", "dy_pass", "x_pass", *NO_MATMUL}
+    for row in rows:
+        _check(row)
+
+
+@pytest.mark.parametrize("target", ["80", "90", "100"])
+def test_float32_through_tf32(target):
+    for row in _inspect("--target", target, "--rank", "16", "--rank", "64", "--dtype", "fp32"):
+        _check(row)
+
+
+def test_low_ranks_use_hopper_warpgroup_matmuls():
+    rows = _inspect("--target", "90", "--rank", "16", "--rank", "64")
+    kinds = {row["mma"] for row in rows if row["kernel"] not in NO_MATMUL}
+    assert kinds == {"HGMMA"}
