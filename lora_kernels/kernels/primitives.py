@@ -25,7 +25,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 def cast(x, dtype: tl.constexpr):
     """x in another dtype, rounded to nearest. The interpreter would truncate to bfloat16."""
     if _INTERPRETING:
-        if dtype == tl.bfloat16:
+        if dtype == tl.bfloat16:  # noqa: SIM102 - both are decided when the kernel is compiled
             bits = x.to(tl.float32).to(tl.int32, bitcast=True)
             bits += 0x7FFF + ((bits >> 16) & 1)
             x = bits.to(tl.float32, bitcast=True)
