@@ -1,4 +1,5 @@
-// Implementations only: the schemas live in lora_kernels/_ops.py, so that a pure-Python install works.
+// Implementations only: the schemas live in lora_kernels/_ops.py, so that a pure-Python install
+// works.
 #include <Python.h>
 #include <torch/library.h>
 
@@ -18,7 +19,7 @@ TORCH_LIBRARY_IMPL(lora_kernels, CompositeImplicitAutograd, library) {
 
 // Importing lora_kernels._C runs the block above; the module itself is empty.
 extern "C" PyObject* PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
-                                   nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

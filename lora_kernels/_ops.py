@@ -113,7 +113,7 @@ def _define(op: str, schema: str, fake: Callable[..., object]) -> None:
     torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=_library)
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., object]] = {
     "dropout_seed": _fake_dropout_seed,
     "dropout_mask": _fake_dropout_mask,
     "lora_linear": _fake_lora_linear,

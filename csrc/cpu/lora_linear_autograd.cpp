@@ -117,11 +117,11 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     const std::array<bool, 5> asked = {needs(kX), needs(kA), needs(kB), needs(kGate),
                                        needs(kXLora)};
     const Tensor branch = rows(saved[separate ? kXLora : kX]);
-    const auto given = lora_linear_backward(
-        dy, optional(branch), optional(saved[kWeight]), saved[kA], saved[kB],
-        optional(saved[kInputs]), optional(gate_rows(saved[kGate])), optional(saved[kInputs + 1]),
-        ctx->saved_data["scaling"].toDouble(), ctx->saved_data["dropout_p"].toDouble(), separate,
-        asked);
+    const auto given =
+        lora_linear_backward(dy, optional(branch), optional(saved[kWeight]), saved[kA], saved[kB],
+                             optional(saved[kInputs]), optional(gate_rows(saved[kGate])),
+                             optional(saved[kInputs + 1]), ctx->saved_data["scaling"].toDouble(),
+                             ctx->saved_data["dropout_p"].toDouble(), separate, asked);
     constexpr Input places[] = {kX, kA, kB, kGate, kXLora};
     for (size_t i = 0, next = 0; i < asked.size(); ++i) {
       if (asked[i]) grads[places[i]] = given[next++];

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.lora_linear import grad_gate, grad_x
 from .config import Tile, dy_tile, forward_tile, row_chunks, x_tile
 from .dropout import signed_threshold
 from .primitives import cast, dot, keep_bytes, load_tile, store_tile, unpack
@@ -299,10 +300,10 @@ def lora_linear_backward(
     dy = _unit_columns(dy)
     u, db = _dy_pass(dy, lora_b, h if needs_b else None, gate, scaling)
     dh = u if gate is None else (u * gate).to(dy.dtype)
-    dgate = _grad_gate(u, h, gate) if needs_gate else None
+    dgate = grad_gate(u, h, gate) if needs_gate else None
     needs_branch = needs_x_lora or (needs_x and not separate)
     branch, da = _x_pass(x if needs_a else None, dh, lora_a, mask, dropout_p, needs_branch)
-    dx = _grad_x(dy, weight, None if separate else branch, lora_a.shape[1]) if needs_x else None
+    dx = grad_x(dy, weight, None if separate else branch, lora_a.shape[1]) if needs_x else None
     grads = (dx, da, db, dgate, branch)
     return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
 
@@ -362,14 +363,3 @@ def _x_pass(
         **_blocks(tile),
     )
     return dx, None if da_parts is None else _sum_parts(da_parts, lora_a.dtype, 1.0)
-
-
-def _grad_gate(u: Tensor, h: Tensor, gate: Tensor) -> Tensor:
-    grad = u * h
-    return (grad.sum(0) if gate.dim() == 1 else grad).to(gate.dtype)
-
-
-def _grad_x(dy: Tensor, weight: Tensor | None, branch: Tensor | None, cols: int) -> Tensor:
-    if weight is None:
-        return dy.new_zeros(dy.shape[0], cols) if branch is None else branch
-    return dy @ weight if branch is None else branch.addmm_(dy, weight)

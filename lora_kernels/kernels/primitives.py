@@ -24,11 +24,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def cast(x, dtype: tl.constexpr):
     """x in another dtype, rounded to nearest. The interpreter would truncate to bfloat16."""
-    if _INTERPRETING:
-        if dtype == tl.bfloat16:  # noqa: SIM102 - both are decided when the kernel is compiled
-            bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-            bits += 0x7FFF + ((bits >> 16) & 1)
-            x = bits.to(tl.float32, bitcast=True)
+    if _INTERPRETING and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 

@@ -55,5 +55,5 @@ def dropout_mask(seed: Tensor, rows: int, cols: int, dropout_p: float) -> Tensor
 def dropout_apply(x: Tensor, mask: Tensor, dropout_p: float) -> Tensor:
     """drop(x) = x ⊙ keep / (1 − p) for packed keep bits."""
     bits = torch.arange(8, device=mask.device, dtype=torch.uint8)
-    keep = ((mask[:, :, None] >> bits) & 1).view(x.shape[0], -1)[:, : x.shape[1]]
+    keep = ((mask[:, :, None] >> bits) & 1).view(x.shape[0], 8 * mask.shape[1])[:, : x.shape[1]]
     return torch.where(keep.bool(), x * (1.0 / (1.0 - dropout_p)), 0)

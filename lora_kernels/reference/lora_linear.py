@@ -49,7 +49,7 @@ def lora_linear(
     branch = x if x_lora is None else x_lora
     mask = x.new_empty(0, dtype=torch.uint8)
     if seed is not None:
-        mask = dropout_mask(seed, *x.shape, dropout_p)
+        mask = dropout_mask(seed, x.shape[0], x.shape[1], dropout_p)
         branch = dropout_apply(branch, mask, dropout_p)
     h = branch @ lora_a.to(x.dtype).T
     gated = h if gate is None else h * gate.to(x.dtype)
@@ -79,10 +79,10 @@ def lora_linear_backward(
     u = (dy @ b) * scaling
     dh = u if gate is None else u * gate.to(dy.dtype)
     db = _grad_b(dy, h, gate, scaling).to(lora_b.dtype) if needs[2] else None
-    dgate = _grad_gate(u, h, gate) if needs[3] else None
+    dgate = grad_gate(u, h, gate) if needs[3] else None
     branch = _grad_branch(dh, a, mask, dropout_p) if needs[0] or needs[4] else None
     da = _grad_a(dh, x, mask, dropout_p).to(lora_a.dtype) if needs[1] else None
-    dx = _grad_x(dy, weight, None if separate else branch, lora_a.shape[1]) if needs[0] else None
+    dx = grad_x(dy, weight, None if separate else branch, lora_a.shape[1]) if needs[0] else None
     grads = (dx, da, db, dgate, branch)
     return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
 
@@ -92,7 +92,8 @@ def _grad_b(dy: Tensor, h: Tensor, gate: Tensor | None, scaling: float) -> Tenso
     return (dy.T @ gated) * scaling
 
 
-def _grad_gate(u: Tensor, h: Tensor, gate: Tensor) -> Tensor:
+def grad_gate(u: Tensor, h: Tensor, gate: Tensor) -> Tensor:
+    """dg = U ⊙ h, summed over the rows where they share one gate."""
     grad = u * h
     return (grad.sum(0) if gate.dim() == 1 else grad).to(gate.dtype)
 
@@ -107,7 +108,8 @@ def _grad_a(dh: Tensor, x: Tensor, mask: Tensor | None, dropout_p: float) -> Ten
     return dh.T @ branch
 
 
-def _grad_x(dy: Tensor, weight: Tensor | None, branch: Tensor | None, cols: int) -> Tensor:
+def grad_x(dy: Tensor, weight: Tensor | None, branch: Tensor | None, cols: int) -> Tensor:
+    """dX = dY W + the branch's gradient, whichever of the two there is."""
     if weight is None:
         return dy.new_zeros(dy.shape[0], cols) if branch is None else branch
     # Accumulating into the branch's gradient spares a third tensor and one pass over it.
