@@ -20,36 +20,39 @@ _PLAIN = (Tensor, Parameter)
 _LORA_A = {"lora_linear": 2, "lora_linear_backward": 3}
 
 
-def _choose(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
+def _opaque(lead: Tensor) -> bool:
+    return torch.compiler.is_compiling() or type(lead) not in _PLAIN
+
+
+def _choose(op: str, args: tuple[Any, ...]) -> str:
     lead = args[0]
     if op not in _LORA_A:  # a mask: any backend of the device will do
-        name = _backend.resolve(lead.device.type, torch.float32, 1)
-    elif lead.shape[0] == 0:  # nothing to launch a kernel for
-        name = "reference"
-    else:
-        name = _backend.resolve(lead.device.type, lead.dtype, args[_LORA_A[op]].shape[0])
-    return _backend.implementation(name, op)
+        return _backend.resolve(lead.device.type, torch.float32, 1)
+    if lead.shape[0] == 0:  # nothing to launch a kernel for
+        return "reference"
+    return _backend.resolve(lead.device.type, lead.dtype, args[_LORA_A[op]].shape[0])
 
 
-def call(op: str, *args: Any) -> Any:
-    """Computes ``op`` of ``_ops.py`` with ``args``."""
-    if torch.compiler.is_compiling() or type(args[0]) not in _PLAIN:
+def chosen(op: str, *args: Any) -> str | None:
+    """The backend that computes ``op`` now, or ``None`` where the opaque op finds out when it runs."""
+    return None if _opaque(args[0]) else _choose(op, args)
+
+
+def call(op: str, *args: Any, backend: str | None = None) -> Any:
+    """Computes ``op`` of ``_ops.py`` with ``args``, on ``backend`` where that was chosen before."""
+    if _opaque(args[0]):
         return getattr(torch.ops.lora_kernels, op).default(*args)
-    return _choose(op, args)(*args)
+    return _backend.implementation(backend or _choose(op, args), op)(*args)
 
 
 def eager_cpp(x: Tensor, rank: int) -> bool:
     """Whether an eager call on ``x`` runs in C++, autograd included."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in _PLAIN
-        and _backend.resolve(x.device.type, x.dtype, rank) == "cpp"
-    )
+    return not _opaque(x) and _backend.resolve(x.device.type, x.dtype, rank) == "cpp"
 
 
 def draw_seed(like: Tensor) -> Tensor:
     """One int64 from torch's generator of the device of ``like``, left on that device."""
-    if torch.compiler.is_compiling() or type(like) not in _PLAIN:
+    if _opaque(like):
         return torch.ops.lora_kernels.dropout_seed.default(like)
     return _dropout_seed(like)
 
@@ -60,7 +63,7 @@ def _dropout_seed(like: Tensor) -> Tensor:
 
 def _kernel(op: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        return _choose(op, args)(*args)
+        return _backend.implementation(_choose(op, args), op)(*args)
 
     return run
 

@@ -10,6 +10,9 @@ from torch import Tensor
 from ..reference.lora_linear import composite
 from . import _dispatch
 
+_TENSORS = ("x", "weight", "lora_a", "lora_b", "bias", "gate", "x_lora")
+_OPTIONAL = frozenset({"weight", "bias", "gate", "x_lora"})
+
 
 def lora_linear(
     x: Tensor,
@@ -56,6 +59,8 @@ def lora_linear(
     _check(x, weight, lora_a, lora_b, bias, gate, x_lora, dropout_p)
     if isinstance(scaling, Tensor):
         gate, scaling = _scaling_as_gate(scaling, gate, lora_a), 1.0
+    elif not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling: expected a number or a Tensor, got {type(scaling).__name__}")
     p = dropout_p if training else 0.0
     return fused(x, weight, lora_a, lora_b, bias, gate, x_lora, scaling, p)
 
@@ -84,6 +89,10 @@ def fused(
 
 def _scaling_as_gate(scaling: Tensor, gate: Tensor | None, lora_a: Tensor) -> Tensor:
     """s as part of g, so that autograd carries its gradient from g's."""
+    if not scaling.is_floating_point():
+        raise TypeError(f"scaling: expected a floating dtype, got {scaling.dtype}")
+    if scaling.device != lora_a.device:
+        raise ValueError(f"scaling: expected device {lora_a.device} (x's), got {scaling.device}")
     if scaling.numel() != 1:
         raise ValueError(f"scaling: expected one element, got shape {tuple(scaling.shape)}")
     flat = scaling.reshape(1)
@@ -101,9 +110,7 @@ def _check(
     dropout_p: float,
 ) -> None:
     """Raises what :func:`lora_linear` promises. The usual call passes with a few comparisons."""
-    for name, value in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    _check_types((x, weight, lora_a, lora_b, bias, gate, x_lora), dropout_p)
     if lora_a.dim() != 2 or lora_b.dim() != 2:
         bad = "lora_a" if lora_a.dim() != 2 else "lora_b"
         raise ValueError(f"{bad}: expected 2 dimensions, got {(lora_a if bad == 'lora_a' else lora_b).dim()}")
@@ -122,6 +129,14 @@ def _check(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
     _check_dtypes(x, weight, lora_a, lora_b, bias, gate, x_lora)
+
+
+def _check_types(tensors: tuple[Any, ...], dropout_p: Any) -> None:
+    for name, value in zip(_TENSORS, tensors, strict=True):
+        if not isinstance(value, Tensor) and not (value is None and name in _OPTIONAL):
+            raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
 
 
 def _check_shape(name: str, value: Tensor, want: tuple[int, ...], got: Any, words: str) -> None:
@@ -181,11 +196,9 @@ class _LoRALinear(torch.autograd.Function):
         dropout_p: float,
     ) -> Tensor:
         seed = _dispatch.draw_seed(x) if dropout_p > 0.0 else None
-        y, h, mask = _dispatch.call(
-            "lora_linear",
-            *(_rows(x), weight, lora_a, lora_b, bias, _gate_rows(gate), _rows(x_lora), seed),
-            *(scaling, dropout_p),
-        )
+        inputs = (_rows(x), weight, lora_a, lora_b, bias, _gate_rows(gate), _rows(x_lora), seed)
+        ctx.backend = _dispatch.chosen("lora_linear", *inputs)
+        y, h, mask = _dispatch.call("lora_linear", *inputs, scaling, dropout_p, backend=ctx.backend)
         ctx.scaling, ctx.dropout_p, ctx.separate = scaling, dropout_p, x_lora is not None
         needs_x, needs_weight, needs_a, needs_b, _, needs_gate, needs_x_lora = ctx.needs_input_grad[:7]
         needs_mask = dropout_p > 0.0 and (needs_x or needs_a or needs_x_lora)
@@ -213,6 +226,7 @@ class _LoRALinear(torch.autograd.Function):
             "lora_linear_backward",
             *(rows, _rows(branch) if needs[2] else None, weight, lora_a, lora_b, h),
             *(_gate_rows(gate), mask, ctx.scaling, ctx.dropout_p, ctx.separate, branch_needs),
+            backend=ctx.backend,
         )
         dx, da, db, dgate, dx_lora = _spread(grads, branch_needs)
         lead = dy.shape[:-1]

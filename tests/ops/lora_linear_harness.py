@@ -1,0 +1,116 @@
+"""Runs one case through a path of ``lora_linear`` and holds it against eager PyTorch and fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_kernels import _backend, lora_linear, use_backend
+from lora_kernels.ops.lora_linear import _LoRALinear
+from lora_kernels.reference.dropout import dropout_mask
+from lora_kernels.reference.lora_linear import composite
+from lora_kernels.testing import TENSORS, LoraCase, assert_close, leaves, lora_inputs
+
+SEED = 20240607
+# The path names a backend; "cpp-function" is the Python Function over the C++ kernels, which is what
+# compiled code runs, where an eager "cpp" call is differentiated in C++.
+PATHS = ("reference", "cpp", "cpp-function", "triton")
+CPU_PATHS = PATHS[:3]
+
+
+def skip_unavailable(path, case, device):
+    backend = path.removesuffix("-function")
+    reason = _backend.unavailable(backend, device.type, case.dtype, case.rank)
+    if reason:
+        pytest.skip(f"{backend}: {reason}")
+
+
+def call(path, inputs, case):
+    with use_backend(path.removesuffix("-function")):
+        if path == "cpp-function":
+            args = [inputs[name] for name in TENSORS]
+            return _LoRALinear.apply(*args, case.scaling, case.dropout_p)
+        return lora_linear(
+            *(inputs[name] for name in ("x", "weight", "lora_a", "lora_b")),
+            case.scaling,
+            inputs["bias"],
+            dropout_p=case.dropout_p,
+            gate=inputs["gate"],
+            x_lora=inputs["x_lora"],
+        )
+
+
+def expected(inputs, case, mask):
+    """The composite on [rows, features], back in x's shape."""
+
+    def rows(name):
+        tensor = inputs[name]
+        return tensor if tensor is None or tensor.dim() == 1 else tensor.reshape(-1, tensor.shape[-1])
+
+    args = {name: rows(name) for name in TENSORS}
+    for name in ("x", "x_lora"):
+        args[name] = None if args[name] is None else args[name].reshape(case.rows, case.cols)
+    y = composite(**args, scaling=case.scaling, mask=mask, dropout_p=case.dropout_p)
+    return y.view(*case.lead, case.out)
+
+
+def mask_of_next_call(case, device, seed=SEED):
+    """The keep bits of the first call after ``manual_seed(seed)``, and that seed set again."""
+    if not case.dropout_p:
+        return None
+    torch.manual_seed(seed)
+    drawn = torch.empty(1, dtype=torch.int64, device=device).random_()
+    torch.manual_seed(seed)
+    return dropout_mask(drawn, case.rows, case.cols, case.dropout_p)
+
+
+def results(y, inputs, dy):
+    if y.requires_grad:
+        y.backward(dy)
+    return {"y": y.detach(), **{name: None if t is None else t.grad for name, t in inputs.items()}}
+
+
+def run_case(path, case, device, requires_grad=None):
+    """Checks y and every gradient of the case; returns what the path gave."""
+    skip_unavailable(path, case, device)
+    wanted = case.present() if requires_grad is None else requires_grad
+    given = lora_inputs(case, device)
+    dy = torch.randn(*case.lead, case.out, generator=torch.Generator().manual_seed(1)).to(device, case.dtype)
+    mask = mask_of_next_call(case, device)
+
+    inputs = leaves(given, wanted)
+    got = results(call(path, inputs, case), inputs, dy)
+    plain = leaves(given, wanted)
+    eager = results(expected(plain, case, mask), plain, dy)
+    wide = leaves(given, wanted, torch.float64)
+    exact = results(expected(wide, case, mask), wide, dy.double())
+    compare(got, eager, exact, inputs, case)
+    return got
+
+
+def compare(got, eager, exact, inputs, case):
+    __tracebackhide__ = True
+    assert got["y"].dtype == case.dtype
+    for name, value in got.items():
+        if exact[name] is None and value is not None and inputs[name].requires_grad:
+            # The composite has no path from x here, a zero is as true as no gradient.
+            assert case.weight == "none" and not value.any()
+            continue
+        if exact[name] is None:
+            assert value is None, f"{name} got a gradient that nothing asked for"
+            continue
+        assert value is not None, f"{name} got no gradient"
+        if name != "y":
+            assert value.dtype == inputs[name].dtype
+        assert_close(value, eager[name], exact[name], name, case.dtype)
+
+
+def case_id(case: LoraCase) -> str:
+    """What of the case differs from the default."""
+    plain = LoraCase()
+    changed = [
+        f"{field}={getattr(case, field)}"
+        for field in LoraCase.__dataclass_fields__
+        if getattr(case, field) != getattr(plain, field)
+    ]
+    return " ".join(changed).replace("torch.", "") or "default"
