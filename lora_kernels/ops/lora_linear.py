@@ -160,7 +160,8 @@ def _check_dtypes(x: Tensor, *others: Tensor | None) -> None:
 
 
 def _autocasts(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
+    kind = x.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # meta has no autocast, and asking raises
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

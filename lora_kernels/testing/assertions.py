@@ -26,7 +26,8 @@ def assert_close(
 
     ``exact`` is computed in fp64 from the same inputs, ``eager`` by plain PyTorch in the dtype under
     test; ``tiny`` is half a unit in the last place of the largest element, or of one (the order of the
-    inputs), and a few roundings of an fp32 sum of such numbers, so that an eager result that is exact by luck fails nobody.
+    inputs), and a few roundings of an fp32 sum of such numbers, so that an eager result that is exact by
+    luck fails nobody.
 
     Args:
         actual: what the code under test gave.

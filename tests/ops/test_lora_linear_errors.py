@@ -78,19 +78,19 @@ def test_device(name):
 
 @pytest.mark.parametrize("p", (-0.1, 1.0, 1.5, float("nan"), float("inf")))
 def test_dropout_out_of_range(p):
-    with pytest.raises(ValueError, match="^dropout_p: expected 0 <= dropout_p < 1, got "):
+    with pytest.raises(ValueError, match=r"^dropout_p: expected 0 <= dropout_p < 1, got "):
         lora_linear(**good(), dropout_p=p)
 
 
 @pytest.mark.parametrize("p", ("0.1", None, torch.tensor(0.1)), ids=("str", "none", "tensor"))
 def test_dropout_not_a_number(p):
-    with pytest.raises(TypeError, match="^dropout_p: expected a number, got "):
+    with pytest.raises(TypeError, match=r"^dropout_p: expected a number, got "):
         lora_linear(**good(), dropout_p=p)
 
 
 @pytest.mark.parametrize("scaling", ("2", None, [1.0]), ids=("str", "none", "list"))
 def test_scaling_not_a_number(scaling):
-    with pytest.raises(TypeError, match="^scaling: expected a number or a Tensor, got "):
+    with pytest.raises(TypeError, match=r"^scaling: expected a number or a Tensor, got "):
         lora_linear(**good(), scaling=scaling)
 
 
@@ -100,12 +100,12 @@ def test_scaling_of_two_elements():
 
 
 def test_scaling_of_another_device():
-    with pytest.raises(ValueError, match="^scaling: expected device cpu .* got meta"):
+    with pytest.raises(ValueError, match=r"^scaling: expected device cpu .* got meta"):
         lora_linear(**good(), scaling=torch.ones(1, device="meta"))
 
 
 def test_integer_scaling_tensor():
-    with pytest.raises(TypeError, match="^scaling: expected a floating dtype, got torch.int64"):
+    with pytest.raises(TypeError, match=r"^scaling: expected a floating dtype, got torch.int64"):
         lora_linear(**good(), scaling=torch.ones(1, dtype=torch.int64))
 
 

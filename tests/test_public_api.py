@@ -1,0 +1,118 @@
+"""The surface: what is exported, how it is documented, and who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import lora_kernels
+from lora_kernels import testing
+
+PACKAGE = Path(lora_kernels.__file__).parent
+# Lower layers first: a module imports from its own layer and from those before it.
+LAYERS = (
+    ("_version", "_settings"),
+    ("_extension", "_ops"),
+    ("_backend",),
+    ("reference",),
+    ("kernels",),
+    ("ops",),
+    ("adapters", "init"),
+    ("nn", "optim", "serving", "testing"),
+    ("integrations",),
+    ("demo",),
+    ("cli",),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+MODULES = sorted(p for p in PACKAGE.rglob("*.py"))
+
+
+def module_id(path):
+    return str(path.relative_to(PACKAGE))
+
+
+def test_signature_of_lora_linear():
+    given = str(inspect.signature(lora_kernels.lora_linear))
+    names = re.sub(r": [^,=)]+?(?= =|,|\))| -> .*", "", given.replace("'", "")).replace(" = ", "=")
+    assert names == (
+        "(x, weight, lora_a, lora_b, scaling=1.0, bias=None, *, dropout_p=0.0, gate=None, x_lora=None,"
+        " training=True)"
+    )
+
+
+@pytest.mark.parametrize("name", lora_kernels.__all__)
+def test_everything_exported_exists_and_is_documented(name):
+    value = getattr(lora_kernels, name)
+    if callable(value):
+        assert (inspect.getdoc(value) or "").strip(), f"{name} has no docstring"
+
+
+def test_lora_linear_docstring_starts_with_the_equation_and_names_every_argument():
+    text = inspect.getdoc(lora_kernels.lora_linear)
+    assert text.startswith("y = x Wᵀ")
+    for name in inspect.signature(lora_kernels.lora_linear).parameters:
+        assert re.search(rf"^\s+{name}: ", text, re.MULTILINE), f"{name} is not described"
+    assert "Raises:" in text and "Shapes:" in text and "Dtypes:" in text
+
+
+def test_exports_are_sorted_and_unique():
+    assert sorted(set(lora_kernels.__all__)) == sorted(lora_kernels.__all__)
+    assert set(lora_kernels.__all__) <= set(dir(lora_kernels))
+
+
+@pytest.mark.parametrize("name", testing.__all__)
+def test_testing_exports(name):
+    assert getattr(testing, name) is not None
+
+
+def test_testing_has_nothing_else():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = testing.nothing
+
+
+def layer_of(parts):
+    return parts[0] if parts else None
+
+
+def imported(path):
+    """The packages of ours that a module imports, wherever in the file it does."""
+    parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
+    package = parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            if node.module:
+                yield node.lineno, layer_of([*base, *node.module.split(".")])
+            else:
+                yield from ((node.lineno, layer_of([*base, alias.name])) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lora_kernels":
+            yield node.lineno, layer_of(node.module.split(".")[1:])
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if p.parent != PACKAGE or p.stem in LEVEL], ids=module_id
+)
+def test_imports_point_downward(path):
+    own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    for line, other in imported(path):
+        if other in LEVEL:
+            assert LEVEL[other] <= LEVEL[own], f"line {line}: {own} imports {other}"
+
+
+def test_every_package_has_a_layer():
+    packages = {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+    assert packages <= set(LEVEL)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_id)
+def test_only_settings_reads_the_environment(path):
+    if path.stem == "_settings":
+        assert "os.environ" in path.read_text(encoding="utf-8")
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in ("environ", "getenv"), f"line {node.lineno} reads the environment"

@@ -1,0 +1,119 @@
+"""``opcheck`` over every op: schema, fake kernel, autograd registration and tracing with dynamic shapes."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from lora_kernels import _backend, _extension, _ops
+from lora_kernels.testing import TENSORS, LoraCase, lora_inputs
+
+CASES = {
+    "plain": LoraCase(),
+    "dropout": LoraCase(dropout_p=0.25, bias=True),
+    "gates": LoraCase(gate="rows", dtype=torch.bfloat16, adapter_dtype=torch.float32),
+    "branch": LoraCase(weight="none", gate="rank", cols=19, dropout_p=0.5),
+    "separate": LoraCase(x_lora=True, bias=True, factors="views"),
+    "empty": LoraCase(lead=(0,), bias=True),
+}
+NEEDS = {"all": (True,) * 5, "adapters": (False, True, True, False, False), "input": (True,) + (False,) * 4}
+
+
+def seed(value=42):
+    return torch.tensor([value], dtype=torch.int64)
+
+
+def forward_args(case):
+    inputs = lora_inputs(case)
+    drawn = seed() if case.dropout_p else None
+    return (*(inputs[name] for name in TENSORS), drawn, case.scaling, case.dropout_p)
+
+
+def backward_args(case, needs):
+    args = forward_args(case)
+    x, weight, lora_a, lora_b, _, gate, x_lora = args[:7]
+    _, h, mask = _backend.implementation("reference", "lora_linear")(*args)
+    needs = [*needs[:3], needs[3] and gate is not None, needs[4] and x_lora is not None]
+    branch = x if x_lora is None else x_lora
+    tensors = (torch.randn_like(x[:, :1]).expand(-1, case.out).contiguous(), branch, weight, lora_a, lora_b)
+    rest = (h, gate, mask if case.dropout_p else None, case.scaling, case.dropout_p, x_lora is not None)
+    return (*tensors, *rest, needs)
+
+
+SAMPLES = {
+    "dropout_seed": {"cpu": (torch.ones(2, 3),)},
+    "dropout_mask": {"odd": (seed(), 5, 13, 0.3), "empty": (seed(), 0, 8, 0.3)},
+    "lora_linear": {name: forward_args(case) for name, case in CASES.items()},
+    "lora_linear_backward": {
+        f"{name}-{what}": backward_args(case, needs)
+        for name, case in CASES.items()
+        for what, needs in NEEDS.items()
+    },
+}
+TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+# A draw differs from call to call, so what compares two calls does not apply.
+RANDOM_TESTS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def params(ops, prefix=""):
+    return [
+        pytest.param(f"{prefix}{op}", args, id=f"{prefix}{op}-{name}")
+        for op in ops
+        for name, args in SAMPLES[op].items()
+    ]
+
+
+def check(op, args):
+    tests = RANDOM_TESTS if op == "dropout_seed" else TESTS
+    torch.library.opcheck(getattr(torch.ops.lora_kernels, op).default, args, test_utils=tests)
+
+
+def test_every_op_has_samples():
+    assert set(SAMPLES) == set(_ops.SCHEMAS)
+    assert set(_ops.CPP_OPS) <= set(SAMPLES)
+
+
+@pytest.mark.parametrize(("op", "args"), params(_ops.SCHEMAS))
+def test_opcheck(op, args):
+    check(op, args)
+
+
+@pytest.mark.parametrize(("op", "args"), params(_ops.CPP_OPS, "cpp_"))
+def test_opcheck_cpp(op, args):
+    if reason := _extension.load():
+        pytest.skip(f"cpp: {reason}")
+    check(op, args)
+
+
+@pytest.mark.parametrize("op", [op for op in _ops.SCHEMAS if op != "dropout_seed"])
+@pytest.mark.parametrize("backend", ("reference", "triton"))
+def test_every_backend_takes_the_arguments_of_the_schema(backend, op):
+    if backend == "triton" and (reason := _backend.triton_missing()):
+        pytest.skip(reason)
+    schema = getattr(torch.ops.lora_kernels, op).default._schema
+    function = _backend.implementation(backend, op)
+    assert list(inspect.signature(function).parameters) == [a.name for a in schema.arguments]
+    assert list(inspect.signature(_ops._FAKES[op]).parameters) == [a.name for a in schema.arguments]
+
+
+def layout(tensor):
+    return tensor.shape, tensor.dtype, tensor.stride()
+
+
+@pytest.mark.parametrize("backend", ("reference", "cpp", "triton"))
+@pytest.mark.parametrize(("op", "args"), params([op for op in _ops.SCHEMAS if op != "dropout_seed"]))
+def test_fake_kernel_tells_shape_dtype_and_strides(op, args, backend):
+    reason = _backend.unavailable(backend, "cpu", torch.float32, 4)
+    if reason:
+        pytest.skip(f"{backend}: {reason}")
+    if args[0].shape[0] == 0 and backend == "triton":
+        backend = "reference"  # where an empty batch runs: there is nothing to launch
+    real = _backend.implementation(backend, op)(*args)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
+        fake = _ops._FAKES[op](*fakes)
+    pairs = zip(*(r if isinstance(r, (tuple, list)) else (r,) for r in (real, fake)), strict=True)
+    for number, (one, other) in enumerate(pairs):
+        assert layout(one) == layout(other), f"result {number}"
