@@ -87,10 +87,10 @@ class Adapter(nn.Module):
 
     def delta(self, dtype: torch.dtype | None = None) -> Tensor:
         """ΔW = s · (B ⊙ g) A, ``[out, in]``, computed in ``dtype`` (by default the parameters')."""
-        lora_a, lora_b, scaling, gate = (
-            value.to(dtype) if isinstance(value, Tensor) and dtype else value for value in self.lower()
-        )
-        return scaling * ((lora_b if gate is None else lora_b * gate) @ lora_a)
+        lora_a, lora_b, scaling, gate = self.lower()
+        if gate is not None:
+            lora_b = lora_b.to(dtype) * gate.to(dtype)
+        return scaling * (lora_b.to(dtype) @ lora_a.to(dtype))
 
     def scaling_at(self, rank: int) -> float:
         """s: alpha/rank, or alpha/√rank for rsLoRA (Kalajdzievski, 2023, arXiv 2312.03732)."""

@@ -46,11 +46,11 @@ class SoRA(Adapter):
     def compact(self) -> LoRA:
         """The LoRA of the same ΔW that holds only the ranks with g ≠ 0 (at least one), g absorbed in A."""
         kept = self.gate.nonzero().flatten()
-        kept = kept if kept.numel() else torch.zeros_like(kept, shape=(1,))
+        kept = kept if kept.numel() else kept.new_zeros(1)
         r = kept.numel()
         config = LoRAConfig(r=r, lora_alpha=self.scaling * r, lora_dropout=self.lora_dropout)
-        like = {"device": self.lora_A.device, "dtype": self.lora_A.dtype}
-        small = LoRA(self.in_features, self.out_features, config, **like)
+        device, dtype = self.lora_A.device, self.lora_A.dtype
+        small = LoRA(self.in_features, self.out_features, config, device=device, dtype=dtype)
         small.lora_A.copy_(self.lora_A[kept] * self.gate[kept, None])
         small.lora_B.copy_(self.lora_B[:, kept])
         return small

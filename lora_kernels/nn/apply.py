@@ -101,6 +101,12 @@ def _keep_off_fast_path(module: nn.Module, args: object) -> None:
     return None
 
 
+def _drop_hook(module: nn.Module) -> None:
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is _keep_off_fast_path:
+            del module._forward_pre_hooks[key]
+
+
 def _find_sites(model: nn.Module, config: LoRAConfig) -> list[_Site]:
     """The linears that ``config`` targets.
 
@@ -120,7 +126,8 @@ def _find_sites(model: nn.Module, config: LoRAConfig) -> list[_Site]:
             parent, _, attribute = name.rpartition(".")
             site.places.append((model.get_submodule(parent), attribute))
         elif isinstance(config.target_modules, list):
-            raise ValueError(f"target_modules: {name!r} is a {type(module).__name__}, not a plain nn.Linear")
+            kind = type(module).__name__
+            raise ValueError(f"target_modules: {name!r} is of type {kind}, not a plain nn.Linear")
     if not sites:
         raise ValueError(_no_match(model, config))
     _warn_of_strays(config, [site.name for site in sites.values()])
@@ -315,6 +322,7 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> nn.Module:
             if isinstance(child, LoRALinear):
                 if id(child) not in plain:
                     plain[id(child)] = child.to_linear(merge=merge)
+                    _drop_hook(plain[id(child)])
                 parent._modules[attribute] = plain[id(child)]
     model.__dict__.pop(_CONFIGS, None)
     return model

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import ItemsView, Iterable, Iterator, ValuesView
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,16 @@ from ..adapters import Adapter, Factors, LoRAConfig, make
 from ..ops.lora_linear import fused
 
 _HALF = (torch.float16, torch.bfloat16)
+
+
+class _Adapters(nn.ModuleDict):
+    """Adapters by name."""
+
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: str) -> Adapter: ...
+        def values(self) -> ValuesView[Adapter]: ...
+        def items(self) -> ItemsView[str, Adapter]: ...
 
 
 class LoRALinear(nn.Linear):
@@ -41,11 +51,12 @@ class LoRALinear(nn.Linear):
         options: further fields of :class:`LoRAConfig`.
 
     Raises:
-        TypeError: an option of the wrong type.
+        TypeError: an option of the wrong type, or x of another dtype than W outside autocast.
         ValueError: an option out of range, or x's last dimension is not ``in_features``.
     """
 
-    adapters: nn.ModuleDict
+    adapters: _Adapters
+    _unmerged: Tensor | None
 
     def __init__(
         self,
@@ -62,8 +73,8 @@ class LoRALinear(nn.Linear):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        named = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
-        config = LoRAConfig(**named, use_rslora=use_rslora, method=method, **options)
+        options.update(lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora)
+        config = LoRAConfig(r, method=method, **options)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._start()
         self.add_adapter(adapter_name, config)
@@ -109,7 +120,7 @@ class LoRALinear(nn.Linear):
         return layer
 
     def _start(self) -> None:
-        self.adapters = nn.ModuleDict()
+        self.adapters = _Adapters()
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.enabled = True
@@ -123,21 +134,29 @@ class LoRALinear(nn.Linear):
     def reset_parameters(self) -> None:
         """Draws W and b anew, as ``nn.Linear`` does, and then every adapter."""
         super().reset_parameters()
-        for adapter in self._modules.get("adapters", {}).values():  # absent while nn.Linear builds itself
+        adapters = self._modules.get("adapters")  # absent while nn.Linear builds itself
+        for adapter in adapters.values() if isinstance(adapters, _Adapters) else ():
             adapter.reset_parameters(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """y for x ``[..., in_features]``."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"x: expected last dimension {self.in_features} (in_features), got shape {tuple(x.shape)}"
-            )
+        weight = self.weight
+        if x.shape[-1] != self.in_features or x.dtype != weight.dtype:
+            self._check_input(x)
         if self._single is None:
             return self._forward_general(x)
-        adapter = self.adapters[self._single]
+        # Inline, and past ModuleDict's lookup: at small sizes each of these microseconds shows.
+        adapter: Any = self.adapters._modules[self._single]
         lora_a, lora_b, scaling, gate = adapter.lower()
         p = adapter.lora_dropout if self.training else 0.0
-        return fused(x, self.weight, lora_a, lora_b, self.bias, gate, None, scaling, p)
+        return fused(x, weight, lora_a, lora_b, self.bias, gate, None, scaling, p)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.shape[-1] != self.in_features:
+            got = f"got shape {tuple(x.shape)}"
+            raise ValueError(f"x: expected last dimension {self.in_features} (in_features), {got}")
+        if not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x: expected {self.weight.dtype} (the weight's), got {x.dtype}")
 
     def _forward_general(self, x: Tensor) -> Tensor:
         """The cases that need more, or less, than one fused call on one adapter."""
@@ -149,12 +168,16 @@ class LoRALinear(nn.Linear):
         if not self.training or not any(adapter.lora_dropout for adapter in active):
             lora_a, lora_b, scaling, gate = stack([adapter.lower() for adapter in active])
             return fused(x, self.weight, lora_a, lora_b, self.bias, gate, None, scaling, 0.0)
-        y, weight, bias = None, self.weight, self.bias
-        for adapter in active:
-            lora_a, lora_b, scaling, gate = adapter.lower()
-            part = fused(x, weight, lora_a, lora_b, bias, gate, None, scaling, adapter.lora_dropout)
-            y, weight, bias = part if y is None else y + part, None, None
+        first, *others = active
+        y = self._call(x, first, self.weight, self.bias)
+        for adapter in others:
+            y = y + self._call(x, adapter, None, None)
         return y
+
+    def _call(self, x: Tensor, adapter: Adapter, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        lora_a, lora_b, scaling, gate = adapter.lower()
+        p = adapter.lora_dropout if self.training else 0.0
+        return fused(x, weight, lora_a, lora_b, bias, gate, None, scaling, p)
 
     def _refresh(self) -> None:
         plain = self.enabled and not self.merged and len(self.active) == 1
@@ -255,7 +278,8 @@ class LoRALinear(nn.Linear):
             return
         merged = self.merged_weight()
         base = self.weight
-        self._unmerged = base
+        # Not by attribute: a module files a Parameter as a parameter, also under the name of a buffer.
+        self._buffers["_unmerged"] = base
         self.weight = nn.Parameter(merged, requires_grad=False)
         self.merged = self.active
         self._refresh()
@@ -264,7 +288,8 @@ class LoRALinear(nn.Linear):
         """Undoes :meth:`merge`."""
         if not self.merged:
             return
-        base, self._unmerged = self._unmerged, None
+        base = self.base_weight
+        self._unmerged = None
         # A move between devices or dtypes while merged leaves a plain tensor in the buffer.
         self.weight = base if isinstance(base, nn.Parameter) else nn.Parameter(base, requires_grad=False)
         self.merged = ()
