@@ -104,9 +104,9 @@ at::Tensor dropout_mask(const at::Tensor& seed, int64_t rows, int64_t cols, doub
   return mask;
 }
 
-at::Tensor dropout_apply(const at::Tensor& x_any, const at::Tensor& mask, double p) {
-  const at::Tensor x = x_any.contiguous();
-  at::Tensor out = at::empty_like(x);
+namespace {
+
+void drop_into(at::Tensor& out, const at::Tensor& x, const at::Tensor& mask, double p) {
   switch (x.scalar_type()) {
     case at::kFloat:
       drop_all<float, uint32_t, float>(out, x, mask, p, drop_row_f32);
@@ -123,7 +123,16 @@ at::Tensor dropout_apply(const at::Tensor& x_any, const at::Tensor& mask, double
     default:
       TORCH_CHECK_TYPE(false, "x: expected a floating dtype, got ", x.scalar_type());
   }
+}
+
+}  // namespace
+
+at::Tensor dropout_apply(const at::Tensor& x, const at::Tensor& mask, double p) {
+  at::Tensor out = at::empty_like(x, at::MemoryFormat::Contiguous);
+  drop_into(out, x.contiguous(), mask, p);
   return out;
 }
+
+void dropout_apply_(at::Tensor& x, const at::Tensor& mask, double p) { drop_into(x, x, mask, p); }
 
 }  // namespace lora_kernels

@@ -10,4 +10,7 @@ at::Tensor dropout_mask(const at::Tensor& seed, int64_t rows, int64_t cols, doub
 // x * keep / (1 - p) for packed keep bits.
 at::Tensor dropout_apply(const at::Tensor& x, const at::Tensor& mask, double p);
 
+// The same in place; x is contiguous.
+void dropout_apply_(at::Tensor& x, const at::Tensor& mask, double p);
+
 }  // namespace lora_kernels

@@ -27,12 +27,24 @@ Tensor grad_gate(const Tensor& u, const Tensor& h, const Tensor& gate) {
   return (gate.dim() == 1 ? grad.sum(0) : grad).to(gate.scalar_type());
 }
 
-// Accumulates dy W into the branch's gradient where there is one: no third tensor, no extra pass.
-Tensor grad_x(const Tensor& dy, const OptTensor& weight, const OptTensor& branch, int64_t cols) {
+// The branch's part of dX: keep * (dh A) / (1 - p).
+Tensor grad_branch(const Tensor& dh, const Tensor& a, const OptTensor& mask, double p) {
+  Tensor grad = at::mm(dh, a);
+  if (has(mask)) dropout_apply_(grad, *mask, p);
+  return grad;
+}
+
+// dX = dY W + the branch's part, whichever of the two there is. The branch joins the larger product
+// by accumulation: as a rank-r update of it, or with dropout as what it is added to.
+Tensor grad_x(const Tensor& dy, const OptTensor& weight, const Tensor& dh, const Tensor& a,
+              const OptTensor& mask, double p, bool separate) {
   if (!has(weight)) {
-    return has(branch) ? *branch : at::zeros({dy.size(0), cols}, dy.options());
+    return separate ? at::zeros({dy.size(0), a.size(1)}, dy.options())
+                    : grad_branch(dh, a, mask, p);
   }
-  return has(branch) ? branch->addmm_(dy, *weight) : at::mm(dy, *weight);
+  if (!separate && has(mask)) return grad_branch(dh, a, mask, p).addmm_(dy, *weight);
+  Tensor dx = at::mm(dy, *weight);
+  return separate ? dx : dx.addmm_(dh, a);
 }
 
 }  // namespace
@@ -74,22 +86,20 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const OptTensor& x,
   const auto dtype = dy.scalar_type();
   const Tensor u = at::mm(dy, lora_b.to(dtype)).mul_(scaling);
   const Tensor dh = gated(u, gate);
-  OptTensor branch;
-  if (needs_x_lora || (needs_x && !separate)) {
-    branch = maybe_drop(at::mm(dh, lora_a.to(dtype)), mask, dropout_p);
-  }
+  const Tensor a = lora_a.to(dtype);
   std::vector<Tensor> grads;
-  if (needs_x) {
-    grads.push_back(grad_x(dy, weight, separate ? OptTensor() : branch, lora_a.size(1)));
+  Tensor db;
+  if (needs_b) {
+    // h' dY and not dY' h: the GEMM reads dY along its rows.
+    db = at::mm(gated(*h, gate).t(), dy).mul_(scaling).t().to(lora_b.scalar_type()).contiguous();
   }
+  if (needs_x) grads.push_back(grad_x(dy, weight, dh, a, mask, dropout_p, separate));
   if (needs_a) {
     grads.push_back(at::mm(dh.t(), maybe_drop(*x, mask, dropout_p)).to(lora_a.scalar_type()));
   }
-  if (needs_b) {
-    grads.push_back(at::mm(dy.t(), gated(*h, gate)).mul_(scaling).to(lora_b.scalar_type()));
-  }
+  if (needs_b) grads.push_back(db);
   if (needs_gate) grads.push_back(grad_gate(u, *h, *gate));
-  if (needs_x_lora) grads.push_back(*branch);
+  if (needs_x_lora) grads.push_back(grad_branch(dh, a, mask, dropout_p));
   return grads;
 }
 
