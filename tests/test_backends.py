@@ -63,7 +63,7 @@ def test_an_error_in_the_block_restores():
 @pytest.mark.parametrize("name", ("cuda", "", "Reference", None, 3))
 def test_unknown_name(name):
     before = active_backend()
-    with pytest.raises(ValueError, match="^backend: expected one of auto, reference, triton, cpp, got "):
+    with pytest.raises(ValueError, match=r"^backend: expected one of auto, reference, triton, cpp, got "):
         use_backend(name).__enter__()
     assert active_backend() == before
 
@@ -135,7 +135,8 @@ def test_auto_on_another_device():
 
 def test_auto_without_the_extension():
     code = "import torch, lora_kernels as lk, lora_kernels._backend as b\n"
-    code += "print(b.resolve('cpu', torch.float32, 4), lk.lora_linear(*map(torch.ones, ((2,4),(3,4),(1,4),(3,1)))))"
+    code += "args = map(torch.ones, ((2, 4), (3, 4), (1, 4), (3, 1)))\n"
+    code += "print(b.resolve('cpu', torch.float32, 4), lk.lora_linear(*args))"
     done = python(code, LORA_KERNELS_SKIP_EXTENSION="1")
     assert done.stdout.startswith("reference tensor"), done.stderr
 
