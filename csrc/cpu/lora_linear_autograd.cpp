@@ -82,12 +82,12 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
   // Of the inputs only what the gradients asked for will read.
   static void save(AutogradContext* ctx, variable_list in, const Tensor& h, const Tensor& mask,
                    double dropout_p) {
-    const auto needs = [&](Input i) { return in[i].defined() && in[i].requires_grad(); };
     int64_t needed = 0;
     for (int i = 0; i < kInputs; ++i) {
-      needed |= static_cast<int64_t>(needs(static_cast<Input>(i))) << i;
+      needed |= static_cast<int64_t>(in[i].defined() && in[i].requires_grad()) << i;
     }
     ctx->saved_data["needed"] = needed;
+    const auto needs = [needed](Input i) { return (needed >> i & 1) != 0; };
     const bool separate = in[kXLora].defined();
     const bool x_read = needs(kWeight) || (needs(kA) && !separate);
     const bool mask_read = dropout_p > 0 && (needs(kX) || needs(kA) || needs(kXLora));
