@@ -165,7 +165,7 @@ def test_two_runs_are_bitwise_equal(backend, device):
     dropout_p=st.sampled_from((0.0, 0.1, 0.6)),
 )
 def test_any_shape(path, **fields):
-    run_case(path, LoraCase(**fields), torch.device("cpu"))
+    run_case(path, LoraCase(**fields), torch.device("cpu"), ulps=2.0)
 
 
 @settings(max_examples=8, deadline=None, database=None, derandomize=True)
@@ -181,4 +181,4 @@ def test_any_shape(path, **fields):
 )
 def test_any_shape_triton(**fields):
     case = LoraCase(**fields)
-    run_case("triton", case, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    run_case("triton", case, torch.device("cuda" if torch.cuda.is_available() else "cpu"), ulps=2.0)
