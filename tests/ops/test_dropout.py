@@ -23,6 +23,11 @@ def mask_of(backend, device, *args):
     return _backend.implementation(backend, "dropout_mask")(*args)
 
 
+def fast(device):
+    """The quickest backend of the device; its bits are every backend's."""
+    return _backend.resolve(device.type, torch.float32, 1)
+
+
 def seed_tensor(value, device):
     return torch.tensor([value], dtype=torch.int64, device=device)
 
@@ -63,7 +68,7 @@ def test_keep_rate_over_ten_million(backend, p, device):
 
 @pytest.mark.parametrize("p", RATES)
 def test_keep_rate_of_every_column_in_a_byte(p, device):
-    bits = keep_bits(mask_of("cpp", device, seed_tensor(5, device), 2000, 4000, p), 4000)
+    bits = keep_bits(mask_of(fast(device), device, seed_tensor(5, device), 2000, 4000, p), 4000)
     for column, kept in enumerate(bits.view(-1, 8).sum(0, dtype=torch.float64).tolist()):
         assert 0 <= column < 8
         within_four_sigma(kept, bits.numel() // 8, 1 - p)
@@ -73,7 +78,7 @@ def test_keep_rate_of_every_column_in_a_byte(p, device):
 @pytest.mark.parametrize("apart", ((0, 1), (0, 2), (0, 7), (0, 8), (1, 0), (1, 1), (16, 0)), ids=str)
 def test_neighbours_are_independent(apart, p, device):
     down, right = apart
-    bits = keep_bits(mask_of("cpp", device, seed_tensor(9, device), 1000, 2000, p), 2000).bool()
+    bits = keep_bits(mask_of(fast(device), device, seed_tensor(9, device), 1000, 2000, p), 2000).bool()
     one = bits[: bits.shape[0] - down, : bits.shape[1] - right]
     other = bits[down:, right:]
     within_four_sigma((one & other).sum().item(), one.numel(), (1 - p) ** 2)
@@ -81,7 +86,7 @@ def test_neighbours_are_independent(apart, p, device):
 
 
 def test_every_pair_of_columns_in_a_byte_is_independent(device):
-    bits = keep_bits(mask_of("cpp", device, seed_tensor(3, device), 1000, 2000, 0.3), 2000).view(-1, 8)
+    bits = keep_bits(mask_of(fast(device), device, seed_tensor(3, device), 1000, 2000, 0.3), 2000).view(-1, 8)
     together = bits.double().T @ bits.double()
     for i in range(8):
         for j in range(i):
@@ -89,7 +94,7 @@ def test_every_pair_of_columns_in_a_byte_is_independent(device):
 
 
 def test_other_seeds_are_independent(device):
-    one, other = (mask_of("cpp", device, seed_tensor(s, device), 1000, 2000, 0.4) for s in (0, 1))
+    one, other = (mask_of(fast(device), device, seed_tensor(s, device), 1000, 2000, 0.4) for s in (0, 1))
     both = (keep_bits(one, 2000) * keep_bits(other, 2000)).sum(dtype=torch.float64).item()
     within_four_sigma(both, 2_000_000, 0.36)
 
@@ -122,9 +127,11 @@ def test_all_paths_drop_the_same_elements(device):
     inputs.update(lora_a=eye, lora_b=eye, x=torch.ones(5, 19, device=device))
     kept = []
     for path in (*CPU_PATHS, "triton"):
+        if _backend.unavailable(path.removesuffix("-function"), device.type, torch.float32, 19):
+            continue
         torch.manual_seed(11)
         kept.append(call(path, inputs, case) != 0)
-    assert kept[0].any() and not kept[0].all()
+    assert len(kept) > 1 and kept[0].any() and not kept[0].all()
     assert all(torch.equal(kept[0], other) for other in kept[1:])
 
 

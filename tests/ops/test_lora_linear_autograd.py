@@ -192,10 +192,10 @@ def test_gradgradcheck(path, case):
 
 @pytest.mark.parametrize("case", CHECKED, ids=range(len(CHECKED)))
 @pytest.mark.parametrize("path", PATHS)
-def test_double_backward_equals_the_composite(path, case):
+def test_double_backward_equals_the_composite(path, case, device):
     case = replace(case, dtype=torch.float32)
     names = case.present()
-    given, mask = lora_inputs(case), mask_of_next_call(case, "cpu")
+    given, mask = lora_inputs(case, device), mask_of_next_call(case, device)
     inputs, wide = leaves(given, names), leaves(given, names, torch.float64)
     torch.manual_seed(SEED)
     for y, tensors in ((call(path, inputs, case), inputs), (expected(wide, case, mask), wide)):
