@@ -133,3 +133,8 @@ def implementation(backend: str, op: str) -> Callable[..., Any]:
     package = {"reference": "reference", "triton": "kernels"}[backend]
     stem = "dropout" if op.startswith("dropout") else op.removesuffix("_backward")
     return getattr(importlib.import_module(f"{__package__}.{package}.{stem}"), op)
+
+
+def automatic(device_type: str) -> str:
+    """What ``auto`` picks on a device for float32 tensors and a common rank."""
+    return _resolve("auto", device_type, torch.float32, 8)

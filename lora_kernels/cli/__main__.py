@@ -1,0 +1,7 @@
+"""``python -m lora_kernels.cli``."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

@@ -1,0 +1,168 @@
+"""One line that makes a live PEFT model use the fused LoRA linear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from ..ops.lora_linear import fused
+
+_DROPOUTS = (nn.Identity, nn.Dropout)
+
+
+@dataclass
+class Report:
+    """Which layers :func:`accelerate` took over, and which stay PEFT's with the reason."""
+
+    accelerated: list[str] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"lora-kernels: {len(self.accelerated)} LoRA layers fused, {len(self.skipped)} left to PEFT"]
+        return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.skipped])
+
+
+class FusedLoraLinear(PeftLinear):
+    """PEFT's LoRA ``Linear`` with another forward; everything else, state included, is PEFT's.
+
+    y = x Wᵀ + b + Σ_i s_i · (drop_i(x) A_iᵀ) B_iᵀ over the active adapters i. Calls that the fused op does
+    not cover (mixed batches, merged, disabled, a layer changed since) go to PEFT's own forward.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y, or PEFT's forward where this call is none of ours."""
+        if args or kwargs or self.disable_adapters or self.merged or _unsupported_now(self):
+            return super().forward(x, *args, **kwargs)
+        names = [name for name in self.active_adapters if name in self._modules["lora_A"]._modules]
+        base = self._modules["base_layer"]
+        if not names or (x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type)):
+            return super().forward(x)
+        if len(names) > 1 and not any(_dropout(self, name) for name in names):
+            return fused(x, base.weight, *_stacked(self, names, base.bias))
+        y = _branch(self, names[0], x, base.weight, base.bias)
+        for name in names[1:]:
+            y = y + _branch(self, name, x, None, None)
+        return y
+
+
+def _dropout(layer: PeftLinear, name: str) -> float:
+    module = layer._modules["lora_dropout"]._modules[name]
+    return module.p if module.training and isinstance(module, nn.Dropout) else 0.0
+
+
+def _branch(layer: PeftLinear, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    lora_a = layer._modules["lora_A"]._modules[name].weight
+    lora_b = layer._modules["lora_B"]._modules[name].weight
+    return fused(x, weight, lora_a, lora_b, bias, None, None, layer.scaling[name], _dropout(layer, name))
+
+
+def _stacked(layer: PeftLinear, names: list[str], bias: Tensor | None) -> tuple[Any, ...]:
+    """The arguments of one call for several adapters: ranks side by side, their scales in the gate."""
+    lora_a = torch.cat([layer.lora_A[name].weight for name in names])
+    lora_b = torch.cat([layer.lora_B[name].weight for name in names], 1)
+    gates = [lora_a.new_full((layer.lora_A[name].weight.shape[0],), layer.scaling[name]) for name in names]
+    return lora_a, lora_b, bias, torch.cat(gates), None, 1.0, 0.0
+
+
+def _unsupported_now(layer: PeftLinear) -> bool:
+    """What may change after :func:`accelerate`: a variant of an active adapter, hooks on inner modules."""
+    modules = layer._modules
+    variants = layer.lora_variant
+    for name in layer.active_adapters:
+        if name in variants or type(modules["lora_dropout"]._modules.get(name, _IDENTITY)) not in _DROPOUTS:
+            return True
+        for part in ("lora_A", "lora_B"):
+            module = modules[part]._modules.get(name)
+            if module is not None and (_hooked(module) or module.bias is not None):
+                return True
+    return _hooked(modules["base_layer"])
+
+
+_IDENTITY = nn.Identity()
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _why_not(layer: nn.Module) -> str | None:
+    """Why ``layer`` stays PEFT's, or ``None``."""
+    if type(layer) is FusedLoraLinear:
+        return None
+    if type(layer) is not PeftLinear:
+        return f"{type(layer).__module__}.{type(layer).__name__} is not PEFT's LoRA Linear"
+    base = layer.base_layer
+    if type(base) is not nn.Linear:
+        return f"its base layer is a {type(base).__name__}, not nn.Linear"
+    if not base.weight.is_floating_point():
+        return f"its base weight is {base.weight.dtype}"
+    if layer.fan_in_fan_out:
+        return "fan_in_fan_out is set"
+    if "forward" in vars(layer):
+        return "its forward was replaced"
+    return _why_not_adapters(layer)
+
+
+def _why_not_adapters(layer: PeftLinear) -> str | None:
+    for name in layer.active_adapters:
+        if name in layer.lora_variant:
+            return f"adapter {name!r} uses {type(layer.lora_variant[name]).__name__}"
+        if name in layer.lora_B and layer.lora_B[name].bias is not None:
+            return f"adapter {name!r} has lora_bias"
+    return "it has forward or backward hooks inside" if _unsupported_now(layer) else None
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Makes the LoRA ``Linear`` layers of a PEFT model compute with the fused op, in place.
+
+    PEFT's API goes on working (``set_adapter``, ``disable_adapter``, ``merge_and_unload``,
+    ``save_pretrained``), and so do pickling and copying. :func:`decelerate` reverses it.
+
+    Args:
+        model: a model of ``get_peft_model``, or any module that holds PEFT LoRA layers.
+
+    Returns:
+        Which layers are fused and, for the others, why not.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: it holds no LoRA layer of PEFT.
+    """
+    report = Report()
+    for name, layer in _lora_layers(model):
+        reason = _why_not(layer)
+        if reason is None:
+            layer.__class__ = FusedLoraLinear
+            report.accelerated.append(name)
+        else:
+            report.skipped.append((name, reason))
+    return report
+
+
+def decelerate(model: nn.Module) -> int:
+    """Gives every layer back to PEFT; returns how many there were."""
+    layers = [layer for _, layer in _lora_layers(model) if type(layer) is FusedLoraLinear]
+    for layer in layers:
+        layer.__class__ = PeftLinear
+    return len(layers)
+
+
+def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    if not layers:
+        raise ValueError(
+            f"model: expected a model with PEFT LoRA layers, got {type(model).__name__} with none"
+        )
+    return layers
