@@ -1,0 +1,1 @@
+"""Benchmarks of lora-kernels; ``python -m benchmarks`` runs them. See ``benchmarks/README.md``."""

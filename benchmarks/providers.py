@@ -1,0 +1,319 @@
+"""Who is measured: every implementation of one LoRA linear, built on the same tensors.
+
+    y = x Wᵀ + s · drop(x) Aᵀ Bᵀ        W frozen; gradients to x, A and B
+
+A provider that cannot run says why; one that runs is checked before it is timed (``checks.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_kernels import lora_linear, use_backend
+from lora_kernels._backend import unavailable
+
+SCALING = 2.0
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of the benchmark: sizes, dtype and dropout."""
+
+    rows: int
+    cols: int
+    out: int
+    rank: int = 16
+    dtype: torch.dtype = torch.float32
+    dropout_p: float = 0.0
+    device: str = "cpu"
+
+    @property
+    def shape(self) -> str:
+        return f"{self.rows}x{self.cols}x{self.out}"
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def label(self) -> str:
+        return f"{self.shape}/{self.dtype_name}/r{self.rank}/p{self.dropout_p:g}"
+
+    def without_dropout(self) -> Case:
+        return replace(self, dropout_p=0.0)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The tensors of a case, which all providers share. x and dy stand for a layer's activations."""
+
+    case: Case
+    x: Tensor
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    dy: Tensor
+
+    def factors(self, dtype: torch.dtype | None = None) -> tuple[nn.Parameter, nn.Parameter]:
+        dtype = dtype or self.case.dtype
+        copies = (t.detach().clone().to(dtype) for t in (self.lora_a, self.lora_b))
+        a, b = (nn.Parameter(t) for t in copies)
+        return a, b
+
+    def linear(self) -> nn.Linear:
+        linear = nn.Linear(self.case.cols, self.case.out, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.weight, requires_grad=False)
+        return linear
+
+
+def make_problem(case: Case, seed: int = 0) -> Problem:
+    """Random tensors of the sizes that a trained layer has: y and both of its terms are of order one."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator).mul_(scale).to(case.device, case.dtype)
+
+    return Problem(
+        case,
+        normal(case.rows, case.cols).requires_grad_(),
+        normal(case.out, case.cols, scale=case.cols**-0.5),
+        normal(case.rank, case.cols, scale=case.cols**-0.5),
+        normal(case.out, case.rank, scale=case.rank**-0.5),
+        normal(case.rows, case.out),
+    )
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A provider on one problem: ``call(x)`` is y; ``factors`` are its A and B, none if it has none."""
+
+    call: Callable[[Tensor], Tensor]
+    factors: tuple[Tensor, ...] = ()
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+def _never(case: Case, mode: str) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An implementation: how to build it, and why not where it cannot run."""
+
+    name: str
+    build: Callable[[Problem], Runner]
+    missing: Callable[[Case, str], str | None] = _never
+
+
+def _frozen(problem: Problem) -> Runner:
+    return Runner(problem.linear())
+
+
+def _eager(problem: Problem) -> Runner:
+    a, b = problem.factors()
+    weight, p = problem.weight, problem.case.dropout_p
+
+    def call(x: Tensor) -> Tensor:
+        return F.linear(x, weight) + F.linear(F.linear(F.dropout(x, p, p > 0), a), b) * SCALING
+
+    return Runner(call, (a, b))
+
+
+def _peft_layer(problem: Problem, dtype: torch.dtype | None = None) -> nn.Module:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    case = problem.case
+    config = LoraConfig(
+        r=case.rank,
+        lora_alpha=int(SCALING * case.rank),
+        lora_dropout=case.dropout_p,
+        target_modules=["linear"],
+    )
+    layer = inject_adapter_in_model(config, nn.ModuleDict({"linear": problem.linear()})).linear
+    layer.lora_A.default.weight, layer.lora_B.default.weight = problem.factors(dtype)
+    # PEFT made its own on the base layer's device; the dropout is all that is left of them.
+    return layer.train()
+
+
+def _peft_factors(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    return layer.lora_A.default.weight, layer.lora_B.default.weight
+
+
+def _peft(problem: Problem) -> Runner:
+    layer = _peft_layer(problem)
+    return Runner(layer, _peft_factors(layer))
+
+
+def _peft_fp32(problem: Problem) -> Runner:
+    """What PEFT makes of a half-precision model: fp32 adapters, under autocast."""
+    layer = _peft_layer(problem, torch.float32)
+    device, dtype = problem.case.device, problem.case.dtype
+
+    def call(x: Tensor) -> Tensor:
+        with torch.autocast(device, dtype):
+            return layer(x)
+
+    return Runner(call, _peft_factors(layer))
+
+
+def _peft_compiled(problem: Problem) -> Runner:
+    # A backward pass that is timed more than once keeps its buffers.
+    importlib.import_module("torch._functorch.config").donated_buffer = False
+    torch._dynamo.reset()
+    layer = _peft_layer(problem)
+    return Runner(torch.compile(layer, dynamic=False), _peft_factors(layer))
+
+
+class _ByteMaskDropout(nn.Module):
+    """``nn.Dropout`` with the kernel that it runs on CUDA, which saves one byte an element."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.native_dropout(x, self.p, True)[0]
+
+
+def _peft_byte_mask(problem: Problem) -> Runner:
+    layer = _peft_layer(problem)
+    layer.lora_dropout["default"] = _ByteMaskDropout(problem.case.dropout_p)
+    return Runner(layer, _peft_factors(layer))
+
+
+class _RecomputingFunction(torch.autograd.Function):
+    """One Function a layer that accumulates in place and recomputes x Aᵀ in its backward pass.
+
+    The scheme that Unsloth popularised, in code of our own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, a, b)
+        return (x @ weight.T).addmm_(x @ a.T, b.T, alpha=SCALING)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b = ctx.saved_tensors
+        dh = (dy @ b).mul_(SCALING)
+        db = (dy.T @ (x @ a.T)).mul_(SCALING)
+        return (dy @ weight).addmm_(dh, a), None, dh.T @ x, db
+
+
+def _recomputing(problem: Problem) -> Runner:
+    a, b = problem.factors()
+    weight = problem.weight
+    return Runner(lambda x: _RecomputingFunction.apply(x, weight, a, b), (a, b))
+
+
+def _ours(backend: str, dtype: torch.dtype | None = None) -> Callable[[Problem], Runner]:
+    def build(problem: Problem) -> Runner:
+        a, b = problem.factors(dtype)
+        weight, p = problem.weight, problem.case.dropout_p
+        return Runner(
+            lambda x: lora_linear(x, weight, a, b, SCALING, dropout_p=p),
+            (a, b),
+            lambda: use_backend(backend),
+        )
+
+    return build
+
+
+def _ours_module(problem: Problem) -> Runner:
+    from lora_kernels.nn import LoRALinear
+
+    case = problem.case
+    options = {"r": case.rank, "lora_alpha": SCALING * case.rank, "lora_dropout": case.dropout_p}
+    layer = LoRALinear.from_linear(problem.linear(), **options).to(case.device, case.dtype).train()
+    named = dict(layer.named_parameters())
+    factors = tuple(_only(named, letter) for letter in ("lora_A", "lora_B"))
+    with torch.no_grad():
+        for parameter, value in zip(factors, (problem.lora_a, problem.lora_b), strict=True):
+            parameter.copy_(value)
+    return Runner(layer, factors)
+
+
+def _only(named: dict[str, nn.Parameter], part: str) -> nn.Parameter:
+    found = [parameter for name, parameter in named.items() if part in name]
+    if len(found) != 1:
+        raise RuntimeError(f"expected one parameter with {part} in its name, got {sorted(named)}")
+    return found[0]
+
+
+def _ours_in_peft(problem: Problem) -> Runner:
+    from lora_kernels.integrations.peft import accelerate
+
+    layer = _peft_layer(problem)
+    accelerate(nn.ModuleDict({"linear": layer}))
+    return Runner(layer, _peft_factors(layer))
+
+
+def _needs(module: str) -> Callable[[Case, str], str | None]:
+    def missing(case: Case, mode: str) -> str | None:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            return f"{module} does not import: {error}"
+        return None
+
+    return missing
+
+
+def _first(*checks: Callable[[Case, str], str | None]) -> Callable[[Case, str], str | None]:
+    return lambda case, mode: next((why for check in checks if (why := check(case, mode))), None)
+
+
+def _half_only(case: Case, mode: str) -> str | None:
+    return (
+        None if case.dtype in HALF else "fp32 adapters differ from the others only on a half-precision base"
+    )
+
+
+def _no_dropout(case: Case, mode: str) -> str | None:
+    return "its in-place path has no dropout" if case.dropout_p else None
+
+
+def _bytes_only(case: Case, mode: str) -> str | None:
+    if mode != "saved_bytes" or case.device != "cpu" or not case.dropout_p:
+        return "only for the bytes that PEFT's dropout saves on CUDA, counted on a CPU"
+    return None
+
+
+def _backend_missing(backend: str) -> Callable[[Case, str], str | None]:
+    def missing(case: Case, mode: str) -> str | None:
+        if backend == "triton" and case.device == "cpu":
+            return "its kernels are not timed in Triton's interpreter"
+        return unavailable(backend, case.device, case.dtype, case.rank)
+
+    return missing
+
+
+_PEFT = _needs("peft")
+FROZEN, PEFT = "frozen", "peft"
+
+# A further Triton strategy joins here under its own name: ours_triton_<strategy>.
+PROVIDERS = (
+    Provider(FROZEN, _frozen),
+    Provider("eager", _eager),
+    Provider(PEFT, _peft, _PEFT),
+    Provider("peft_fp32_adapters", _peft_fp32, _first(_PEFT, _half_only)),
+    Provider("peft_byte_mask", _peft_byte_mask, _first(_PEFT, _bytes_only)),
+    Provider("peft_compiled", _peft_compiled, _PEFT),
+    Provider("recomputing_function", _recomputing, _no_dropout),
+    Provider("ours_reference", _ours("reference"), _backend_missing("reference")),
+    Provider("ours_cpp", _ours("cpp"), _backend_missing("cpp")),
+    Provider("ours_triton_beta", _ours("triton"), _backend_missing("triton")),
+    Provider("ours_fp32_adapters", _ours("auto", torch.float32), _half_only),
+    Provider("ours_module", _ours_module, _needs("lora_kernels.nn")),
+    Provider("ours_in_peft", _ours_in_peft, _first(_PEFT, _needs("lora_kernels.integrations.peft"))),
+)

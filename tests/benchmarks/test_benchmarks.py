@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("peft")
+
+from benchmarks import __main__ as command
+from benchmarks import report
+from benchmarks.bench_lora_linear import Bench, Plan, Row, plans, saved_bytes
+from benchmarks.checks import check
+from benchmarks.providers import FROZEN, PEFT, PROVIDERS, SCALING, Case, Provider, Runner, make_problem
+from lora_kernels.testing.timers import Summary
+
+BY_NAME = {provider.name: provider for provider in PROVIDERS}
+SMALL = Case(16, 32, 24, rank=4)
+DROPPED = replace(SMALL, dropout_p=0.25)
+HALF = replace(SMALL, dtype=torch.bfloat16)
+# Compiling takes longer than all the other tests here; one test of its own does it.
+EAGER = [name for name in BY_NAME if name != "peft_compiled"]
+UNDER = report.Conditions("cpu", "t", "t", "p", "c", "python -m benchmarks", "2000-01-01", 1, 2)
+
+
+def composite(scaling=SCALING, drop=lambda x, p: F.dropout(x, p, p > 0)):
+    """The equation with a scaling and a dropout that may be wrong."""
+
+    def build(problem):
+        a, b = problem.factors()
+        p = problem.case.dropout_p
+        return Runner(lambda x: x @ problem.weight.T + drop(x, p) @ a.T @ b.T * scaling, (a, b))
+
+    return Provider("suspect", build)
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * 1.01
+
+
+@pytest.mark.parametrize("case", [SMALL, DROPPED, HALF], ids=lambda case: case.label)
+@pytest.mark.parametrize("name", EAGER)
+def test_every_provider_that_is_here_is_right(name, case):
+    provider = BY_NAME[name]
+    if why := provider.missing(case, "both"):
+        pytest.skip(why)
+    assert check(provider, case) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [SMALL, DROPPED], ids=lambda case: case.label)
+def test_compiled_peft_is_right(case):
+    assert check(BY_NAME["peft_compiled"], case) is None
+
+
+@pytest.mark.parametrize(
+    ("provider", "case", "why"),
+    [
+        (composite(scaling=SCALING * 1.01), SMALL, "y is off"),
+        (composite(drop=lambda x, p: _WrongGradient.apply(x)), SMALL, "dx is off"),
+        (composite(drop=lambda x, p: x / 0), SMALL, "y is not finite"),
+        (composite(drop=lambda x, p: F.dropout(x, p / 2, p > 0)), DROPPED, "dropout keeps"),
+        (composite(drop=lambda x, p: F.dropout(x, p, p > 0) * (1 - p)), DROPPED, "y is off"),
+    ],
+    ids=["scaling", "gradient", "nan", "keep rate", "no rescaling"],
+)
+def test_a_wrong_provider_is_found_out(provider, case, why):
+    assert why in check(provider, case)
+
+
+def test_a_mask_that_differs_in_backward_is_found_out():
+    class Redrawn(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, p):
+            ctx.p = p
+            return F.dropout(x, p, p > 0)
+
+        @staticmethod
+        def backward(ctx, dy):
+            return F.dropout(dy, ctx.p, ctx.p > 0), None
+
+    assert "dx is off" in check(composite(drop=Redrawn.apply), DROPPED)
+
+
+def test_wrong_and_failing_providers_are_not_reported():
+    def fails(problem):
+        raise RuntimeError("no such kernel\nand more")
+
+    wrong = composite(scaling=1.0)
+    providers = (BY_NAME[FROZEN], BY_NAME[PEFT], wrong, Provider("failing", fails))
+    bench = Bench(2, lambda plan, name: True, providers)
+    bench.run(Plan(SMALL, "both"))
+    assert {row.provider for row in bench.results.rows} == {FROZEN, PEFT}
+    assert ("failing", "RuntimeError: no such kernel") in bench.results.wrong
+    assert "y is off" in "".join(why for _, why in bench.results.wrong)
+    text = report.markdown(bench.results, UNDER)
+    assert "Refused" in text and "no such kernel" in text
+
+
+def test_a_missing_provider_is_listed_with_its_reason():
+    bench = Bench(1, lambda plan, name: True, (Provider("absent", None, lambda case, mode: "not here"),))
+    bench.run(Plan(SMALL, "forward"))
+    assert "- `absent`: not here" in report.markdown(bench.results, UNDER)
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward", "both"])
+def test_each_mode_times_every_provider_in_every_round(mode):
+    bench = Bench(3, lambda plan, name: name == "ours_cpp")
+    bench.run(Plan(SMALL, mode))
+    rows = {row.provider: row for row in bench.results.rows}
+    assert {FROZEN, PEFT} <= set(rows) <= {FROZEN, PEFT, "ours_cpp"}
+    assert rows[FROZEN].ratio_frozen == 1.0 and rows[PEFT].ratio_peft == 1.0
+    assert all(0 < row.time.p20 <= row.time.median <= row.time.p80 for row in rows.values())
+
+
+def saved(name, case):
+    problem = make_problem(case)
+    return saved_bytes(BY_NAME[name].build(problem), problem)
+
+
+def test_saved_bytes_of_known_layers():
+    m, k, r = SMALL.rows, SMALL.cols, SMALL.rank
+    assert saved(FROZEN, HALF) == 0  # its weight is a parameter
+    assert saved(PEFT, HALF) == 2 * (m * k + m * r)  # x for dA, h for dB
+    assert saved("recomputing_function", HALF) == 2 * m * k
+
+
+def test_saved_bytes_of_dropout():
+    case = replace(HALF, dropout_p=0.1)
+    m, k, r = case.rows, case.cols, case.rank
+    assert saved("peft_byte_mask", case) == 2 * m * k + m * k + 2 * m * r
+    assert saved("ours_reference", case) == 2 * m * k + m * k // 8 + 2 * m * r
+
+
+def test_saved_bytes_counts_a_storage_once():
+    def build(problem):
+        return Runner(lambda x: (x[:8] * problem.dy[:8, :1]) + (x[8:] * problem.dy[8:, 1:2]))
+
+    problem = make_problem(SMALL)
+    assert saved_bytes(build(problem), problem) == problem.dy.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_plans_hold_the_shapes_of_the_goals(device):
+    labels = {plan.label for plan in plans(device, quick=False)}
+    assert len(labels) == len(plans(device, quick=False))
+    if device == "cpu":
+        for goal in report.GOALS:
+            assert any(
+                f"/{goal.shape}/" in x and f"/p{goal.dropout:g}/" in x and x.endswith(f"/{goal.mode}")
+                for x in labels
+            )
+    else:
+        assert any("8192x4096x4096/bfloat16/r64/p0.1/peak_memory" in x for x in labels)
+
+
+def test_goals_are_judged_on_their_own_row():
+    goal = report.GOALS[0]
+    plan = Plan(Case(512, 2048, 2048), "both")
+    time = Summary(1.0, 1.0, 1.0)
+    rows = [Row("ours_module", plan, time, None, 1.04, 0.9), Row(PEFT, plan, time, None, 1.2, 1.0)]
+    assert report.reached(goal, rows) == 1.04
+    assert report.reached(goal, rows[1:]) is None
+    other = [replace(rows[0], plan=Plan(Case(64, 64, 64), "both"))]
+    assert report.reached(goal, other) is None
+
+
+def test_command_writes_csv_table_and_plot(tmp_path, capsys):
+    arguments = ["--quick", "--device", "cpu", "--repeats", "2", "--output", str(tmp_path)]
+    assert command.main([*arguments, "--filter", "x64/.*/(overhead|both)/ours_cpp"]) == 0
+    with (tmp_path / "cpu.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == report.COLUMNS
+    assert {row["provider"] for row in rows} >= {FROZEN, PEFT}
+    assert {row["mode"] for row in rows} == {"both", "overhead"}
+    assert all(float(row["median_us"]) > 0 and float(row["ratio_peft"]) > 0 for row in rows)
+    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+    table = (tmp_path / "cpu.md").read_text()
+    assert "**1x64x64, float32, r=16, dropout 0**" in table
+    assert table == capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--filter", "["], "--filter: expected a regular expression"),
+        (["--filter", "no such benchmark"], "--filter: expected a match"),
+        (["--repeats", "0"], "--repeats: expected at least 1"),
+        (["--threads", "-1"], "--threads: expected at least 1"),
+    ],
+)
+def test_bad_arguments_end_with_a_message(arguments, message, capsys):
+    assert command.main(["--device", "cpu", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_bar_where_nobody_watches():
+    stream = io.StringIO()
+    with report.progress(3, stream) as advance:
+        advance("text", 1)
+    assert stream.getvalue() == ""
