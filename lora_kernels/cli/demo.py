@@ -43,7 +43,7 @@ def _run(args: argparse.Namespace) -> int:
     from ..demo import data, model, report, train
 
     path = args.model or model.bundled_model()
-    sizes = (96, 48) if args.quick else (1280, 600)
+    sizes = (96, 48) if args.quick else (1024, 600)
     tasks = [data.from_jsonl(args.data)] if args.data else data.standard_library(*sizes)
     tokenizer = AutoTokenizer.from_pretrained(path)
     output = Path(args.output)

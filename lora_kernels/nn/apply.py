@@ -58,6 +58,17 @@ def apply_lora(model: nn.Module, config: LoRAConfig, adapter_name: str = "defaul
     return model
 
 
+def planned_adapters(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str, Adapter]:
+    """The adapters that :func:`apply_lora` would add, by layer; the model stays as it is.
+
+    Raises:
+        TypeError: a wrong type.
+        ValueError: as :func:`apply_lora`.
+    """
+    _check_types(model, config)
+    return {site.name: _prepare(site, config, adapter_name)[1] for site in _find_sites(model, config)}
+
+
 def lora_configs(model: nn.Module) -> dict[str, LoRAConfig]:
     """The config of each adapter that :func:`apply_lora` put on ``model``, by name."""
     return dict(vars(model).get(_CONFIGS, {}))

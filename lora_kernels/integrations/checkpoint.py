@@ -1,0 +1,231 @@
+"""Adapters on disk in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Methods that are plain A and B (`lora`, `lora_fa`, `dylora`) are written so that PEFT reads them. Others
+carry a peft_type that PEFT refuses, since it would load only half of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .._version import __version__
+from ..adapters import LoRAConfig
+from ..nn.apply import apply_lora, lora_configs, lora_state_dict, planned_adapters
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_PLAIN_METHODS = ("lora", "lora_fa", "dylora")
+_OWN_TYPE = "LORA_KERNELS"
+_FIELDS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "lora_dropout",
+    "bias",
+    "use_rslora",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+)
+# Initialisers that leave the base weight alone: what they drew is in the checkpoint anyway.
+_HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")
+# Options of PEFT that change the function computed; a checkpoint that sets one is refused.
+_REFUSED = (
+    "use_dora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "layers_to_transform",
+    "layers_pattern",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "use_bdlora",
+    "arrow_config",
+    "megatron_config",
+)
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Writes one adapter of ``model`` so that ``PeftModel.from_pretrained`` or :func:`load_adapter` reads it.
+
+    Args:
+        model: a model that :func:`apply_lora` adapted.
+        directory: the folder, made where it is missing. Each file is replaced in one step.
+        adapter_name: which adapter.
+
+    Raises:
+        ValueError: no such adapter, or one that trains biases, for which PEFT's format has no place.
+    """
+    configs = lora_configs(model)
+    if adapter_name not in configs:
+        raise ValueError(
+            f"adapter_name: expected one of {', '.join(configs) or 'none'}, got {adapter_name!r}"
+        )
+    config = configs[adapter_name]
+    if config.bias != "none":
+        raise ValueError(f"bias: expected 'none' to save in PEFT's format, got {config.bias!r}")
+    state = lora_state_dict(model, adapter_name)
+    tensors = {_to_peft(key, adapter_name): value.detach().cpu().contiguous() for key, value in state.items()}
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    text = json.dumps(_config_dict(config), indent=2, sort_keys=True)
+    _replace(folder / CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
+
+
+def _replace(target: Path, write: Any) -> None:
+    """Writes beside ``target`` and renames, so that no reader ever sees half a file."""
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _config_dict(config: LoRAConfig) -> dict[str, Any]:
+    plain = config.method in _PLAIN_METHODS
+    values = {name: getattr(config, name) for name in _FIELDS}
+    ours = {"version": __version__, "method": config.method, "method_options": config.method_options}
+    return {**values, "peft_type": "LORA" if plain else _OWN_TYPE, "lora_kernels": ours}
+
+
+def _to_peft(key: str, adapter_name: str) -> str:
+    """``<layer>.adapters.<name>.lora_A`` -> ``base_model.model.<layer>.lora_A.weight``."""
+    layer, separator, parameter = key.partition(f".adapters.{adapter_name}.")
+    if not separator:  # a module saved whole
+        return _PREFIX + key
+    return f"{_PREFIX}{layer}.{parameter}" + (".weight" if parameter in ("lora_A", "lora_B") else "")
+
+
+def load_adapter(
+    model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default"
+) -> nn.Module:
+    """Reads an adapter that PEFT or :func:`save_adapter` wrote; never unpickles.
+
+    A model without that adapter is adapted first, as :func:`apply_lora` does. Everything is checked before
+    anything changes: after an error the model is as it was.
+
+    Args:
+        model: a plain model, or one with adapters.
+        directory: the folder with both files.
+        adapter_name: the name the adapter gets, or has.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, sets an option that is not supported, or does not fit the model.
+    """
+    folder = Path(directory)
+    config, tensors = _read_config(folder / CONFIG), _read_weights(folder)
+    known = adapter_name in lora_configs(model)
+    if known:
+        expected = {key: value.shape for key, value in lora_state_dict(model, adapter_name).items()}
+    else:
+        expected = _planned_shapes(model, config, adapter_name)
+    by_key = {_to_peft(key, adapter_name): key for key in expected}
+    _check_fit(tensors, {name: expected[key] for name, key in by_key.items()})
+    if not known:
+        apply_lora(model, config, adapter_name)
+    targets = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            targets[by_key[name]].copy_(tensor)
+    return model
+
+
+def _planned_shapes(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str, torch.Size]:
+    """The keys and shapes that ``apply_lora`` would add, and those of the modules saved whole."""
+    adapters = planned_adapters(model, config, adapter_name)
+    shapes = {
+        f"{layer}.adapters.{adapter_name}.{key}": value.shape
+        for layer, adapter in adapters.items()
+        for key, value in adapter.state_dict().items()
+    }
+    saved = tuple(config.modules_to_save or ())
+    for key, value in model.state_dict().items():
+        module = key.rpartition(".")[0]
+        if any(f".{module}.".find(f".{name}.") >= 0 for name in saved):
+            shapes[key] = value.shape
+    return shapes
+
+
+def _read_config(path: Path) -> LoRAConfig:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: expected a JSON object, got a file that does not parse ({error})"
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    if values.get("peft_type") not in ("LORA", _OWN_TYPE):
+        raise ValueError(f"{path}: peft_type: expected 'LORA', got {values.get('peft_type')!r}")
+    for name in _REFUSED:
+        if values.get(name):
+            raise ValueError(f"{path}: {name}: expected it unset (not supported), got {values[name]!r}")
+    if values.get("bias", "none") != "none":
+        raise ValueError(f"{path}: bias: expected 'none', got {values['bias']!r}")
+    if values.get("init_lora_weights", True) not in _HARMLESS_INITS:
+        init = values["init_lora_weights"]
+        raise ValueError(
+            f"{path}: init_lora_weights: expected one that leaves the base as it is, got {init!r}"
+        )
+    return _config_from(values, path)
+
+
+def _config_from(values: dict[str, Any], path: Path) -> LoRAConfig:
+    ours = values.get("lora_kernels") or {}
+    fields = {name: values[name] for name in _FIELDS if values.get(name) is not None}
+    try:
+        return LoRAConfig(
+            **fields, method=ours.get("method", "lora"), method_options=ours.get("method_options", {})
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.exists():
+        pickle = folder / "adapter_model.bin"
+        if pickle.exists():
+            raise ValueError(f"{pickle}: expected {WEIGHTS}, got a pickle, which is never loaded")
+        raise FileNotFoundError(f"{path}: expected the adapter's weights, got no such file")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a safetensors file, got one that is damaged ({error})") from error
+
+
+def _check_fit(tensors: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
+    """Raises where a key is missing or unknown, or a shape or dtype differs."""
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"{WEIGHTS}: expected the adapter's {len(expected)} tensors, got {len(missing)} missing"
+            f" {missing[:3]} and {len(unknown)} unknown {unknown[:3]}"
+        )
+    for name, shape in expected.items():
+        got = tensors[name]
+        if got.shape != shape or not got.is_floating_point():
+            raise ValueError(
+                f"{WEIGHTS}: {name}: expected a floating tensor of shape {tuple(shape)},"
+                f" got {got.dtype} {tuple(got.shape)}"
+            )

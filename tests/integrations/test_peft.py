@@ -1,0 +1,203 @@
+"""accelerate(): PEFT's numbers and PEFT's API."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import nn
+
+from lora_kernels.integrations.peft import FusedLoraLinear, accelerate, decelerate
+from lora_kernels.testing import assert_close
+
+TARGETS = ["query", "value", "dense"]
+
+
+def wrap(model, **options):
+    config = LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": TARGETS, **options})
+    model = get_peft_model(model, config)
+    randomise(model)
+    return model
+
+
+def randomise(model):
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
+
+
+def run(model, tokens):
+    """The output, and the gradient of every trainable parameter."""
+    y = model(input_ids=tokens).last_hidden_state
+    model.zero_grad()
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    (y * weights).sum().backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return {"y": y.detach(), **grads}
+
+
+def assert_same_as_peft(model, tokens):
+    exact_model = copy.deepcopy(model)
+    decelerate(exact_model)
+    eager = run(exact_model, tokens)
+    exact = run(exact_model.double(), tokens)
+    ours = run(model, tokens)
+    assert ours.keys() == eager.keys()
+    for name in ours:
+        assert_close(ours[name], eager[name], exact[name], name, ulps=4.0)
+
+
+def test_outputs_and_all_gradients_are_pefts(bert, tokens):
+    model = wrap(bert())
+    report = accelerate(model)
+    assert len(report.accelerated) == 2 * 5 and not report.skipped
+    assert all(type(m) is FusedLoraLinear for m in model.modules() if isinstance(m, PeftLinear))
+    assert_same_as_peft(model, tokens)
+
+
+def test_the_fused_op_is_what_runs(bert, tokens, monkeypatch):
+    calls = []
+    import lora_kernels.integrations.peft as module
+
+    real = module.fused
+    monkeypatch.setattr(module, "fused", lambda *args: (calls.append(1), real(*args))[1])
+    model = wrap(bert())
+    accelerate(model)
+    model(input_ids=tokens)
+    assert len(calls) == 10
+
+
+def test_two_active_adapters_are_one_call(bert, tokens):
+    model = wrap(bert())
+    model.add_adapter("other", LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS))
+    randomise(model)
+    model.base_model.set_adapter(["default", "other"])
+    accelerate(model)
+    assert_same_as_peft(model, tokens)
+
+
+def test_set_adapter_and_disable_adapter(bert, tokens):
+    model = wrap(bert())
+    model.add_adapter("other", LoraConfig(r=3, target_modules=TARGETS))
+    randomise(model)
+    accelerate(model)
+    first = model(input_ids=tokens).last_hidden_state
+    model.set_adapter("other")
+    assert not torch.equal(first, model(input_ids=tokens).last_hidden_state)
+    assert_same_as_peft(model, tokens)
+    with model.disable_adapter():
+        plain = model(input_ids=tokens).last_hidden_state
+    torch.testing.assert_close(plain, bert()(input_ids=tokens).last_hidden_state)
+
+
+def test_dropout_trains_and_follows_the_seed(bert, tokens):
+    model = wrap(bert(), lora_dropout=0.5).train()
+    accelerate(model)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(run(model, tokens))
+    assert all(torch.equal(draws[0][name], draws[1][name]) for name in draws[0])
+    assert not torch.equal(draws[0]["y"], draws[2]["y"])
+    model.eval()
+    assert_same_as_peft(model, tokens)
+
+
+def test_two_adapters_with_dropout_average_to_no_dropout(bert, tokens):
+    layer = wrap(bert(), lora_dropout=0.5)
+    layer.add_adapter("other", LoraConfig(r=3, lora_dropout=0.25, target_modules=TARGETS))
+    randomise(layer)
+    layer.base_model.set_adapter(["default", "other"])
+    accelerate(layer)
+    linear = next(m for m in layer.modules() if isinstance(m, FusedLoraLinear))
+    x = torch.randn(1, linear.in_features).expand(20000, -1)
+    expected = linear.eval()(x[:1])
+    mean = linear.train()(x).mean(0)
+    spread = linear(x).std(0) / 20000**0.5
+    assert ((mean - expected).abs() <= 5 * spread + 1e-5).all()
+
+
+def test_merge_save_and_reload(bert, tokens, tmp_path):
+    model = wrap(bert())
+    accelerate(model)
+    expected = model(input_ids=tokens).last_hidden_state
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(bert(), tmp_path)
+    torch.testing.assert_close(reloaded(input_ids=tokens).last_hidden_state, expected, rtol=0, atol=1e-5)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=tokens).last_hidden_state, expected, rtol=0, atol=1e-5)
+
+
+def test_pickle_and_deepcopy(bert, tokens):
+    model = wrap(bert())
+    accelerate(model)
+    expected = model(input_ids=tokens).last_hidden_state
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(clone(input_ids=tokens).last_hidden_state, expected)
+
+
+def test_decelerate_gives_the_classes_back(bert):
+    model = wrap(bert())
+    before = [type(m) for m in model.modules()]
+    accelerate(model)
+    assert decelerate(model) == 10
+    assert [type(m) for m in model.modules()] == before
+
+
+def test_gradient_checkpointing(bert, tokens):
+    model = wrap(bert(), lora_dropout=0.5).train()
+    accelerate(model)
+    torch.manual_seed(5)
+    plain = run(model, tokens)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(5)
+    checkpointed = run(model, tokens)
+    for name in plain:
+        torch.testing.assert_close(checkpointed[name], plain[name])
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_what_is_unsupported_stays_pefts(bert, tokens, options):
+    model = wrap(bert(), **options)
+    before = run(model, tokens)
+    report = accelerate(model)
+    assert not report.accelerated and len(report.skipped) == 10
+    assert all(reason for _, reason in report.skipped)
+    after = run(model, tokens)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_embeddings_are_reported(bert):
+    model = wrap(bert(), target_modules=["word_embeddings", "query"])
+    report = accelerate(model)
+    assert len(report.accelerated) == 2
+    assert "Embedding" in report.skipped[0][1] and "word_embeddings" in str(report)
+
+
+def test_hooks_inside_send_a_call_to_peft(bert, tokens):
+    model = wrap(bert())
+    accelerate(model)
+    seen = []
+    layer = next(m for m in model.modules() if isinstance(m, FusedLoraLinear))
+    layer.lora_A["default"].register_forward_hook(lambda *args: seen.append(1))
+    model(input_ids=tokens)
+    assert seen == [1]
+
+
+def test_half_precision_base_with_float32_adapters(bert, tokens):
+    model = wrap(bert(torch.bfloat16))
+    accelerate(model)
+    assert next(p for n, p in model.named_parameters() if "lora_A" in n).dtype == torch.float32
+    assert model(input_ids=tokens).last_hidden_state.dtype == torch.bfloat16
+    assert_same_as_peft(model, tokens)
+
+
+def test_bad_models():
+    with pytest.raises(ValueError, match="model: expected a model with PEFT LoRA layers"):
+        accelerate(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Module"):
+        accelerate("model")
