@@ -160,5 +160,5 @@ class CudaTimer:
         graph.replay()
         torch.cuda.synchronize()
         # The captured kernels read what prepare() made: it lives as long as the graph.
-        graph._state = state
+        graph._state = state  # type: ignore[attr-defined]
         return graph
