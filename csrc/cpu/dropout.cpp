@@ -4,16 +4,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "../common/philox.h"
-
-// One binary for every x86: the loader picks the widest clone that the machine runs.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define LK_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define LK_SIMD
-#endif
+#include "../common/simd.h"
 
 namespace lora_kernels {
 namespace {
@@ -30,67 +23,6 @@ LK_SIMD void fill_bytes(uint8_t* out, uint64_t seed, int64_t begin, int64_t end,
   }
 }
 
-// All ones for a kept column, so that a dropped element is an exact zero whatever x holds.
-template <typename Bits>
-struct KeepTable {
-  Bits rows[256][8];
-  KeepTable() {
-    for (int byte = 0; byte < 256; ++byte) {
-      for (int k = 0; k < 8; ++k) rows[byte][k] = (byte >> k & 1) ? ~Bits(0) : Bits(0);
-    }
-  }
-};
-
-template <typename Scalar, typename Bits, typename Math>
-inline void drop_element(Scalar* out, const Scalar* x, Bits keep, Math scale) {
-  const Scalar scaled = static_cast<Scalar>(static_cast<Math>(*x) * scale);
-  Bits bits;
-  std::memcpy(&bits, &scaled, sizeof(bits));
-  bits &= keep;
-  std::memcpy(out, &bits, sizeof(bits));
-}
-
-// Eight columns at a time, then the tail: the inner loop has a fixed length to become one vector.
-template <typename Scalar, typename Bits, typename Math>
-inline __attribute__((always_inline)) void drop_row(Scalar* out, const Scalar* x,
-                                                    const uint8_t* mask, int64_t cols, Math scale,
-                                                    const KeepTable<Bits>& table) {
-  const int64_t whole = cols / 8 * 8;
-  for (int64_t k = 0; k < whole; k += 8) {
-    const Bits* keep = table.rows[mask[k / 8]];
-    for (int j = 0; j < 8; ++j) drop_element(out + k + j, x + k + j, keep[j], scale);
-  }
-  for (int64_t k = whole; k < cols; ++k) {
-    drop_element(out + k, x + k, table.rows[mask[k / 8]][k % 8], scale);
-  }
-}
-
-LK_SIMD void drop_row_f32(float* out, const float* x, const uint8_t* mask, int64_t cols,
-                          float scale, const KeepTable<uint32_t>& table) {
-  drop_row(out, x, mask, cols, scale, table);
-}
-
-template <typename Scalar, typename Bits, typename Math, typename Row>
-void drop_all(at::Tensor& out, const at::Tensor& x, const at::Tensor& mask, double p, Row row) {
-  static const KeepTable<Bits> table;
-  const int64_t cols = x.size(1), width = mask.size(1);
-  const auto scale = static_cast<Math>(1.0 / (1.0 - p));
-  auto* to = out.data_ptr<Scalar>();
-  const auto* from = x.const_data_ptr<Scalar>();
-  const auto* bytes = mask.const_data_ptr<uint8_t>();
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cols));
-  at::parallel_for(0, x.size(0), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m) {
-      row(to + m * cols, from + m * cols, bytes + m * width, cols, scale, table);
-    }
-  });
-}
-
-template <typename Scalar, typename Bits, typename Math>
-void drop_generic(at::Tensor& out, const at::Tensor& x, const at::Tensor& mask, double p) {
-  drop_all<Scalar, Bits, Math>(out, x, mask, p, drop_row<Scalar, Bits, Math>);
-}
-
 }  // namespace
 
 at::Tensor dropout_mask(const at::Tensor& seed, int64_t rows, int64_t cols, double p) {
@@ -104,35 +36,11 @@ at::Tensor dropout_mask(const at::Tensor& seed, int64_t rows, int64_t cols, doub
   return mask;
 }
 
-namespace {
-
-void drop_into(at::Tensor& out, const at::Tensor& x, const at::Tensor& mask, double p) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      drop_all<float, uint32_t, float>(out, x, mask, p, drop_row_f32);
-      break;
-    case at::kDouble:
-      drop_generic<double, uint64_t, double>(out, x, mask, p);
-      break;
-    case at::kHalf:
-      drop_generic<at::Half, uint16_t, float>(out, x, mask, p);
-      break;
-    case at::kBFloat16:
-      drop_generic<at::BFloat16, uint16_t, float>(out, x, mask, p);
-      break;
-    default:
-      TORCH_CHECK_TYPE(false, "x: expected a floating dtype, got ", x.scalar_type());
-  }
+at::Tensor dropout_scale(const at::Tensor& like, const at::Tensor& mask, double p) {
+  const at::Tensor bits = at::arange(8, mask.options());
+  const at::Tensor keep = mask.unsqueeze(2).bitwise_right_shift(bits).bitwise_and(1);
+  return keep.reshape({mask.size(0), -1}).narrow(1, 0, like.size(1)).to(like.scalar_type()) /
+         (1 - p);
 }
-
-}  // namespace
-
-at::Tensor dropout_apply(const at::Tensor& x, const at::Tensor& mask, double p) {
-  at::Tensor out = at::empty_like(x, at::MemoryFormat::Contiguous);
-  drop_into(out, x.contiguous(), mask, p);
-  return out;
-}
-
-void dropout_apply_(at::Tensor& x, const at::Tensor& mask, double p) { drop_into(x, x, mask, p); }
 
 }  // namespace lora_kernels

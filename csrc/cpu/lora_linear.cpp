@@ -1,9 +1,10 @@
 // y = x W' + b + s ((drop(x_lora) A') * g) B' and its gradients on the CPU.
 //
-// The matrix products are ATen's (the vendor's GEMM); what is ours is one call in place of a dozen,
-// beta=1 accumulation in both directions, and dropout on packed bits.
+// The large products are ATen's (the vendor's GEMM), which accumulates into the branch or takes its
+// rank-r update; the branch itself is one pass over each activation (branch.h).
 #include "lora_linear.h"
 
+#include "branch.h"
 #include "dropout.h"
 
 namespace lora_kernels {
@@ -18,33 +19,40 @@ Tensor gated(const Tensor& h, const OptTensor& gate) {
   return has(gate) ? h.mul(gate->to(h.scalar_type())) : h;
 }
 
-Tensor maybe_drop(const Tensor& x, const OptTensor& mask, double p) {
-  return has(mask) && mask->numel() > 0 ? dropout_apply(x, *mask, p) : x;
-}
-
 Tensor grad_gate(const Tensor& u, const Tensor& h, const Tensor& gate) {
   const Tensor grad = u.mul(h);
   return (gate.dim() == 1 ? grad.sum(0) : grad).to(gate.scalar_type());
 }
 
-// The branch's part of dX: keep * (dh A) / (1 - p).
-Tensor grad_branch(const Tensor& dh, const Tensor& a, const OptTensor& mask, double p) {
-  Tensor grad = at::mm(dh, a);
-  if (has(mask)) dropout_apply_(grad, *mask, p);
-  return grad;
+// What dY gives by way of B: packed U = s dY B and dB = s dY' (h * g), in one pass if both.
+struct FromOutput {
+  Tensor u, db;
+};
+
+FromOutput from_output(const Tensor& dy, const Tensor& lora_b, const OptTensor& h,
+                       const OptTensor& gate, double scaling, bool needs_u, bool needs_b) {
+  const auto dtype = dy.scalar_type();
+  const Dropped whole = {dy, std::nullopt, 0.0};
+  if (!needs_b && !needs_u) return {};
+  if (!needs_b) return {shrink(whole, pack(lora_b, dtype)).mul_(scaling), {}};
+  const Tensor vectors = pack(gated(*h, gate), dtype);
+  if (!needs_u) return {{}, outer(whole, vectors, scaling)};
+  const auto [u, db] = shrink_outer(dy, pack(lora_b, dtype), vectors, scaling);
+  return {u, db};
 }
 
 // dX = dY W + the branch's part, whichever of the two there is. The branch joins the larger product
 // by accumulation: as a rank-r update of it, or with dropout as what it is added to.
-Tensor grad_x(const Tensor& dy, const OptTensor& weight, const Tensor& dh, const Tensor& a,
-              const OptTensor& mask, double p, bool separate) {
-  if (!has(weight)) {
-    return separate ? at::zeros({dy.size(0), a.size(1)}, dy.options())
-                    : grad_branch(dh, a, mask, p);
+Tensor grad_x(const Tensor& dy, const OptTensor& weight, const Tensor& dh, const Tensor& lora_a,
+              const OptTensor& mask, double p) {
+  const int64_t rank = lora_a.size(0);
+  const auto dtype = dy.scalar_type();
+  if (has(mask)) {
+    Tensor dx = expand_dropped(dh, lora_a, *mask, p, dtype);
+    return has(weight) ? dx.addmm_(dy, *weight) : dx;
   }
-  if (!separate && has(mask)) return grad_branch(dh, a, mask, p).addmm_(dy, *weight);
-  Tensor dx = at::mm(dy, *weight);
-  return separate ? dx : dx.addmm_(dh, a);
+  const Tensor vectors = unpack(dh, rank, dtype), a = lora_a.to(dtype);
+  return has(weight) ? at::mm(dy, *weight).addmm_(vectors, a) : at::mm(vectors, a);
 }
 
 }  // namespace
@@ -55,15 +63,10 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear(const Tensor& x, const OptTensor&
                                                const OptTensor& x_lora, const OptTensor& seed,
                                                double scaling, double dropout_p) {
   const auto dtype = x.scalar_type();
-  Tensor branch = has(x_lora) ? *x_lora : x;
-  Tensor mask;
-  if (has(seed)) {
-    mask = dropout_mask(*seed, x.size(0), x.size(1), dropout_p);
-    branch = dropout_apply(branch, mask, dropout_p);
-  } else {
-    mask = at::empty({0}, x.options().dtype(at::kByte));
-  }
-  Tensor h = at::mm(branch, lora_a.to(dtype).t());
+  const Tensor mask = has(seed) ? dropout_mask(*seed, x.size(0), x.size(1), dropout_p)
+                                : at::empty({0}, x.options().dtype(at::kByte));
+  const Dropped branch = {has(x_lora) ? *x_lora : x, mask, dropout_p};
+  const Tensor h = unpack(shrink(branch, pack(lora_a.t(), dtype)), lora_a.size(0), dtype);
   const Tensor b_t = lora_b.to(dtype).t();
   Tensor y;
   if (has(weight)) {
@@ -83,23 +86,30 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const OptTensor& x,
                                          double scaling, double dropout_p, bool separate,
                                          std::array<bool, 5> needs) {
   const auto [needs_x, needs_a, needs_b, needs_gate, needs_x_lora] = needs;
+  const bool needs_dh = needs_a || needs_gate || needs_x_lora || (needs_x && !separate);
   const auto dtype = dy.scalar_type();
-  const Tensor u = at::mm(dy, lora_b.to(dtype)).mul_(scaling);
-  const Tensor dh = gated(u, gate);
-  const Tensor a = lora_a.to(dtype);
+  const auto [u, db] = from_output(dy, lora_b, h, gate, scaling, needs_dh, needs_b);
+  const int64_t rank = lora_a.size(0);
+  Tensor dh = u;
+  if (needs_dh && has(gate)) {
+    dh = pack(u.narrow(1, 0, rank).mul(gate->to(u.scalar_type())), dtype);
+  }
   std::vector<Tensor> grads;
-  Tensor db;
-  if (needs_b) {
-    // h' dY and not dY' h: the GEMM reads dY along its rows.
-    db = at::mm(gated(*h, gate).t(), dy).mul_(scaling).t().to(lora_b.scalar_type()).contiguous();
+  if (needs_x && separate) {
+    grads.push_back(has(weight) ? at::mm(dy, *weight)
+                                : at::zeros({dy.size(0), lora_a.size(1)}, dy.options()));
+  } else if (needs_x) {
+    grads.push_back(grad_x(dy, weight, dh, lora_a, mask, dropout_p));
   }
-  if (needs_x) grads.push_back(grad_x(dy, weight, dh, a, mask, dropout_p, separate));
   if (needs_a) {
-    grads.push_back(at::mm(dh.t(), maybe_drop(*x, mask, dropout_p)).to(lora_a.scalar_type()));
+    const Tensor da = outer({*x, mask, dropout_p}, dh, 1.0);
+    grads.push_back(da.narrow(1, 0, rank).t().to(lora_a.scalar_type()).contiguous());
   }
-  if (needs_b) grads.push_back(db);
-  if (needs_gate) grads.push_back(grad_gate(u, *h, *gate));
-  if (needs_x_lora) grads.push_back(grad_branch(dh, a, mask, dropout_p));
+  if (needs_b) grads.push_back(unpack(db, rank, lora_b.scalar_type()));
+  if (needs_gate) {
+    grads.push_back(grad_gate(u.narrow(1, 0, rank), h->to(u.scalar_type()), *gate));
+  }
+  if (needs_x_lora) grads.push_back(grad_x(dy, std::nullopt, dh, lora_a, mask, dropout_p));
   return grads;
 }
 

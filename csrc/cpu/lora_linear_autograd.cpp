@@ -47,7 +47,7 @@ Tensor composite(const variable_list& saved, const Tensor& mask, double scaling,
   const Tensor x = rows(saved[kX]), gate = gate_rows(saved[kGate]);
   Tensor branch = saved[kXLora].defined() ? rows(saved[kXLora]) : x;
   if (mask.defined()) {
-    branch = branch * dropout_apply(at::ones_like(branch), mask, p);
+    branch = branch * dropout_scale(branch, mask, p);
   }
   Tensor h = at::mm(branch, saved[kA].to(x.scalar_type()).t());
   if (gate.defined()) h = h * gate.to(x.scalar_type());

@@ -1,0 +1,231 @@
+#include "activation_pass.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "../common/simd.h"
+#include "keep_bits.h"
+
+namespace lora_kernels {
+namespace {
+
+// Rows worked on at a time: their sums stay in registers.
+constexpr int kRows = 8;
+
+struct Brain {
+  uint16_t bits;
+};
+
+LK_INLINE float widen(Brain value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+LK_INLINE float widen(_Float16 value) { return static_cast<float>(value); }
+LK_INLINE float widen(float value) { return value; }
+LK_INLINE double widen(double value) { return value; }
+
+LK_INLINE void narrow(Brain* out, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  // To nearest, ties to even; a NaN stays one.
+  const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  out->bits = nan ? uint16_t(0x7FC0) : static_cast<uint16_t>(rounded);
+}
+LK_INLINE void narrow(_Float16* out, float value) { *out = static_cast<_Float16>(value); }
+LK_INLINE void narrow(float* out, float value) { *out = value; }
+LK_INLINE void narrow(double* out, double value) { *out = value; }
+
+// Calls run(pointer of the storage's own type); Math is the type that the storage is summed in.
+template <typename Math, typename Run>
+LK_INLINE void typed(const void* data, Storage storage, Run run) {
+  if constexpr (sizeof(Math) == sizeof(double)) {
+    run(static_cast<const double*>(data));
+  } else if (storage == Storage::kBFloat16) {
+    run(static_cast<const Brain*>(data));
+  } else if (storage == Storage::kHalf) {
+    run(static_cast<const _Float16*>(data));
+  } else {
+    run(static_cast<const float*>(data));
+  }
+}
+
+template <int Rows, bool Shrink, bool Outer, typename Math>
+LK_INLINE void block(const Math* x, int64_t stride, int64_t cols, const Products<Math>& p) {
+  VectorOf<Math> sums[Rows], vectors[Rows];
+  for (int i = 0; i < Rows; ++i) {
+    if (Shrink) sums[i] = vector(p.shrunk + i * p.rank);
+    if (Outer) vectors[i] = vector(p.vectors + i * p.rank);
+  }
+  for (int64_t k = 0; k < cols; ++k) {
+    VectorOf<Math> factor, outer;
+    if (Shrink) factor = vector(p.factor + k * p.rank);
+    if (Outer) outer = vector(p.outer + k * p.rank);
+    for (int i = 0; i < Rows; ++i) {
+      if (Shrink) sums[i] += x[i * stride + k] * factor;
+      if (Outer) outer += x[i * stride + k] * vectors[i];
+    }
+    if (Outer) vector(p.outer + k * p.rank) = outer;
+  }
+  for (int i = 0; i < Rows && Shrink; ++i) vector(p.shrunk + i * p.rank) = sums[i];
+}
+
+template <int Rows, typename Math>
+LK_INLINE void blocks(const Math* x, int64_t stride, int64_t cols, Products<Math> p) {
+  const int64_t lead = p.rank;
+  for (int64_t r = 0; r < lead; r += kLanes) {
+    if (p.outer && p.shrunk) {
+      block<Rows, true, true>(x, stride, cols, p);
+    } else if (p.shrunk) {
+      block<Rows, true, false>(x, stride, cols, p);
+    } else {
+      block<Rows, false, true>(x, stride, cols, p);
+    }
+    if (p.shrunk) p.shrunk += kLanes, p.factor += kLanes;
+    if (p.outer) p.vectors += kLanes, p.outer += kLanes;
+  }
+}
+
+// Rows [0, count) of a strip of x as Math, dropped out: in place where that is what x holds.
+template <typename Math>
+LK_INLINE const Math* load(const Activation& x, int64_t row, Range cols, int count, Math* tile,
+                           int64_t* stride) {
+  const int64_t start = row * x.stride + cols.begin, width = cols.end - cols.begin;
+  const bool wide = x.storage == Storage::kFloat || x.storage == Storage::kDouble;
+  if (wide && !x.keep) {
+    *stride = x.stride;
+    return static_cast<const Math*>(x.data) + start;
+  }
+  *stride = kStrip;
+  typed<Math>(x.data, x.storage, [&](const auto* from) {
+    for (int i = 0; i < count; ++i) {
+      const auto* source = from + start + i * x.stride;
+      Math* to = tile + i * kStrip;
+      if (!wide || !x.keep) {
+        for (int64_t k = 0; k < width; ++k) to[k] = widen(source[k]);
+      }
+    }
+  });
+  for (int i = 0; i < count && x.keep; ++i) {
+    Math* to = tile + i * kStrip;
+    const Math* source = wide ? static_cast<const Math*>(x.data) + start + i * x.stride : to;
+    const uint8_t* keep = x.keep + (row + i) * x.keep_stride + cols.begin / 8;
+    drop_row(to, source, keep, width, static_cast<Math>(x.scale));
+  }
+  return tile;
+}
+
+template <typename Math>
+LK_INLINE Products<Math> moved(Products<Math> p, int64_t row, int64_t col) {
+  if (p.shrunk) p.shrunk += row * p.rank, p.factor += col * p.rank;
+  if (p.outer) p.vectors += row * p.rank, p.outer += col * p.rank;
+  return p;
+}
+
+template <typename Math>
+LK_INLINE void accumulate_strips(const Activation& x, Range rows, Range cols,
+                                 const Products<Math>& p) {
+  alignas(64) Math tile[kRows * kStrip];
+  for (int64_t k = cols.begin; k < cols.end; k += kStrip) {
+    const Range strip = {k, std::min(k + kStrip, cols.end)};
+    const int64_t width = strip.end - strip.begin;
+    int64_t m = rows.begin, stride;
+    for (; m + kRows <= rows.end; m += kRows) {
+      const Math* from = load(x, m, strip, kRows, tile, &stride);
+      blocks<kRows>(from, stride, width, moved(p, m, k));
+    }
+    for (; m < rows.end; ++m) {
+      const Math* from = load(x, m, strip, 1, tile, &stride);
+      blocks<1>(from, stride, width, moved(p, m, k));
+    }
+  }
+}
+
+LK_SIMD void accumulate_f32(const Activation& x, Range rows, Range cols, const Products<float>& p) {
+  accumulate_strips(x, rows, cols, p);
+}
+
+LK_SIMD void accumulate_f64(const Activation& x, Range rows, Range cols,
+                            const Products<double>& p) {
+  accumulate_strips(x, rows, cols, p);
+}
+
+// Rows [0, Rows) of one strip of vectors · factor, columns in whole vectors and then one by one.
+template <int Rows, typename Math>
+LK_INLINE void expand_block(const Expansion<Math>& e, int64_t row, Range cols, Math* tile) {
+  const Math* vectors = e.vectors + row * e.vector_stride;
+  const int64_t width = cols.end - cols.begin;
+  int64_t k = 0;
+  for (; k + kLanes <= width; k += kLanes) {
+    VectorOf<Math> sums[Rows] = {};
+    const Math* factor = e.factor + cols.begin + k;
+    for (int64_t r = 0; r < e.rank; ++r) {
+      const VectorOf<Math> f = vector(factor + r * e.factor_stride);
+      for (int i = 0; i < Rows; ++i) sums[i] += vectors[i * e.vector_stride + r] * f;
+    }
+    for (int i = 0; i < Rows; ++i) vector(tile + i * kStrip + k) = sums[i];
+  }
+  for (; k < width; ++k) {
+    for (int i = 0; i < Rows; ++i) {
+      Math sum = 0;
+      for (int64_t r = 0; r < e.rank; ++r) {
+        sum += vectors[i * e.vector_stride + r] * e.factor[r * e.factor_stride + cols.begin + k];
+      }
+      tile[i * kStrip + k] = sum;
+    }
+  }
+}
+
+template <typename Math>
+LK_INLINE void store(const Expansion<Math>& e, int64_t row, Range cols, Math* tile, int count) {
+  const int64_t width = cols.end - cols.begin;
+  for (int i = 0; i < count; ++i) {
+    Math* line = tile + i * kStrip;
+    const uint8_t* keep = e.keep + (row + i) * e.keep_stride + cols.begin / 8;
+    drop_row(line, line, keep, width, e.scale);
+    typed<Math>(e.out, e.storage, [&](const auto* base) {
+      auto* to = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(base)>>*>(base) +
+                 (row + i) * e.cols + cols.begin;
+      for (int64_t k = 0; k < width; ++k) narrow(to + k, line[k]);
+    });
+  }
+}
+
+template <typename Math>
+LK_INLINE void expand_strips(const Expansion<Math>& e, Range rows) {
+  alignas(64) Math tile[kRows * kStrip];
+  for (int64_t k = 0; k < e.cols; k += kStrip) {
+    const Range strip = {k, std::min(k + kStrip, e.cols)};
+    int64_t m = rows.begin;
+    for (; m + kRows <= rows.end; m += kRows) {
+      expand_block<kRows>(e, m, strip, tile);
+      store(e, m, strip, tile, kRows);
+    }
+    for (; m < rows.end; ++m) {
+      expand_block<1>(e, m, strip, tile);
+      store(e, m, strip, tile, 1);
+    }
+  }
+}
+
+LK_SIMD void expand_f32(const Expansion<float>& e, Range rows) { expand_strips(e, rows); }
+
+LK_SIMD void expand_f64(const Expansion<double>& e, Range rows) { expand_strips(e, rows); }
+
+}  // namespace
+
+void accumulate(const Activation& x, Range rows, Range cols, const Products<float>& products) {
+  accumulate_f32(x, rows, cols, products);
+}
+
+void accumulate(const Activation& x, Range rows, Range cols, const Products<double>& products) {
+  accumulate_f64(x, rows, cols, products);
+}
+
+void expand(const Expansion<float>& expansion, Range rows) { expand_f32(expansion, rows); }
+
+void expand(const Expansion<double>& expansion, Range rows) { expand_f64(expansion, rows); }
+
+}  // namespace lora_kernels

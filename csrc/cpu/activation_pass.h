@@ -1,0 +1,65 @@
+// What the branch does to an activation, in one pass over it: no torch headers here.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/simd.h"
+
+namespace lora_kernels {
+
+enum class Storage { kFloat, kDouble, kHalf, kBFloat16 };
+
+struct Range {
+  int64_t begin, end;
+};
+
+// x[rows, cols] with its rows `stride` apart; keep == nullptr where nothing is dropped.
+struct Activation {
+  const void* data;
+  Storage storage;
+  int64_t stride;
+  const uint8_t* keep;
+  int64_t keep_stride;
+  double scale;
+};
+
+// Columns of x that are worked on at a time: their rows of a factor and a gradient stay in L1.
+constexpr int64_t kStrip = 256;
+
+// The rank is padded with zeros to whole vectors, so that no loop over it has a tail.
+constexpr int64_t padded_rank(int64_t rank) { return (rank + kLanes - 1) / kLanes * kLanes; }
+
+// shrunk[m, :] += sum_k x[m, k] factor[k, :], where there is a factor [cols, rank];
+// outer[k, :] += sum_m x[m, k] vectors[m, :], where there are vectors [rows, rank].
+template <typename Math>
+struct Products {
+  int64_t rank;
+  const Math* factor;
+  Math* shrunk;
+  const Math* vectors;
+  Math* outer;
+};
+
+void accumulate(const Activation& x, Range rows, Range cols, const Products<float>& products);
+void accumulate(const Activation& x, Range rows, Range cols, const Products<double>& products);
+
+// out[m, k] = keep[m, k] * scale * sum_r vectors[m, r] factor[r, k], out [rows, cols] contiguous.
+template <typename Math>
+struct Expansion {
+  int64_t rank;
+  const Math* vectors;
+  int64_t vector_stride;
+  const Math* factor;
+  int64_t factor_stride;
+  int64_t cols;
+  void* out;
+  Storage storage;
+  const uint8_t* keep;
+  int64_t keep_stride;
+  Math scale;
+};
+
+void expand(const Expansion<float>& expansion, Range rows);
+void expand(const Expansion<double>& expansion, Range rows);
+
+}  // namespace lora_kernels

@@ -1,0 +1,198 @@
+#include "branch.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "activation_pass.h"
+
+namespace lora_kernels {
+namespace {
+
+using at::Tensor;
+
+// Below this many multiply-adds a task is not worth a thread.
+constexpr int64_t kTask = 1 << 19;
+// A short matrix is cut into row chunks until there are this many pieces to share out.
+constexpr int64_t kPieces = 16;
+
+at::ScalarType math_of(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+Storage storage_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble:
+      return Storage::kDouble;
+    case at::kHalf:
+      return Storage::kHalf;
+    case at::kBFloat16:
+      return Storage::kBFloat16;
+    default:
+      return Storage::kFloat;
+  }
+}
+
+template <typename Run>
+void in_math(at::ScalarType math, Run run) {
+  if (math == at::kDouble) {
+    run(double{});
+  } else {
+    run(float{});
+  }
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t grain(int64_t work_each) {
+  return std::max<int64_t>(1, kTask / std::max<int64_t>(1, work_each));
+}
+
+Tensor with_dense_rows(const Tensor& x) {
+  return x.stride(1) == 1 || x.size(1) <= 1 ? x : x.contiguous();
+}
+
+Activation activation(const Tensor& x, const std::optional<Tensor>& mask, double p) {
+  const bool drops = mask.has_value() && mask->numel() > 0;
+  return {x.const_data_ptr(),
+          storage_of(x.scalar_type()),
+          x.stride(0),
+          drops ? mask->const_data_ptr<uint8_t>() : nullptr,
+          drops ? mask->stride(0) : 0,
+          1.0 / (1.0 - p)};
+}
+
+// parts[0] += parts[1] + parts[2] + ..., one after the other, and times s.
+template <typename Math>
+void sum_parts(Math* parts, int64_t count, int64_t size, double scaling) {
+  at::parallel_for(0, size, grain(count), [&](int64_t begin, int64_t end) {
+    for (int64_t part = 1; part < count; ++part) {
+      for (int64_t i = begin; i < end; ++i) parts[i] += parts[part * size + i];
+    }
+    for (int64_t i = begin; i < end && scaling != 1.0; ++i) parts[i] *= static_cast<Math>(scaling);
+  });
+}
+
+// How an x [M, K] is cut into pieces: by columns, and by rows where that gives too few.
+struct Cut {
+  int64_t strips, chunks, rows_each;
+
+  Cut(int64_t rows, int64_t cols, int64_t rank) {
+    strips = std::max<int64_t>(1, ceil_div(cols, kStrip));
+    const int64_t wanted = ceil_div(kPieces, strips);
+    const int64_t worth = rows * std::min(cols, kStrip) * rank / kTask;
+    rows_each = std::max<int64_t>(1, ceil_div(rows, std::clamp<int64_t>(worth, 1, wanted)));
+    chunks = std::max<int64_t>(1, ceil_div(rows, rows_each));
+  }
+};
+
+template <typename Math>
+void pass(const Activation& x, int64_t rows, int64_t cols, const Cut& cut,
+          const Products<Math>& whole) {
+  const int64_t each = cut.rows_each * std::min(cols, kStrip) * whole.rank;
+  at::parallel_for(0, cut.strips * cut.chunks, grain(each), [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t strip = piece % cut.strips, chunk = piece / cut.strips;
+      Products<Math> part = whole;
+      if (part.shrunk) part.shrunk += strip * rows * part.rank;
+      part.outer += chunk * cols * part.rank;
+      accumulate(x, {chunk * cut.rows_each, std::min((chunk + 1) * cut.rows_each, rows)},
+                 {strip * kStrip, std::min((strip + 1) * kStrip, cols)}, part);
+    }
+  });
+}
+
+}  // namespace
+
+Tensor pack(const Tensor& matrix, at::ScalarType dtype) {
+  const auto math = math_of(dtype);
+  const int64_t rank = matrix.size(1), padded = padded_rank(rank);
+  if (rank == padded && matrix.scalar_type() == math && matrix.is_contiguous()) return matrix;
+  Tensor packed = at::empty({matrix.size(0), padded}, matrix.options().dtype(math));
+  if (rank != padded) packed.zero_();
+  packed.narrow(1, 0, rank).copy_(matrix);
+  return packed;
+}
+
+Tensor unpack(const Tensor& packed, int64_t rank, at::ScalarType dtype) {
+  if (packed.size(1) == rank) return packed.to(dtype);
+  return packed.narrow(1, 0, rank).to(dtype).contiguous();
+}
+
+Tensor shrink(const Dropped& x, const Tensor& factor) {
+  const Tensor dense = with_dense_rows(x.x);
+  const int64_t rows = dense.size(0), cols = dense.size(1), rank = factor.size(1);
+  Tensor shrunk = at::zeros({rows, rank}, factor.options());
+  const Activation in = activation(dense, x.mask, x.p);
+  in_math(factor.scalar_type(), [&](auto math) {
+    using Math = decltype(math);
+    const Products<Math> products = {rank, factor.const_data_ptr<Math>(),
+                                     shrunk.mutable_data_ptr<Math>(), nullptr, nullptr};
+    at::parallel_for(0, rows, grain(cols * rank), [&](int64_t begin, int64_t end) {
+      accumulate(in, {begin, end}, {0, cols}, products);
+    });
+  });
+  return shrunk;
+}
+
+Tensor outer(const Dropped& x, const Tensor& vectors, double scaling) {
+  const Tensor dense = with_dense_rows(x.x);
+  const int64_t rows = dense.size(0), cols = dense.size(1), rank = vectors.size(1);
+  const Cut cut(rows, cols, rank);
+  Tensor parts = at::zeros({cut.chunks, cols, rank}, vectors.options());
+  in_math(vectors.scalar_type(), [&](auto math) {
+    using Math = decltype(math);
+    const Products<Math> products = {rank, nullptr, nullptr, vectors.const_data_ptr<Math>(),
+                                     parts.mutable_data_ptr<Math>()};
+    pass(activation(dense, x.mask, x.p), rows, cols, cut, products);
+    sum_parts(products.outer, cut.chunks, cols * rank, scaling);
+  });
+  return parts[0];
+}
+
+std::pair<Tensor, Tensor> shrink_outer(const Tensor& x, const Tensor& factor, const Tensor& vectors,
+                                       double scaling) {
+  const Tensor dense = with_dense_rows(x);
+  const int64_t rows = dense.size(0), cols = dense.size(1), rank = factor.size(1);
+  const Cut cut(rows, cols, rank);
+  Tensor shrunk = at::zeros({cut.strips, rows, rank}, factor.options());
+  Tensor outer = at::zeros({cut.chunks, cols, rank}, factor.options());
+  in_math(factor.scalar_type(), [&](auto math) {
+    using Math = decltype(math);
+    const Products<Math> products = {
+        rank, factor.const_data_ptr<Math>(), shrunk.mutable_data_ptr<Math>(),
+        vectors.const_data_ptr<Math>(), outer.mutable_data_ptr<Math>()};
+    pass(activation(dense, std::nullopt, 0.0), rows, cols, cut, products);
+    sum_parts(products.shrunk, cut.strips, rows * rank, scaling);
+    sum_parts(products.outer, cut.chunks, cols * rank, scaling);
+  });
+  return {shrunk[0], outer[0]};
+}
+
+Tensor expand_dropped(const Tensor& vectors, const Tensor& lora_a, const Tensor& mask, double p,
+                      at::ScalarType dtype) {
+  const int64_t rows = vectors.size(0), rank = lora_a.size(0), cols = lora_a.size(1);
+  // Rows whose distance is a power of two would all fall into the same few lines of the cache.
+  Tensor factor = at::empty({rank, cols + kLanes}, vectors.options());
+  factor.narrow(1, 0, cols).copy_(lora_a);
+  Tensor out = at::empty({rows, cols}, vectors.options().dtype(dtype));
+  in_math(vectors.scalar_type(), [&](auto math) {
+    using Math = decltype(math);
+    const Expansion<Math> expansion = {rank,
+                                       vectors.const_data_ptr<Math>(),
+                                       vectors.size(1),
+                                       factor.const_data_ptr<Math>(),
+                                       cols + kLanes,
+                                       cols,
+                                       out.mutable_data_ptr(),
+                                       storage_of(dtype),
+                                       mask.const_data_ptr<uint8_t>(),
+                                       mask.stride(0),
+                                       static_cast<Math>(1.0 / (1.0 - p))};
+    at::parallel_for(0, rows, grain(cols * rank),
+                     [&](int64_t begin, int64_t end) { expand(expansion, {begin, end}); });
+  });
+  return out;
+}
+
+}  // namespace lora_kernels

@@ -1,0 +1,40 @@
+// The LoRA branch on tensors: each function is one pass over one activation, on torch's threads.
+// Sums are in float32 (float64 for float64), in an order that no thread count changes.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <utility>
+
+namespace lora_kernels {
+
+// drop(x): an activation [M, K] and the packed keep bits of its dropout, if any.
+struct Dropped {
+  at::Tensor x;
+  std::optional<at::Tensor> mask;
+  double p;
+};
+
+// A small matrix [n, r] of any dtype and strides, as [n, padded rank] in the dtype that an
+// activation of `dtype` is summed in.
+at::Tensor pack(const at::Tensor& matrix, at::ScalarType dtype);
+
+// Undoes the padding: [n, r] of `dtype`.
+at::Tensor unpack(const at::Tensor& packed, int64_t rank, at::ScalarType dtype);
+
+// drop(x) F, packed [M, R], for a packed F [K, R].
+at::Tensor shrink(const Dropped& x, const at::Tensor& factor);
+
+// s drop(x)' V, packed [K, R], for a packed V [M, R].
+at::Tensor outer(const Dropped& x, const at::Tensor& vectors, double scaling);
+
+// s x F and s x' V, both packed, from one pass over x.
+std::pair<at::Tensor, at::Tensor> shrink_outer(const at::Tensor& x, const at::Tensor& factor,
+                                               const at::Tensor& vectors, double scaling);
+
+// drop(V A) of `dtype` [M, K], for a packed V [M, R] and A [r, K].
+at::Tensor expand_dropped(const at::Tensor& vectors, const at::Tensor& lora_a,
+                          const at::Tensor& mask, double p, at::ScalarType dtype);
+
+}  // namespace lora_kernels
