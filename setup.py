@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 FORCE = os.environ.get("LORA_KERNELS_FORCE_BUILD") == "1"
 SKIP = os.environ.get("LORA_KERNELS_SKIP_BUILD") == "1"
+# Without this at::parallel_for runs on one thread; the runtime is the one that torch loaded.
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 # torch's own headers do not pass -Wunused-parameter.
 COMPILE_FLAGS = [
     "-O3",
@@ -26,6 +29,7 @@ COMPILE_FLAGS = [
     "-Wextra",
     "-Werror",
     "-Wno-unused-parameter",
+    *OPENMP,
 ]
 
 
@@ -66,6 +70,7 @@ class OptionalBuild(build_ext):
                 "lora_kernels._C",
                 sources,
                 extra_compile_args=COMPILE_FLAGS,
+                extra_link_args=OPENMP,
             )
         ]
         command = BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)(self.distribution)

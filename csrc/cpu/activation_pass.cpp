@@ -52,8 +52,21 @@ LK_INLINE void typed(const void* data, Storage storage, Run run) {
   }
 }
 
+// The next rows of x, asked for while this block is computed: x comes in short runs of a strip,
+// which the hardware's own prefetching does not follow from one row to the next.
+struct Ahead {
+  const char* data;
+  int64_t stride, element;
+
+  // One eighth of a block's lines for each column of it.
+  LK_INLINE void fetch(int64_t k) const {
+    __builtin_prefetch(data + (k % kRows) * stride + (k / kRows * kRows) * element);
+  }
+};
+
 template <int Rows, bool Shrink, bool Outer, typename Math>
-LK_INLINE void block(const Math* x, int64_t stride, int64_t cols, const Products<Math>& p) {
+LK_INLINE void block(const Math* x, int64_t stride, int64_t cols, const Products<Math>& p,
+                     const Ahead& ahead) {
   VectorOf<Math> sums[Rows], vectors[Rows];
   for (int i = 0; i < Rows; ++i) {
     if (Shrink) sums[i] = vector(p.shrunk + i * p.rank);
@@ -63,6 +76,7 @@ LK_INLINE void block(const Math* x, int64_t stride, int64_t cols, const Products
     VectorOf<Math> factor, outer;
     if (Shrink) factor = vector(p.factor + k * p.rank);
     if (Outer) outer = vector(p.outer + k * p.rank);
+    ahead.fetch(k);
     for (int i = 0; i < Rows; ++i) {
       if (Shrink) sums[i] += x[i * stride + k] * factor;
       if (Outer) outer += x[i * stride + k] * vectors[i];
@@ -73,15 +87,16 @@ LK_INLINE void block(const Math* x, int64_t stride, int64_t cols, const Products
 }
 
 template <int Rows, typename Math>
-LK_INLINE void blocks(const Math* x, int64_t stride, int64_t cols, Products<Math> p) {
+LK_INLINE void blocks(const Math* x, int64_t stride, int64_t cols, Products<Math> p,
+                      const Ahead& ahead) {
   const int64_t lead = p.rank;
   for (int64_t r = 0; r < lead; r += kLanes) {
     if (p.outer && p.shrunk) {
-      block<Rows, true, true>(x, stride, cols, p);
+      block<Rows, true, true>(x, stride, cols, p, ahead);
     } else if (p.shrunk) {
-      block<Rows, true, false>(x, stride, cols, p);
+      block<Rows, true, false>(x, stride, cols, p, ahead);
     } else {
-      block<Rows, false, true>(x, stride, cols, p);
+      block<Rows, false, true>(x, stride, cols, p, ahead);
     }
     if (p.shrunk) p.shrunk += kLanes, p.factor += kLanes;
     if (p.outer) p.vectors += kLanes, p.outer += kLanes;
@@ -124,6 +139,16 @@ LK_INLINE Products<Math> moved(Products<Math> p, int64_t row, int64_t col) {
   return p;
 }
 
+LK_INLINE int64_t bytes(Storage storage) {
+  return storage == Storage::kDouble ? 8 : storage == Storage::kFloat ? 4 : 2;
+}
+
+LK_INLINE Ahead after(const Activation& x, int64_t row, int64_t col, Range rows) {
+  const int64_t element = bytes(x.storage), next = std::min(row + kRows, rows.end - 1);
+  const auto* data = static_cast<const char*>(x.data) + (next * x.stride + col) * element;
+  return {data, next + kRows <= rows.end ? x.stride * element : 0, element};
+}
+
 template <typename Math>
 LK_INLINE void accumulate_strips(const Activation& x, Range rows, Range cols,
                                  const Products<Math>& p) {
@@ -134,11 +159,11 @@ LK_INLINE void accumulate_strips(const Activation& x, Range rows, Range cols,
     int64_t m = rows.begin, stride;
     for (; m + kRows <= rows.end; m += kRows) {
       const Math* from = load(x, m, strip, kRows, tile, &stride);
-      blocks<kRows>(from, stride, width, moved(p, m, k));
+      blocks<kRows>(from, stride, width, moved(p, m, k), after(x, m, k, rows));
     }
     for (; m < rows.end; ++m) {
       const Math* from = load(x, m, strip, 1, tile, &stride);
-      blocks<1>(from, stride, width, moved(p, m, k));
+      blocks<1>(from, stride, width, moved(p, m, k), after(x, m, k, rows));
     }
   }
 }
@@ -214,7 +239,36 @@ LK_SIMD void expand_f32(const Expansion<float>& e, Range rows) { expand_strips(e
 
 LK_SIMD void expand_f64(const Expansion<double>& e, Range rows) { expand_strips(e, rows); }
 
+// Sixteen by sixteen through a tile on the stack, so that a cache line is read and written once.
+template <typename Math>
+LK_INLINE void transpose_tiles(const Math* in, int64_t in_stride, Math* out, int64_t out_stride,
+                               int64_t rows, Range cols) {
+  alignas(64) Math tile[kLanes][kLanes];
+  for (int64_t k = cols.begin; k < cols.end; k += kLanes) {
+    const int64_t width = std::min(kLanes, cols.end - k);
+    for (int64_t m = 0; m < rows; m += kLanes) {
+      const int64_t height = std::min(kLanes, rows - m);
+      for (int64_t i = 0; i < height; ++i) {
+        for (int64_t j = 0; j < width; ++j) tile[j][i] = in[(m + i) * in_stride + k + j];
+      }
+      for (int64_t j = 0; j < width; ++j) {
+        std::memcpy(out + (k + j) * out_stride + m, tile[j], height * sizeof(Math));
+      }
+    }
+  }
+}
+
 }  // namespace
+
+void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride, int64_t rows,
+               Range cols) {
+  transpose_tiles(in, in_stride, out, out_stride, rows, cols);
+}
+
+void transpose(const double* in, int64_t in_stride, double* out, int64_t out_stride, int64_t rows,
+               Range cols) {
+  transpose_tiles(in, in_stride, out, out_stride, rows, cols);
+}
 
 void accumulate(const Activation& x, Range rows, Range cols, const Products<float>& products) {
   accumulate_f32(x, rows, cols, products);

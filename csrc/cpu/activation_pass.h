@@ -43,6 +43,12 @@ struct Products {
 void accumulate(const Activation& x, Range rows, Range cols, const Products<float>& products);
 void accumulate(const Activation& x, Range rows, Range cols, const Products<double>& products);
 
+// out[k, m] = in[m, k] for m in [0, rows) and k in `cols`.
+void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride, int64_t rows,
+               Range cols);
+void transpose(const double* in, int64_t in_stride, double* out, int64_t out_stride, int64_t rows,
+               Range cols);
+
 // out[m, k] = keep[m, k] * scale * sum_r vectors[m, r] factor[r, k], out [rows, cols] contiguous.
 template <typename Math>
 struct Expansion {

@@ -86,6 +86,12 @@ struct Cut {
   }
 };
 
+// A sum starts at zero where it is added to, while it is in the cache.
+template <typename Math>
+void clear(Math* sums, Range range, int64_t rank) {
+  std::fill(sums + range.begin * rank, sums + range.end * rank, Math(0));
+}
+
 template <typename Math>
 void pass(const Activation& x, int64_t rows, int64_t cols, const Cut& cut,
           const Products<Math>& whole) {
@@ -94,11 +100,23 @@ void pass(const Activation& x, int64_t rows, int64_t cols, const Cut& cut,
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t strip = piece % cut.strips, chunk = piece / cut.strips;
       Products<Math> part = whole;
-      if (part.shrunk) part.shrunk += strip * rows * part.rank;
+      const Range m = {std::min(chunk * cut.rows_each, rows),
+                       std::min((chunk + 1) * cut.rows_each, rows)};
+      const Range k = {strip * kStrip, std::min((strip + 1) * kStrip, cols)};
       part.outer += chunk * cols * part.rank;
-      accumulate(x, {chunk * cut.rows_each, std::min((chunk + 1) * cut.rows_each, rows)},
-                 {strip * kStrip, std::min((strip + 1) * kStrip, cols)}, part);
+      clear(part.outer, k, part.rank);
+      if (part.shrunk) clear(part.shrunk += strip * rows * part.rank, m, part.rank);
+      accumulate(x, m, k, part);
     }
+  });
+}
+
+// The first [rows, cols] of `in`, transposed into `out`.
+void transpose_into(const Tensor& in, Tensor& out, int64_t rows, int64_t cols) {
+  in_math(in.scalar_type(), [&](auto math) {
+    using Math = decltype(math);
+    transpose(in.const_data_ptr<Math>(), in.stride(0), out.mutable_data_ptr<Math>(), out.stride(0),
+              rows, {0, cols});
   });
 }
 
@@ -114,6 +132,22 @@ Tensor pack(const Tensor& matrix, at::ScalarType dtype) {
   return packed;
 }
 
+Tensor pack_transposed(const Tensor& matrix, at::ScalarType dtype) {
+  const auto math = math_of(dtype);
+  const Tensor source = with_dense_rows(matrix.to(math));
+  const int64_t rank = source.size(0), cols = source.size(1), padded = padded_rank(rank);
+  Tensor packed = at::empty({cols, padded}, source.options());
+  if (rank != padded) packed.zero_();
+  transpose_into(source, packed, rank, cols);
+  return packed;
+}
+
+Tensor unpack_transposed(const Tensor& packed, int64_t rank, at::ScalarType dtype) {
+  Tensor matrix = at::empty({rank, packed.size(0)}, packed.options());
+  transpose_into(packed, matrix, packed.size(0), rank);
+  return matrix.to(dtype);
+}
+
 Tensor unpack(const Tensor& packed, int64_t rank, at::ScalarType dtype) {
   if (packed.size(1) == rank) return packed.to(dtype);
   return packed.narrow(1, 0, rank).to(dtype).contiguous();
@@ -122,13 +156,14 @@ Tensor unpack(const Tensor& packed, int64_t rank, at::ScalarType dtype) {
 Tensor shrink(const Dropped& x, const Tensor& factor) {
   const Tensor dense = with_dense_rows(x.x);
   const int64_t rows = dense.size(0), cols = dense.size(1), rank = factor.size(1);
-  Tensor shrunk = at::zeros({rows, rank}, factor.options());
+  Tensor shrunk = at::empty({rows, rank}, factor.options());
   const Activation in = activation(dense, x.mask, x.p);
   in_math(factor.scalar_type(), [&](auto math) {
     using Math = decltype(math);
     const Products<Math> products = {rank, factor.const_data_ptr<Math>(),
                                      shrunk.mutable_data_ptr<Math>(), nullptr, nullptr};
     at::parallel_for(0, rows, grain(cols * rank), [&](int64_t begin, int64_t end) {
+      clear(products.shrunk, {begin, end}, rank);
       accumulate(in, {begin, end}, {0, cols}, products);
     });
   });
@@ -139,7 +174,7 @@ Tensor outer(const Dropped& x, const Tensor& vectors, double scaling) {
   const Tensor dense = with_dense_rows(x.x);
   const int64_t rows = dense.size(0), cols = dense.size(1), rank = vectors.size(1);
   const Cut cut(rows, cols, rank);
-  Tensor parts = at::zeros({cut.chunks, cols, rank}, vectors.options());
+  Tensor parts = at::empty({cut.chunks, cols, rank}, vectors.options());
   in_math(vectors.scalar_type(), [&](auto math) {
     using Math = decltype(math);
     const Products<Math> products = {rank, nullptr, nullptr, vectors.const_data_ptr<Math>(),
@@ -155,8 +190,8 @@ std::pair<Tensor, Tensor> shrink_outer(const Tensor& x, const Tensor& factor, co
   const Tensor dense = with_dense_rows(x);
   const int64_t rows = dense.size(0), cols = dense.size(1), rank = factor.size(1);
   const Cut cut(rows, cols, rank);
-  Tensor shrunk = at::zeros({cut.strips, rows, rank}, factor.options());
-  Tensor outer = at::zeros({cut.chunks, cols, rank}, factor.options());
+  Tensor shrunk = at::empty({cut.strips, rows, rank}, factor.options());
+  Tensor outer = at::empty({cut.chunks, cols, rank}, factor.options());
   in_math(factor.scalar_type(), [&](auto math) {
     using Math = decltype(math);
     const Products<Math> products = {

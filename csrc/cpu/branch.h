@@ -20,6 +20,12 @@ struct Dropped {
 // activation of `dtype` is summed in.
 at::Tensor pack(const at::Tensor& matrix, at::ScalarType dtype);
 
+// The same for a matrix [r, n] that is to be [n, padded rank].
+at::Tensor pack_transposed(const at::Tensor& matrix, at::ScalarType dtype);
+
+// A packed [n, padded rank] as [r, n] of `dtype`.
+at::Tensor unpack_transposed(const at::Tensor& packed, int64_t rank, at::ScalarType dtype);
+
 // Undoes the padding: [n, r] of `dtype`.
 at::Tensor unpack(const at::Tensor& packed, int64_t rank, at::ScalarType dtype);
 

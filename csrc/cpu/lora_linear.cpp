@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear(const Tensor& x, const OptTensor&
   const Tensor mask = has(seed) ? dropout_mask(*seed, x.size(0), x.size(1), dropout_p)
                                 : at::empty({0}, x.options().dtype(at::kByte));
   const Dropped branch = {has(x_lora) ? *x_lora : x, mask, dropout_p};
-  const Tensor h = unpack(shrink(branch, pack(lora_a.t(), dtype)), lora_a.size(0), dtype);
+  const Tensor h = unpack(shrink(branch, pack_transposed(lora_a, dtype)), lora_a.size(0), dtype);
   const Tensor b_t = lora_b.to(dtype).t();
   Tensor y;
   if (has(weight)) {
@@ -103,7 +103,7 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const OptTensor& x,
   }
   if (needs_a) {
     const Tensor da = outer({*x, mask, dropout_p}, dh, 1.0);
-    grads.push_back(da.narrow(1, 0, rank).t().to(lora_a.scalar_type()).contiguous());
+    grads.push_back(unpack_transposed(da, rank, lora_a.scalar_type()));
   }
   if (needs_b) grads.push_back(unpack(db, rank, lora_b.scalar_type()));
   if (needs_gate) {
