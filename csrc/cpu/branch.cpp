@@ -115,8 +115,12 @@ void pass(const Activation& x, int64_t rows, int64_t cols, const Cut& cut,
 void transpose_into(const Tensor& in, Tensor& out, int64_t rows, int64_t cols) {
   in_math(in.scalar_type(), [&](auto math) {
     using Math = decltype(math);
-    transpose(in.const_data_ptr<Math>(), in.stride(0), out.mutable_data_ptr<Math>(), out.stride(0),
-              rows, {0, cols});
+    const auto* from = in.const_data_ptr<Math>();
+    auto* to = out.mutable_data_ptr<Math>();
+    at::parallel_for(0, cols, std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, rows)),
+                     [&](int64_t begin, int64_t end) {
+                       transpose(from, in.stride(0), to, out.stride(0), rows, {begin, end});
+                     });
   });
 }
 
