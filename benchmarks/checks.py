@@ -78,8 +78,8 @@ def check_values(provider: Provider, case: Case) -> str | None:
     problem, want, plain, eager = _reference(case)
     runner = provider.build(problem)
     got = outputs(runner, problem.x, problem.dy)
-    # Where eager happens to be exact, one rounding of the result is still no mistake.
-    allowed = [max(2 * error, torch.finfo(case.dtype).eps) for error in eager]
+    # Where eager happens to be (nearly) exact, as on one row, a few roundings are still no mistake.
+    allowed = [max(2 * error, 4 * torch.finfo(case.dtype).eps) for error in eager]
     return judge(got, want if runner.factors else plain, allowed)
 
 

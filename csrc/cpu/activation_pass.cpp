@@ -86,6 +86,29 @@ LK_INLINE void block(const Math* x, int64_t stride, int64_t cols, const Products
   for (int i = 0; i < Rows && Shrink; ++i) vector(p.shrunk + i * p.rank) = sums[i];
 }
 
+// Shrinks alone, even and odd columns apart: one sum a row would wait for itself at each column.
+template <int Rows, typename Math>
+LK_INLINE void shrink_block(const Math* x, int64_t stride, int64_t cols, const Products<Math>& p,
+                            const Ahead& ahead) {
+  VectorOf<Math> even[Rows], odd[Rows] = {};
+  for (int i = 0; i < Rows; ++i) even[i] = vector(p.shrunk + i * p.rank);
+  int64_t k = 0;
+  for (; k + 2 <= cols; k += 2) {
+    const VectorOf<Math> first = vector(p.factor + k * p.rank);
+    const VectorOf<Math> second = vector(p.factor + (k + 1) * p.rank);
+    ahead.fetch(k);
+    ahead.fetch(k + 1);
+    for (int i = 0; i < Rows; ++i) {
+      even[i] += x[i * stride + k] * first;
+      odd[i] += x[i * stride + k + 1] * second;
+    }
+  }
+  for (int i = 0; i < Rows && k < cols; ++i) {
+    even[i] += x[i * stride + k] * vector(p.factor + k * p.rank);
+  }
+  for (int i = 0; i < Rows; ++i) vector(p.shrunk + i * p.rank) = even[i] + odd[i];
+}
+
 template <int Rows, typename Math>
 LK_INLINE void blocks(const Math* x, int64_t stride, int64_t cols, Products<Math> p,
                       const Ahead& ahead) {
@@ -94,7 +117,7 @@ LK_INLINE void blocks(const Math* x, int64_t stride, int64_t cols, Products<Math
     if (p.outer && p.shrunk) {
       block<Rows, true, true>(x, stride, cols, p, ahead);
     } else if (p.shrunk) {
-      block<Rows, true, false>(x, stride, cols, p, ahead);
+      shrink_block<Rows>(x, stride, cols, p, ahead);
     } else {
       block<Rows, false, true>(x, stride, cols, p, ahead);
     }

@@ -154,7 +154,9 @@ Tensor unpack_transposed(const Tensor& packed, int64_t rank, at::ScalarType dtyp
 
 Tensor unpack(const Tensor& packed, int64_t rank, at::ScalarType dtype) {
   if (packed.size(1) == rank) return packed.to(dtype);
-  return packed.narrow(1, 0, rank).to(dtype).contiguous();
+  // An empty slice calls itself contiguous whatever its strides, so it is copied into a new one.
+  return at::empty({packed.size(0), rank}, packed.options().dtype(dtype))
+      .copy_(packed.narrow(1, 0, rank));
 }
 
 Tensor shrink(const Dropped& x, const Tensor& factor) {
