@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import dropout, lora_linear
+from . import beta, dropout
 from .config import Tile, dy_tile, forward_tile, x_tile
 
 TARGETS = (80, 90, 100)
@@ -61,9 +61,7 @@ def specs(dtypes: tuple[str, ...] = ("bf16",), ranks: tuple[int, ...] = RANKS) -
     for dtype in dtypes:
         for rank in ranks:
             yield from _linear_specs(dtype, rank)
-    yield Spec(
-        "sum_parts", "", "fp32", 0, lora_linear.sum_parts_kernel, {"BLOCK": 1024}, None, {"out_ptr": "*bf16"}
-    )
+    yield Spec("sum_parts", "", "fp32", 0, beta.sum_parts_kernel, {"BLOCK": 1024}, None, {"out_ptr": "*bf16"})
     constants = {"BLOCK_M": 16, "BLOCK_C": 128}
     pointers = {"mask_ptr": "*u8", "seed_ptr": "*i64"}
     yield Spec("dropout_mask", "", "u8", 0, dropout.dropout_mask_kernel, constants, None, pointers)
@@ -83,17 +81,15 @@ def _linear_specs(dtype: str, rank: int) -> Iterator[Spec]:
         ("gate", False, True),
     ):
         flags = {"HAS_BIAS": True, "HAS_GATE": gate, "DROPOUT": dropout_on, **precision}
-        yield Spec("forward", variant, dtype, rank, lora_linear.lora_forward_kernel, flags, forward, types)
+        yield Spec("forward", variant, dtype, rank, beta.lora_forward_kernel, flags, forward, types)
     for variant, gate in (("plain", False), ("gate", True)):
         flags = {"HAS_GATE": gate, "NEED_DB": True, **precision}
         yield Spec(
-            "dy_pass", variant, dtype, rank, lora_linear.dy_pass_kernel, flags, dy_tile(rank, itemsize), types
+            "dy_pass", variant, dtype, rank, beta.dy_pass_kernel, flags, dy_tile(rank, itemsize), types
         )
     for variant, dropout_on in (("plain", False), ("dropout", True)):
         flags = {"DROPOUT": dropout_on, "NEED_DX": True, "NEED_DA": True, **precision}
-        yield Spec(
-            "x_pass", variant, dtype, rank, lora_linear.x_pass_kernel, flags, x_tile(rank, itemsize), types
-        )
+        yield Spec("x_pass", variant, dtype, rank, beta.x_pass_kernel, flags, x_tile(rank, itemsize), types)
 
 
 _POINTERS = ("x_ptr", "a_ptr", "b_ptr", "bias_ptr", "h_ptr", "y_ptr", "dy_ptr", "dh_ptr", "dx_ptr")

@@ -1,365 +1,43 @@
-"""y = x Wᵀ + b + s · ((drop(x_lora) Aᵀ) ⊙ g) Bᵀ: the passes over memory of the *beta* strategy.
-
-Forward: one pass over the branch's input writes h, the keep bits and y₀ = b + s (h ⊙ g) Bᵀ; the
-vendor's GEMM then accumulates x Wᵀ into y₀. Backward: one pass over dY gives U = s dY B and dB; one
-pass over x writes dX₀ = keep ⊙ (dH A)/(1-p) and gives dA; the GEMM accumulates dY W into dX₀. Sums
-over rows or strips are written as fp32 partials and added in a fixed order: no atomics.
-"""
+"""y = x Wᵀ + b + s · ((drop(x_lora) Aᵀ) ⊙ g) Bᵀ on Triton: the planner's choice of strategy, run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from ..reference.lora_linear import grad_gate, grad_x
-from .config import Tile, dy_tile, forward_tile, row_chunks, x_tile
-from .dropout import signed_threshold
-from .primitives import cast, dot, keep_bytes, load_tile, store_tile, unpack
+from .. import planner
+from ..planner import Plan, Problem
+
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-@triton.jit
-def _load_gated(h_ptr, gate_ptr, rows, ranks, M, R, stride_gm, HAS_GATE: tl.constexpr):
-    """h ⊙ g for some rows; a gate that all rows share has row stride 0."""
-    h = load_tile(h_ptr, rows, ranks, R, 1, M, R)
-    if HAS_GATE:
-        h = cast(h * load_tile(gate_ptr, rows, ranks, stride_gm, 1, M, R).to(tl.float32), h.dtype)
-    return h
-
-
-@triton.jit(do_not_specialize=["M", "threshold"])
-def lora_forward_kernel(
-    x_ptr,
-    a_ptr,
-    b_ptr,
-    bias_ptr,
-    gate_ptr,
-    seed_ptr,
-    h_ptr,
-    mask_ptr,
-    y_ptr,
-    M,
-    N,
-    K,
-    R,
-    stride_xm,
-    stride_ar,
-    stride_ak,
-    stride_bn,
-    stride_br,
-    stride_gm,
-    scaling,
-    keep_scale,
-    threshold,
-    HAS_BIAS: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    ranks = tl.arange(0, BLOCK_R)
-    dtype = x_ptr.dtype.element_ty
-    row_bytes = (K + 7) // 8
-    if DROPOUT:
-        seed = tl.load(seed_ptr)
-
-    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for k in range(0, K, BLOCK_C):
-        cols = k + tl.arange(0, BLOCK_C)
-        x = load_tile(x_ptr, rows, cols, stride_xm, 1, M, K)
-        if DROPOUT:
-            bytes_ = k // 8 + tl.arange(0, BLOCK_C // 8)
-            packed = keep_bytes(seed, rows, bytes_, row_bytes, threshold)
-            store_tile(mask_ptr, packed, rows, bytes_, row_bytes, 1, M, row_bytes)
-            x = tl.where(unpack(packed, BLOCK_M, BLOCK_C), x, 0.0)
-        a = cast(load_tile(a_ptr, cols, ranks, stride_ak, stride_ar, K, R), dtype)
-        acc = dot(x, a, acc, PRECISION)
-
-    h = cast(acc * keep_scale, dtype)
-    store_tile(h_ptr, h, rows, ranks, R, 1, M, R)
-    if HAS_GATE:
-        h = cast(h * load_tile(gate_ptr, rows, ranks, stride_gm, 1, M, R).to(tl.float32), dtype)
-
-    for n in range(0, N, BLOCK_C):
-        cols = n + tl.arange(0, BLOCK_C)
-        b = cast(load_tile(b_ptr, ranks, cols, stride_br, stride_bn, R, N), dtype)
-        y = dot(h, b, tl.zeros((BLOCK_M, BLOCK_C), tl.float32), PRECISION) * scaling
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-        store_tile(y_ptr, y, rows, cols, N, 1, M, N)
-
-
-@triton.jit(do_not_specialize=["M", "rows_per_chunk"])
-def dy_pass_kernel(
-    dy_ptr,
-    b_ptr,
-    h_ptr,
-    gate_ptr,
-    u_part_ptr,
-    db_part_ptr,
-    M,
-    N,
-    R,
-    stride_dym,
-    stride_bn,
-    stride_br,
-    stride_gm,
-    rows_per_chunk,
-    HAS_GATE: tl.constexpr,
-    NEED_DB: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Reads each element of dY once: U's part from this strip of columns, dB's from these rows."""
-    strip, chunk = tl.program_id(0), tl.program_id(1)
-    cols = strip * BLOCK_C + tl.arange(0, BLOCK_C)
-    ranks = tl.arange(0, BLOCK_R)
-    b = cast(load_tile(b_ptr, cols, ranks, stride_bn, stride_br, N, R), dy_ptr.dtype.element_ty)
-    u_part_ptr += strip.to(tl.int64) * M * R
-    db_part_ptr += chunk.to(tl.int64) * N * R
-
-    db = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
-    first = chunk * rows_per_chunk
-    for m in range(first, min(first + rows_per_chunk, M), BLOCK_M):
-        rows = m + tl.arange(0, BLOCK_M)
-        dy = load_tile(dy_ptr, rows, cols, stride_dym, 1, M, N)
-        u = dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION)
-        store_tile(u_part_ptr, u, rows, ranks, R, 1, M, R)
-        if NEED_DB:
-            h = _load_gated(h_ptr, gate_ptr, rows, ranks, M, R, stride_gm, HAS_GATE)
-            db = dot(tl.trans(dy), h, db, PRECISION)
-    if NEED_DB:
-        store_tile(db_part_ptr, db, cols, ranks, R, 1, N, R)
-
-
-@triton.jit(do_not_specialize=["M", "rows_per_chunk"])
-def x_pass_kernel(
-    x_ptr,
-    a_ptr,
-    dh_ptr,
-    mask_ptr,
-    dx_ptr,
-    da_part_ptr,
-    M,
-    K,
-    R,
-    stride_xm,
-    stride_ar,
-    stride_ak,
-    rows_per_chunk,
-    keep_scale,
-    DROPOUT: tl.constexpr,
-    NEED_DX: tl.constexpr,
-    NEED_DA: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Reads each element of x once for dA's part from these rows, and writes dX₀ beside it."""
-    strip, chunk = tl.program_id(0), tl.program_id(1)
-    cols = strip * BLOCK_C + tl.arange(0, BLOCK_C)
-    bytes_ = strip * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
-    ranks = tl.arange(0, BLOCK_R)
-    row_bytes = (K + 7) // 8
-    a = cast(load_tile(a_ptr, ranks, cols, stride_ar, stride_ak, R, K), dh_ptr.dtype.element_ty)
-    da_part_ptr += chunk.to(tl.int64) * R * K
-
-    da = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
-    first = chunk * rows_per_chunk
-    for m in range(first, min(first + rows_per_chunk, M), BLOCK_M):
-        rows = m + tl.arange(0, BLOCK_M)
-        dh = load_tile(dh_ptr, rows, ranks, R, 1, M, R)
-        if DROPOUT:
-            inside = (rows[:, None] < M) & (bytes_[None, :] < row_bytes)
-            offsets = rows[:, None].to(tl.int64) * row_bytes + bytes_[None, :]
-            packed = tl.load(mask_ptr + offsets, mask=inside, other=0).to(tl.int32)
-            keep = unpack(packed, BLOCK_M, BLOCK_C)
-        if NEED_DX:
-            dx = dot(dh, a, tl.zeros((BLOCK_M, BLOCK_C), tl.float32), PRECISION) * keep_scale
-            if DROPOUT:
-                dx = tl.where(keep, dx, 0.0)
-            store_tile(dx_ptr, dx, rows, cols, K, 1, M, K)
-        if NEED_DA:
-            x = load_tile(x_ptr, rows, cols, stride_xm, 1, M, K)
-            if DROPOUT:
-                x = tl.where(keep, x, 0.0)
-            da = dot(tl.trans(x), dh, da, PRECISION)
-    if NEED_DA:
-        store_tile(da_part_ptr, da * keep_scale, cols, ranks, 1, K, K, R)
-
-
-@triton.jit(do_not_specialize=["parts"])
-def sum_parts_kernel(part_ptr, out_ptr, numel, parts, scale, BLOCK: tl.constexpr):
-    """out = scale · Σ parts, in the order of the parts."""
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < numel
-    total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(parts):
-        total += tl.load(part_ptr + part * numel.to(tl.int64) + offsets, mask=inside, other=0.0)
-    tl.store(out_ptr + offsets, cast(total * scale, out_ptr.dtype.element_ty), mask=inside)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """tf32 only where torch's own fp32 matmuls may use it."""
-    allowed = dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if allowed else "ieee"
-
-
-def _unit_columns(tensor: Tensor) -> Tensor:
-    """Rows may be strided; the kernels read along them in 16-byte steps."""
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
-
-
-def _blocks(tile: Tile) -> dict[str, int]:
-    return {
-        "BLOCK_M": tile.block_m,
-        "BLOCK_C": tile.block_c,
-        "BLOCK_R": tile.block_r,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
-
-
-def _gate_argument(gate: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
-    """The gate with unit stride and its row stride: 0 where all rows share it."""
-    if gate is None:
-        return stand_in, 0
-    if gate.dim() == 1:
-        return gate.contiguous(), 0
-    gate = _unit_columns(gate)
-    return gate, gate.stride(0)
-
-
-def _sum_parts(parts: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
-    """scale · parts.sum(0) in ``dtype``, always in the same order."""
-    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    block = 1024
-    sum_parts_kernel[(triton.cdiv(out.numel(), block),)](
-        parts, out, out.numel(), parts.shape[0], scale, BLOCK=block
-    )
-    return out
-
-
-def lora_linear(
-    x: Tensor,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    x_lora: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def lora_linear(x: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The forward op of ``_ops.py``: y, h and the packed keep bits."""
-    branch = _unit_columns(x if x_lora is None else x_lora)
-    (rows, cols), (rank, out) = x.shape, (lora_a.shape[0], lora_b.shape[0])
-    y, h = x.new_empty(rows, out), x.new_empty(rows, rank)
-    mask = x.new_empty((0,) if seed is None else (rows, (cols + 7) // 8), dtype=torch.uint8)
-    tile = forward_tile(rows, rank, x.element_size())
-    gate, stride_gm = _gate_argument(gate, h) if gate is not None else (None, 0)
-    lora_forward_kernel[(triton.cdiv(rows, tile.block_m),)](
-        *(branch, lora_a, lora_b, bias, gate, seed, h, mask, y),
-        *(rows, out, cols, rank, branch.stride(0), *lora_a.stride(), *lora_b.stride(), stride_gm),
-        *(scaling, 1.0 / (1.0 - dropout_p), signed_threshold(dropout_p)),
-        HAS_BIAS=bias is not None,
-        HAS_GATE=gate is not None,
-        DROPOUT=seed is not None,
-        PRECISION=_precision(x.dtype),
-        **_blocks(tile),
-    )
-    return (y if weight is None else y.addmm_(x, weight.T)), h, mask
+    lora_a, lora_b, seed = rest[0], rest[1], rest[5]
+    plan = planner.plan(_problem("lora_linear", x, lora_a, lora_b, weight, seed is not None))
+    return _strategy(plan, "forward")(plan, x, weight, *rest)
 
 
 def lora_linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    h: Tensor | None,
-    gate: Tensor | None,
-    mask: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    separate: bool,
-    needs: Sequence[bool],
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, lora_a: Tensor, lora_b: Tensor, *rest: Any
 ) -> list[Tensor]:
     """The backward op of ``_ops.py``: the gradients that ``needs`` asks for."""
-    needs_x, needs_a, needs_b, needs_gate, needs_x_lora = needs
-    dy = _unit_columns(dy)
-    u, db = _dy_pass(dy, lora_b, h if needs_b else None, gate, scaling)
-    dh = u if gate is None else (u * gate).to(dy.dtype)
-    dgate = grad_gate(u, h, gate) if needs_gate else None
-    needs_branch = needs_x_lora or (needs_x and not separate)
-    branch, da = _x_pass(x if needs_a else None, dh, lora_a, mask, dropout_p, needs_branch)
-    dx = grad_x(dy, weight, None if separate else branch, lora_a.shape[1]) if needs_x else None
-    grads = (dx, da, db, dgate, branch)
-    return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
+    mask = rest[2]
+    plan = planner.plan(_problem("lora_linear_backward", dy, lora_a, lora_b, weight, mask is not None))
+    return _strategy(plan, "backward")(plan, dy, x, weight, lora_a, lora_b, *rest)
 
 
-def _dy_pass(
-    dy: Tensor, lora_b: Tensor, h: Tensor | None, gate: Tensor | None, scaling: float
-) -> tuple[Tensor, Tensor | None]:
-    """U = s dY B (fp32 where a gate follows) and, where h is given, dB = s dYᵀ (h ⊙ g)."""
-    (rows, out), rank = dy.shape, lora_b.shape[1]
-    tile = dy_tile(rank, dy.element_size())
-    strips = triton.cdiv(out, tile.block_c)
-    chunks, rows_per_chunk = row_chunks(rows, out, tile)
-    u_parts = torch.empty(strips, rows, rank, dtype=torch.float32, device=dy.device)
-    db_parts = (
-        torch.empty(chunks, out, rank, dtype=torch.float32, device=dy.device) if h is not None else None
-    )
-    gate_arg, stride_gm = _gate_argument(gate, dy) if gate is not None else (None, 0)
-    dy_pass_kernel[(strips, chunks)](
-        *(dy, lora_b, h, gate_arg, u_parts, u_parts if db_parts is None else db_parts),
-        *(rows, out, rank, dy.stride(0), *lora_b.stride(), stride_gm, rows_per_chunk),
-        HAS_GATE=gate is not None,
-        NEED_DB=h is not None,
-        PRECISION=_precision(dy.dtype),
-        **_blocks(tile),
-    )
-    u = _sum_parts(u_parts, dy.dtype if gate is None else torch.float32, scaling)
-    return u, None if db_parts is None else _sum_parts(db_parts, lora_b.dtype, scaling)
+def _strategy(plan: Plan, direction: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f".{plan.strategy}", __package__), direction)
 
 
-def _x_pass(
-    x: Tensor | None,
-    dh: Tensor,
-    lora_a: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-    needs_branch: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """dX₀ = keep ⊙ (dH A)/(1-p) where asked for, and dA = dHᵀ drop(x) where x is given."""
-    if x is None and not needs_branch:
-        return None, None
-    x = None if x is None else _unit_columns(x)
-    (rows, rank), cols = dh.shape, lora_a.shape[1]
-    tile = x_tile(rank, dh.element_size())
-    chunks, rows_per_chunk = row_chunks(rows, cols, tile)
-    dx = dh.new_empty(rows, cols) if needs_branch else None
-    da_parts = (
-        torch.empty(chunks, rank, cols, dtype=torch.float32, device=dh.device) if x is not None else None
-    )
-    x_pass_kernel[(triton.cdiv(cols, tile.block_c), chunks)](
-        *(x, lora_a, dh, mask, dx, dh if da_parts is None else da_parts),
-        *(rows, cols, rank, 0 if x is None else x.stride(0), *lora_a.stride(), rows_per_chunk),
-        1.0 / (1.0 - dropout_p),
-        DROPOUT=mask is not None,
-        NEED_DX=needs_branch,
-        NEED_DA=x is not None,
-        PRECISION=_precision(dh.dtype),
-        **_blocks(tile),
-    )
-    return dx, None if da_parts is None else _sum_parts(da_parts, lora_a.dtype, 1.0)
+def _problem(
+    op: str, rows: Tensor, lora_a: Tensor, lora_b: Tensor, weight: Tensor | None, dropout: bool
+) -> Problem:
+    rank, cols = lora_a.shape
+    sizes = (rows.shape[0], cols, lora_b.shape[0], rank)
+    return Problem(op, *sizes, _DTYPES[rows.dtype], planner.card(rows.device), dropout, weight is not None)
