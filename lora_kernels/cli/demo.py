@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 
 _NEEDS = ("peft", "transformers", "rich", "matplotlib")
@@ -39,9 +40,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
     from ..demo import data, model, report, train
 
+    # The encoder is loaded seven times; its bars, and what PEFT asks of it, would bury ours.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     path = args.model or model.bundled_model()
     sizes = (96, 48) if args.quick else (1024, 600)
     tasks = [data.from_jsonl(args.data)] if args.data else data.standard_library(*sizes)
