@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..adapters import LoRAConfig
-from ..nn.apply import apply_lora, lora_configs, lora_state_dict, planned_adapters
+from ..nn.apply import apply_lora, lora_configs, lora_layers, lora_state_dict, planned_adapters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -66,7 +67,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         adapter_name: which adapter.
 
     Raises:
-        ValueError: no such adapter, or one that trains biases, for which PEFT's format has no place.
+        ValueError: no such adapter.
     """
     configs = lora_configs(model)
     if adapter_name not in configs:
@@ -74,10 +75,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
             f"adapter_name: expected one of {', '.join(configs) or 'none'}, got {adapter_name!r}"
         )
     config = configs[adapter_name]
-    if config.bias != "none":
-        raise ValueError(f"bias: expected 'none' to save in PEFT's format, got {config.bias!r}")
-    state = lora_state_dict(model, adapter_name)
-    tensors = {_to_peft(key, adapter_name): value.detach().cpu().contiguous() for key, value in state.items()}
+    state, layers = lora_state_dict(model, adapter_name), lora_layers(model)
+    tensors = {
+        _to_peft(key, adapter_name, layers): value.detach().cpu().contiguous() for key, value in state.items()
+    }
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
@@ -104,11 +105,15 @@ def _config_dict(config: LoRAConfig) -> dict[str, Any]:
     return {**values, "peft_type": "LORA" if plain else _OWN_TYPE, "lora_kernels": ours}
 
 
-def _to_peft(key: str, adapter_name: str) -> str:
-    """``<layer>.adapters.<name>.lora_A`` -> ``base_model.model.<layer>.lora_A.weight``."""
+def _to_peft(key: str, adapter_name: str, layers: Container[str]) -> str:
+    """``<layer>.adapters.<name>.lora_A`` -> ``base_model.model.<layer>.lora_A.weight``.
+
+    The bias of one of the adapted ``layers`` is its base layer's in PEFT.
+    """
     layer, separator, parameter = key.partition(f".adapters.{adapter_name}.")
-    if not separator:  # a module saved whole
-        return _PREFIX + key
+    if not separator:  # a trained bias, or part of a module saved whole
+        owner, _, name = key.rpartition(".")
+        return f"{_PREFIX}{owner}.base_layer.{name}" if owner in layers else _PREFIX + key
     return f"{_PREFIX}{layer}.{parameter}" + (".weight" if parameter in ("lora_A", "lora_B") else "")
 
 
@@ -136,10 +141,11 @@ def load_adapter(
     config, tensors = _read_config(folder / CONFIG), _read_weights(folder)
     known = adapter_name in lora_configs(model)
     if known:
+        layers: Container[str] = lora_layers(model)
         expected = {key: value.shape for key, value in lora_state_dict(model, adapter_name).items()}
     else:
-        expected = _planned_shapes(model, config, adapter_name)
-    by_key = {_to_peft(key, adapter_name): key for key in expected}
+        layers, expected = _planned(model, config, adapter_name)
+    by_key = {_to_peft(key, adapter_name, layers): key for key in expected}
     _check_fit(tensors, {name: expected[key] for name, key in by_key.items()})
     if not known:
         apply_lora(model, config, adapter_name)
@@ -150,8 +156,10 @@ def load_adapter(
     return model
 
 
-def _planned_shapes(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str, torch.Size]:
-    """The keys and shapes that ``apply_lora`` would add, and those of the modules saved whole."""
+def _planned(
+    model: nn.Module, config: LoRAConfig, adapter_name: str
+) -> tuple[Container[str], dict[str, torch.Size]]:
+    """The layers that ``apply_lora`` would adapt, and the keys and shapes that a checkpoint would hold."""
     adapters = planned_adapters(model, config, adapter_name)
     shapes = {
         f"{layer}.adapters.{adapter_name}.{key}": value.shape
@@ -160,10 +168,14 @@ def _planned_shapes(model: nn.Module, config: LoRAConfig, adapter_name: str) -> 
     }
     saved = tuple(config.modules_to_save or ())
     for key, value in model.state_dict().items():
-        module = key.rpartition(".")[0]
-        if any(f".{module}.".find(f".{name}.") >= 0 for name in saved):
+        module, _, name = key.rpartition(".")
+        trained = name == "bias" and (
+            config.bias == "all" or (config.bias == "lora_only" and module in adapters)
+        )
+        whole = any(f".{module}.".find(f".{one}.") >= 0 for one in saved)
+        if (trained or whole) and ".adapters." not in f".{key}":
             shapes[key] = value.shape
-    return shapes
+    return adapters, shapes
 
 
 def _read_config(path: Path) -> LoRAConfig:
@@ -180,8 +192,6 @@ def _read_config(path: Path) -> LoRAConfig:
     for name in _REFUSED:
         if values.get(name):
             raise ValueError(f"{path}: {name}: expected it unset (not supported), got {values[name]!r}")
-    if values.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias: expected 'none', got {values['bias']!r}")
     if values.get("init_lora_weights", True) not in _HARMLESS_INITS:
         init = values["init_lora_weights"]
         raise ValueError(

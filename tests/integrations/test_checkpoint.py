@@ -50,6 +50,27 @@ def test_we_read_what_peft_writes(bert, tokens, tmp_path, options):
     torch.testing.assert_close(output(model, tokens), output(peft, tokens), rtol=0, atol=1e-6)
 
 
+def random_biases(model):
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") and parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_go_both_ways(bert, tokens, tmp_path, bias):
+    model = random_biases(ours(bert, bias=bias))
+    save_adapter(model, tmp_path / "ours")
+    peft = PeftModel.from_pretrained(bert(), tmp_path / "ours").eval()
+    torch.testing.assert_close(output(peft, tokens), output(model, tokens), rtol=0, atol=1e-5)
+
+    theirs = random_biases(randomise(get_peft_model(bert(), LoraConfig(**OPTIONS, bias=bias)).eval()))
+    theirs.save_pretrained(tmp_path / "peft")
+    for target in (bert().eval(), ours(bert, bias=bias)):
+        load_adapter(target, tmp_path / "peft")
+        torch.testing.assert_close(output(target, tokens), output(theirs, tokens), rtol=0, atol=1e-5)
+
+
 def test_modules_saved_whole_go_to_peft(bert, tokens, tmp_path):
     model = ours(bert, modules_to_save=["LayerNorm"])
     for name, parameter in model.named_parameters():
@@ -143,7 +164,8 @@ FAULTS = {
     "another PEFT type": (_edit_config(peft_type="IA3"), ValueError, "peft_type"),
     "DoRA": (_edit_config(use_dora=True), ValueError, "use_dora"),
     "PiSSA": (_edit_config(init_lora_weights="pissa"), ValueError, "init_lora_weights"),
-    "bias": (_edit_config(bias="all"), ValueError, "bias"),
+    "bias": (_edit_config(bias="some"), ValueError, "bias"),
+    "biases absent": (_edit_config(bias="all"), ValueError, "missing"),
     "rank": (_edit_config(r=-1), ValueError, "r:"),
     "no such target": (_edit_config(target_modules=["absent"]), ValueError, "target_modules"),
 }
@@ -154,8 +176,8 @@ FAULTS = {
 def test_a_bad_checkpoint_changes_nothing(bert, saved, fault, adapted):
     damage, error, match = FAULTS[fault]
     damage(saved)
-    if adapted and fault in ("no such target",):
-        pytest.skip("an adapted model knows its targets")
+    if adapted and fault in ("no such target", "biases absent"):
+        pytest.skip("an adapted model knows its targets and what it trains")
     assert_refused(ours(bert) if adapted else bert(), saved, error, match)
 
 
