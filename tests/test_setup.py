@@ -1,0 +1,44 @@
+"""Installing without a compiler: pure Python with one warning, or an error where a build is forced."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytest.importorskip("setuptools")
+
+
+def build(folder, **environment):
+    """``setup.py build`` of a copy of the sources on a machine whose PATH holds no compiler."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("csrc", "lora_kernels"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(folder / "build")]
+    bare = {k: v for k, v in os.environ.items() if k not in ("CXX", "CC") and not k.startswith("LORA_")}
+    environment = {**bare, "PATH": str(folder), **environment}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_without_a_compiler_the_install_is_pure_python(tmp_path):
+    done = build(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("installed without its C++ extension: no C++ compiler") == 1
+    assert list((tmp_path / "build").rglob("lora_kernels/__init__.py"))
+    assert not list((tmp_path / "build").rglob("_C*.so"))
+
+
+def test_a_forced_build_fails_without_a_compiler(tmp_path):
+    done = build(tmp_path, LORA_KERNELS_FORCE_BUILD="1")
+    assert done.returncode != 0
+    assert "LORA_KERNELS_FORCE_BUILD=1, and the extension was not built: no C++ compiler" in done.stderr
+
+
+def test_the_build_can_be_skipped(tmp_path):
+    done = build(tmp_path, LORA_KERNELS_SKIP_BUILD="1")
+    assert done.returncode == 0, done.stderr
+    assert "without its C++ extension" not in done.stderr
