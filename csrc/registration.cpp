@@ -6,9 +6,13 @@
 #include "cpu/dropout.h"
 #include "cpu/lora_linear.h"
 #include "cpu/lora_linear_autograd.h"
+#include "cpu/multi_lora_linear.h"
 
 TORCH_LIBRARY_IMPL(lora_kernels, CPU, library) {
   library.impl("cpp_dropout_mask", lora_kernels::dropout_mask);
+  library.impl("cpp_row_dropout_mask", lora_kernels::row_dropout_mask);
+  library.impl("cpp_multi_lora_linear", lora_kernels::multi_lora_linear);
+  library.impl("cpp_multi_lora_linear_backward", lora_kernels::multi_lora_linear_backward);
   library.impl("cpp_lora_linear", lora_kernels::lora_linear);
   library.impl("cpp_lora_linear_backward", lora_kernels::lora_linear_backward);
 }

@@ -131,7 +131,7 @@ def implementation(backend: str, op: str) -> Callable[..., Any]:
     if backend == "cpp":
         return getattr(torch.ops.lora_kernels, f"cpp_{op}").default
     package = {"reference": "reference", "triton": "kernels"}[backend]
-    stem = "dropout" if op.startswith("dropout") else op.removesuffix("_backward")
+    stem = "dropout" if "dropout" in op else op.removesuffix("_backward")
     return getattr(importlib.import_module(f"{__package__}.{package}.{stem}"), op)
 
 

@@ -9,6 +9,7 @@ Shapes: M rows (tokens), K in features, N out features, R rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,9 +37,31 @@ SCHEMAS = {
         " Tensor? gate, Tensor? mask, float scaling, float dropout_p, bool separate, bool[5] needs)"
         " -> Tensor[]"
     ),
+    # The keep bits where each row has its own probability, float32 [rows].
+    "row_dropout_mask": "(Tensor seed, Tensor dropout_ps, SymInt cols) -> Tensor",
+    # The delta [M,N] of rows that use different adapters, and h [S, max_rank]. S slots, S/M of them a
+    # row; `order` and `offsets` say which slots are whose, `pages` and `starts` which pages.
+    "multi_lora_linear": (
+        "(Tensor x, Tensor a_pages, Tensor b_pages, Tensor pages, Tensor starts, Tensor coef,"
+        " Tensor order, Tensor offsets, Tensor tiles, Tensor? mask, Tensor? keep_scale,"
+        " SymInt max_rank) -> (Tensor delta, Tensor h)"
+    ),
+    # The gradients of x, a_pages, b_pages and coef that `needs` asks for.
+    "multi_lora_linear_backward": (
+        "(Tensor dy, Tensor? x, Tensor a_pages, Tensor b_pages, Tensor pages, Tensor starts,"
+        " Tensor coef, Tensor order, Tensor offsets, Tensor tiles, Tensor? h, Tensor? mask,"
+        " Tensor? keep_scale, SymInt max_rank, bool[4] needs) -> Tensor[]"
+    ),
 }
 # Ops that csrc/ implements too, under the name `cpp_<op>`.
-CPP_OPS = ("dropout_mask", "lora_linear", "lora_linear_backward")
+CPP_OPS = (
+    "dropout_mask",
+    "lora_linear",
+    "lora_linear_backward",
+    "row_dropout_mask",
+    "multi_lora_linear",
+    "multi_lora_linear_backward",
+)
 # Differentiable in C++: what an eager call on the CPU runs. It decomposes, so it has no fake.
 CPP_AUTOGRAD = (
     "cpp_lora_linear_autograd(Tensor x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor? bias,"
@@ -101,6 +124,27 @@ def _fake_lora_linear_backward(
     ]
 
 
+def _fake_row_dropout_mask(seed: Tensor, dropout_ps: Tensor, cols: int) -> Tensor:
+    return seed.new_empty(dropout_ps.shape[0], (cols + 7) // 8, dtype=torch.uint8)
+
+
+def _fake_multi_lora_linear(
+    x: Tensor, a_pages: Tensor, b_pages: Tensor, *rest: Tensor | int | None
+) -> tuple[Tensor, Tensor]:
+    order, max_rank = rest[3], rest[-1]
+    assert isinstance(order, Tensor) and max_rank is not None
+    return x.new_empty(x.shape[0], b_pages.shape[1]), x.new_empty(order.shape[0], max_rank)
+
+
+def _fake_multi_lora_linear_backward(
+    dy: Tensor, x: Tensor | None, a_pages: Tensor, b_pages: Tensor, *rest: Any
+) -> list[Tensor]:
+    coef, needs = rest[2], rest[-1]
+    dx = dy.new_empty(dy.shape[0], a_pages.shape[1])
+    grads = (dx, a_pages.new_empty(a_pages.shape), b_pages.new_empty(b_pages.shape), torch.empty_like(coef))
+    return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
+
+
 def register(op: str, function: Callable[..., object]) -> None:
     """Makes ``function`` the kernel of ``lora_kernels::<op>`` on every device."""
     _library.impl(op, function, "CompositeExplicitAutograd")
@@ -118,6 +162,9 @@ _FAKES: dict[str, Callable[..., object]] = {
     "dropout_mask": _fake_dropout_mask,
     "lora_linear": _fake_lora_linear,
     "lora_linear_backward": _fake_lora_linear_backward,
+    "row_dropout_mask": _fake_row_dropout_mask,
+    "multi_lora_linear": _fake_multi_lora_linear,
+    "multi_lora_linear_backward": _fake_multi_lora_linear_backward,
 }
 
 for _op, _schema in SCHEMAS.items():

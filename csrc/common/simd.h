@@ -13,6 +13,7 @@
 #endif
 // What a clone calls has to be inlined, or it is compiled for the default target.
 #define LK_INLINE inline __attribute__((always_inline))
+#define LK_LAMBDA __attribute__((always_inline))
 
 namespace lora_kernels {
 

@@ -4,10 +4,9 @@
 #include <cstdint>
 
 #include "../common/simd.h"
+#include "../common/storage.h"
 
 namespace lora_kernels {
-
-enum class Storage { kFloat, kDouble, kHalf, kBFloat16 };
 
 struct Range {
   int64_t begin, end;

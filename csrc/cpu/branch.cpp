@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "activation_pass.h"
+#include "math_type.h"
 
 namespace lora_kernels {
 namespace {
@@ -15,32 +16,6 @@ using at::Tensor;
 constexpr int64_t kTask = 1 << 19;
 // A short matrix is cut into row chunks until there are this many pieces to share out.
 constexpr int64_t kPieces = 16;
-
-at::ScalarType math_of(at::ScalarType dtype) {
-  return dtype == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-Storage storage_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kDouble:
-      return Storage::kDouble;
-    case at::kHalf:
-      return Storage::kHalf;
-    case at::kBFloat16:
-      return Storage::kBFloat16;
-    default:
-      return Storage::kFloat;
-  }
-}
-
-template <typename Run>
-void in_math(at::ScalarType math, Run run) {
-  if (math == at::kDouble) {
-    run(double{});
-  } else {
-    run(float{});
-  }
-}
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -7,6 +7,8 @@
 
 #include "../common/philox.h"
 #include "../common/simd.h"
+#include "keep_bits.h"
+#include "math_type.h"
 
 namespace lora_kernels {
 namespace {
@@ -23,6 +25,22 @@ LK_SIMD void fill_bytes(uint8_t* out, uint64_t seed, int64_t begin, int64_t end,
   }
 }
 
+LK_SIMD void drop_f32(float* out, const float* x, const uint8_t* keep, int64_t cols) {
+  drop_row(out, x, keep, cols, 1.0f);
+}
+
+LK_SIMD void drop_f64(double* out, const double* x, const uint8_t* keep, int64_t cols) {
+  drop_row(out, x, keep, cols, 1.0);
+}
+
+void drop(float* out, const float* x, const uint8_t* keep, int64_t cols) {
+  drop_f32(out, x, keep, cols);
+}
+
+void drop(double* out, const double* x, const uint8_t* keep, int64_t cols) {
+  drop_f64(out, x, keep, cols);
+}
+
 }  // namespace
 
 at::Tensor dropout_mask(const at::Tensor& seed, int64_t rows, int64_t cols, double p) {
@@ -34,6 +52,41 @@ at::Tensor dropout_mask(const at::Tensor& seed, int64_t rows, int64_t cols, doub
     fill_bytes(out, key, begin, end, threshold(p));
   });
   return mask;
+}
+
+at::Tensor row_dropout_mask(const at::Tensor& seed, const at::Tensor& dropout_ps, int64_t cols) {
+  const int64_t rows = dropout_ps.size(0), width = (cols + 7) / 8;
+  at::Tensor mask = at::empty({rows, width}, seed.options().dtype(at::kByte));
+  const auto key = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
+  const at::Tensor ps = dropout_ps.to(at::kDouble).contiguous();
+  const auto* p = ps.const_data_ptr<double>();
+  auto* out = mask.data_ptr<uint8_t>();
+  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t row = begin; row < end; ++row) {
+                       fill_bytes(out, key, row * width, (row + 1) * width, threshold(p[row]));
+                     }
+                   });
+  return mask;
+}
+
+at::Tensor dropped(const at::Tensor& x, const at::Tensor& mask) {
+  const at::Tensor from = x.contiguous();
+  const int64_t rows = from.size(0), cols = from.size(1);
+  at::Tensor out = at::empty_like(from);
+  in_math(from.scalar_type(), [&](auto math) {
+    using Math = decltype(math);
+    const auto* in = from.const_data_ptr<Math>();
+    auto* to = out.mutable_data_ptr<Math>();
+    const auto* keep = mask.const_data_ptr<uint8_t>();
+    at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cols)),
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t m = begin; m < end; ++m) {
+                         drop(to + m * cols, in + m * cols, keep + m * mask.stride(0), cols);
+                       }
+                     });
+  });
+  return out;
 }
 
 at::Tensor dropout_scale(const at::Tensor& like, const at::Tensor& mask, double p) {

@@ -16,8 +16,13 @@ from torch.nn import Parameter
 from .. import _backend, _ops
 
 _PLAIN = (Tensor, Parameter)
-# Where each op keeps lora_a, whose first dimension is the rank.
-_LORA_A = {"lora_linear": 2, "lora_linear_backward": 3}
+# The rank that each op works with, from its arguments.
+_RANKS: dict[str, Callable[[tuple[Any, ...]], int]] = {
+    "lora_linear": lambda args: args[2].shape[0],
+    "lora_linear_backward": lambda args: args[3].shape[0],
+    "multi_lora_linear": lambda args: args[-1],
+    "multi_lora_linear_backward": lambda args: args[-2],
+}
 
 
 def _opaque(lead: Tensor) -> bool:
@@ -26,11 +31,11 @@ def _opaque(lead: Tensor) -> bool:
 
 def _choose(op: str, args: tuple[Any, ...]) -> str:
     lead = args[0]
-    if op not in _LORA_A:  # a mask: any backend of the device will do
+    if op not in _RANKS:  # a mask: any backend of the device will do
         return _backend.resolve(lead.device.type, torch.float32, 1)
     if lead.shape[0] == 0:  # nothing to launch a kernel for
         return "reference"
-    return _backend.resolve(lead.device.type, lead.dtype, args[_LORA_A[op]].shape[0])
+    return _backend.resolve(lead.device.type, lead.dtype, _RANKS[op](args))
 
 
 def chosen(op: str, *args: Any) -> str | None:

@@ -42,18 +42,33 @@ def _philox(seed: Tensor, counter: Tensor) -> list[Tensor]:
 
 def dropout_mask(seed: Tensor, rows: int, cols: int, dropout_p: float) -> Tensor:
     """Packed keep bits, uint8 ``[rows, ceil(cols/8)]``; a pure function of its arguments."""
+    return _mask(seed, rows, cols, threshold(dropout_p))
+
+
+def row_dropout_mask(seed: Tensor, dropout_ps: Tensor, cols: int) -> Tensor:
+    """The same with a probability of its own for each row, float32 ``[rows]``."""
+    limits = (dropout_ps.double() * 2**32).round().clamp(max=_MASK32).long()
+    width = (cols + 7) // 8
+    return _mask(seed, len(dropout_ps), cols, limits.repeat_interleave(width))
+
+
+def _mask(seed: Tensor, rows: int, cols: int, limit: int | Tensor) -> Tensor:
     width = (cols + 7) // 8
     counter = torch.arange(rows * width, device=seed.device)
     byte = torch.zeros_like(counter)
     for i, word in enumerate(_philox(seed, counter)):
         rotated = ((word << 16) | (word >> 16)) & _MASK32
-        byte |= (word >= threshold(dropout_p)).long() << (2 * i)
-        byte |= (rotated >= threshold(dropout_p)).long() << (2 * i + 1)
+        byte |= (word >= limit).long() << (2 * i)
+        byte |= (rotated >= limit).long() << (2 * i + 1)
     return byte.to(torch.uint8).view(rows, width)
+
+
+def keep_of(mask: Tensor, cols: int) -> Tensor:
+    """Packed keep bits as booleans ``[rows, cols]``."""
+    bits = torch.arange(8, device=mask.device, dtype=torch.uint8)
+    return ((mask[:, :, None] >> bits) & 1).view(len(mask), 8 * mask.shape[1])[:, :cols].bool()
 
 
 def dropout_apply(x: Tensor, mask: Tensor, dropout_p: float) -> Tensor:
     """drop(x) = x ⊙ keep / (1 − p) for packed keep bits."""
-    bits = torch.arange(8, device=mask.device, dtype=torch.uint8)
-    keep = ((mask[:, :, None] >> bits) & 1).view(x.shape[0], 8 * mask.shape[1])[:, : x.shape[1]]
-    return torch.where(keep.bool(), x * (1.0 / (1.0 - dropout_p)), 0)
+    return torch.where(keep_of(mask, x.shape[1]), x * (1.0 / (1.0 - dropout_p)), 0)

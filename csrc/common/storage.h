@@ -1,0 +1,53 @@
+// What an element is stored as, and the type that it is summed in.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "simd.h"
+
+namespace lora_kernels {
+
+enum class Storage { kFloat, kDouble, kHalf, kBFloat16 };
+
+struct Brain {
+  uint16_t bits;
+};
+
+LK_INLINE float widen(Brain value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+LK_INLINE float widen(_Float16 value) { return static_cast<float>(value); }
+LK_INLINE float widen(float value) { return value; }
+LK_INLINE double widen(double value) { return value; }
+
+LK_INLINE void narrow(Brain* out, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  // To nearest, ties to even; a NaN stays one.
+  const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  out->bits = nan ? uint16_t(0x7FC0) : static_cast<uint16_t>(rounded);
+}
+LK_INLINE void narrow(_Float16* out, float value) { *out = static_cast<_Float16>(value); }
+LK_INLINE void narrow(float* out, float value) { *out = value; }
+LK_INLINE void narrow(double* out, double value) { *out = value; }
+
+// Calls run(pointer of the storage's own type); Math is the type that the storage is summed in.
+template <typename Math, typename Run>
+LK_INLINE void typed(const void* data, Storage storage, Run run) {
+  if constexpr (sizeof(Math) == sizeof(double)) {
+    run(static_cast<const double*>(data));
+  } else if (storage == Storage::kBFloat16) {
+    run(static_cast<const Brain*>(data));
+  } else if (storage == Storage::kHalf) {
+    run(static_cast<const _Float16*>(data));
+  } else {
+    run(static_cast<const float*>(data));
+  }
+}
+
+}  // namespace lora_kernels

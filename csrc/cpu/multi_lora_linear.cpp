@@ -1,0 +1,216 @@
+// The large loops are gather_pass.h's; here are the tensors, the threads and the order of things.
+#include "multi_lora_linear.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "dropout.h"
+#include "gather_pass.h"
+#include "math_type.h"
+
+namespace lora_kernels {
+namespace {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+// Columns of one task of a product that adds multiples of rows.
+constexpr int64_t kColumns = 1024;
+
+bool has(const OptTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
+// Which slots belong to which adapter, and which pages are whose.
+struct Batch {
+  const int32_t *pages, *starts, *order, *offsets;
+  int64_t adapters, slots, slots_per_row;
+
+  Batch(const Tensor& pages, const Tensor& starts, const Tensor& order, const Tensor& offsets,
+        int64_t rows)
+      : pages(pages.const_data_ptr<int32_t>()),
+        starts(starts.const_data_ptr<int32_t>()),
+        order(order.const_data_ptr<int32_t>()),
+        offsets(offsets.const_data_ptr<int32_t>()),
+        adapters(starts.numel() - 1),
+        slots(order.numel()),
+        slots_per_row(rows == 0 ? 1 : order.numel() / rows) {}
+
+  int64_t rank(int64_t adapter) const { return starts[adapter + 1] - starts[adapter]; }
+  int64_t count(int64_t adapter) const { return offsets[adapter + 1] - offsets[adapter]; }
+
+  template <typename Math>
+  Rows<Math> rows(int64_t adapter, const Tensor& data, int64_t per_row) const {
+    return {data.const_data_ptr<Math>(), data.stride(0), order + offsets[adapter], count(adapter),
+            per_row};
+  }
+};
+
+// Calls run(adapter, first, last) for pieces of `size` of each adapter that has work, on all
+// threads.
+template <typename Extent, typename Run>
+void for_pieces(const Batch& batch, int64_t size, Extent extent, Run run) {
+  struct Piece {
+    int64_t adapter, first, last;
+  };
+  std::vector<Piece> pieces;
+  for (int64_t adapter = 0; adapter < batch.adapters; ++adapter) {
+    const int64_t end = batch.count(adapter) > 0 ? extent(adapter) : 0;
+    for (int64_t first = 0; first < end; first += size) {
+      pieces.push_back({adapter, first, std::min(first + size, end)});
+    }
+  }
+  at::parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      run(pieces[i].adapter, pieces[i].first, pieces[i].last);
+    }
+  });
+}
+
+Pages pages_of(const Tensor& data, const int32_t* index) {
+  return {data.const_data_ptr(), storage_of(data.scalar_type()), data.stride(0), data.size(1),
+          index};
+}
+
+// Pages as the loops read them: unit stride, and of the type that is summed in where that is
+// double.
+Tensor readable(const Tensor& pages, at::ScalarType math) {
+  const Tensor typed = math == at::kDouble ? pages.to(math) : pages;
+  return typed.stride(1) == 1 || typed.size(1) <= 1 ? typed : typed.contiguous();
+}
+
+// h[slot, r] = rows . page r, [slots, max_rank] and zero beyond the adapter's rank.
+Tensor shrink_rows(const Tensor& rows, int64_t per_row, const Tensor& pages, const Batch& batch,
+                   int64_t max_rank) {
+  Tensor h = at::zeros({batch.slots, max_rank}, rows.options());
+  in_math(rows.scalar_type(), [&](auto math) {
+    using Math = decltype(math);
+    auto* out = h.mutable_data_ptr<Math>();
+    for_pieces(
+        batch, kTile, [&](int64_t a) { return batch.rank(a); },
+        [&](int64_t a, int64_t first, int64_t last) {
+          dots(batch.rows<Math>(a, rows, per_row), pages_of(pages, batch.pages + batch.starts[a]),
+               first, last, out, max_rank);
+        });
+  });
+  return h;
+}
+
+// out[slot] = sum of vectors[slot, r] page r; zero where a slot has no adapter.
+Tensor expand_slots(const Tensor& vectors, const Tensor& pages, const Batch& batch) {
+  const int64_t cols = pages.size(1);
+  Tensor out = at::empty({batch.slots, cols}, vectors.options());
+  in_math(vectors.scalar_type(), [&](auto math) {
+    using Math = decltype(math);
+    auto* to = out.mutable_data_ptr<Math>();
+    const int32_t assigned = batch.offsets[batch.adapters];
+    for (int64_t i = 0; i < batch.slots; ++i) {
+      const bool none = i < batch.offsets[0] || i >= assigned;
+      if (none) std::fill_n(to + batch.order[i] * cols, cols, Math(0));
+    }
+    for_pieces(
+        batch, kColumns, [&](int64_t) { return cols; },
+        [&](int64_t a, int64_t first, int64_t last) {
+          const Mix<Math> what = {vectors.const_data_ptr<Math>(), vectors.stride(0), batch.rank(a),
+                                  to, cols};
+          mix(batch.rows<Math>(a, vectors, 1), pages_of(pages, batch.pages + batch.starts[a]), what,
+              {first, last});
+        });
+  });
+  return out;
+}
+
+// Gradient of `like`: page r of an adapter is the sum over its slots of vectors[slot, r]
+// rows[slot].
+Tensor grad_pages(const Tensor& vectors, const Tensor& rows, int64_t per_row, const Tensor& like,
+                  const Batch& batch) {
+  const int64_t cols = like.size(1);
+  Tensor out = at::zeros({like.size(0), cols}, vectors.options());
+  in_math(vectors.scalar_type(), [&](auto math) {
+    using Math = decltype(math);
+    const Mix<Math> what = {vectors.const_data_ptr<Math>(), vectors.stride(0), 0,
+                            out.mutable_data_ptr<Math>(), cols};
+    for_pieces(
+        batch, kTile, [&](int64_t a) { return batch.rank(a); },
+        [&](int64_t a, int64_t first, int64_t last) {
+          outer_pages(batch.rows<Math>(a, rows, per_row), batch.pages + batch.starts[a], first,
+                      last, what, {0, cols});
+        });
+  });
+  return out.to(like.scalar_type());
+}
+
+// The branch's input as the loops read it: a row per slot where each drops its own elements.
+struct Input {
+  Tensor rows;
+  int64_t per_row;
+};
+
+Input branch_input(const Tensor& x, const OptTensor& mask, const Batch& batch) {
+  const Tensor wide = x.to(math_of(x.scalar_type()));
+  if (!has(mask)) return {readable(wide, wide.scalar_type()), batch.slots_per_row};
+  const Tensor each =
+      batch.slots_per_row == 1 ? wide : wide.repeat_interleave(batch.slots_per_row, 0);
+  return {dropped(each, *mask), 1};
+}
+
+Tensor over_slots(const Tensor& slots, const Batch& batch) {
+  if (batch.slots_per_row == 1) return slots;
+  return slots.view({-1, batch.slots_per_row, slots.size(1)}).sum(1);
+}
+
+Tensor column(const Tensor& per_slot, const Tensor& like) {
+  return per_slot.reshape({-1, 1}).to(like.scalar_type());
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> multi_lora_linear(const Tensor& x, const Tensor& a_pages,
+                                             const Tensor& b_pages, const Tensor& pages,
+                                             const Tensor& starts, const Tensor& coef,
+                                             const Tensor& order, const Tensor& offsets,
+                                             const Tensor&, const OptTensor& mask,
+                                             const OptTensor& keep_scale, int64_t max_rank) {
+  const Batch batch(pages, starts, order, offsets, x.size(0));
+  const auto math = math_of(x.scalar_type());
+  const Input in = branch_input(x, mask, batch);
+  Tensor h = shrink_rows(in.rows, in.per_row, readable(a_pages, math), batch, max_rank);
+  if (has(keep_scale)) h.mul_(column(*keep_scale, h));
+  const Tensor delta = expand_slots(h * column(coef, h), readable(b_pages, math), batch);
+  return {over_slots(delta, batch).to(x.scalar_type()), h.to(x.scalar_type())};
+}
+
+std::vector<Tensor> multi_lora_linear_backward(
+    const Tensor& dy, const OptTensor& x, const Tensor& a_pages, const Tensor& b_pages,
+    const Tensor& pages, const Tensor& starts, const Tensor& coef, const Tensor& order,
+    const Tensor& offsets, const Tensor&, const OptTensor& h, const OptTensor& mask,
+    const OptTensor& keep_scale, int64_t max_rank, std::array<bool, 4> needs) {
+  const auto [needs_x, needs_a, needs_b, needs_coef] = needs;
+  const Batch batch(pages, starts, order, offsets, dy.size(0));
+  const auto math = math_of(dy.scalar_type());
+  const Tensor rows = readable(dy.to(math), math);
+  const Tensor wide_h = has(h) ? h->to(math) : Tensor();
+  Tensor u, dh;
+  if (needs_x || needs_a || needs_coef) {
+    u = shrink_rows(rows, batch.slots_per_row, readable(b_pages, math), batch, max_rank);
+    dh = u * column(coef, u);
+    if (has(keep_scale)) dh.mul_(column(*keep_scale, dh));
+  }
+  std::vector<Tensor> grads;
+  if (needs_x) {
+    Tensor dx = expand_slots(dh, readable(a_pages, math), batch);
+    if (has(mask)) dx = dropped(dx, *mask);
+    grads.push_back(over_slots(dx, batch).to(dy.scalar_type()));
+  }
+  if (needs_a) {
+    const Input in = branch_input(*x, mask, batch);
+    grads.push_back(grad_pages(dh, in.rows, in.per_row, a_pages, batch));
+  }
+  if (needs_b) {
+    const Tensor vectors = wide_h * column(coef, wide_h);
+    grads.push_back(grad_pages(vectors, rows, batch.slots_per_row, b_pages, batch));
+  }
+  if (needs_coef) grads.push_back((u * wide_h).sum(1).to(coef.scalar_type()).view_as(coef));
+  return grads;
+}
+
+}  // namespace lora_kernels

@@ -1,0 +1,91 @@
+"""delta_m = Σ_j c_mj · ((drop_mj(x_m) A_iᵀ) B_iᵀ with i = ids_mj: one adapter after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .dropout import keep_of
+
+
+def _groups(
+    pages: Tensor, starts: Tensor, order: Tensor, offsets: Tensor
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """(slots, pages, rank) of each adapter that has slots."""
+    first, last = starts.tolist(), offsets.tolist()
+    for i in range(len(first) - 1):
+        if last[i + 1] > last[i] and first[i + 1] > first[i]:
+            slots, own = order[last[i] : last[i + 1]], pages[first[i] : first[i + 1]]
+            yield slots.long(), own.long(), len(own)
+
+
+def _dropped(branch: Tensor, mask: Tensor | None, slots: Tensor) -> Tensor:
+    return branch if mask is None else torch.where(keep_of(mask[slots], branch.shape[1]), branch, 0)
+
+
+def _per_slot(values: Tensor | None, slots: Tensor, dtype: torch.dtype) -> Tensor | float:
+    return 1.0 if values is None else values[slots, None].to(dtype)
+
+
+def multi_lora_linear(
+    x: Tensor,
+    a_pages: Tensor,
+    b_pages: Tensor,
+    pages: Tensor,
+    starts: Tensor,
+    coef: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    tiles: Tensor,
+    mask: Tensor | None,
+    keep_scale: Tensor | None,
+    max_rank: int,
+) -> tuple[Tensor, Tensor]:
+    """The forward op of ``_ops.py``: the delta and h."""
+    per_row = len(order) // max(1, len(x))
+    delta, h = x.new_zeros(len(x), b_pages.shape[1]), x.new_zeros(len(order), max_rank)
+    for slots, own, rank in _groups(pages, starts, order, offsets):
+        branch = _dropped(x[slots // per_row], mask, slots)
+        part = (branch @ a_pages[own].to(x.dtype).T) * _per_slot(keep_scale, slots, x.dtype)
+        h[slots, :rank] = part
+        out = (part * _per_slot(coef, slots, x.dtype)) @ b_pages[own].to(x.dtype)
+        delta.index_add_(0, slots // per_row, out)
+    return delta, h
+
+
+def multi_lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    a_pages: Tensor,
+    b_pages: Tensor,
+    pages: Tensor,
+    starts: Tensor,
+    coef: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    tiles: Tensor,
+    h: Tensor | None,
+    mask: Tensor | None,
+    keep_scale: Tensor | None,
+    max_rank: int,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The backward op of ``_ops.py``: the gradients that ``needs`` asks for."""
+    per_row, dtype = len(order) // max(1, len(dy)), dy.dtype
+    dx = dy.new_zeros(len(dy), a_pages.shape[1])
+    da, db, dcoef = torch.zeros_like(a_pages), torch.zeros_like(b_pages), torch.zeros_like(coef)
+    for slots, own, rank in _groups(pages, starts, order, offsets):
+        rows, scale = slots // per_row, _per_slot(coef, slots, dtype)
+        u = dy[rows] @ b_pages[own].to(dtype).T
+        dh = u * scale * _per_slot(keep_scale, slots, dtype)
+        if needs[0]:
+            dx.index_add_(0, rows, _dropped(dh @ a_pages[own].to(dtype), mask, slots))
+        if needs[1]:
+            da[own] = (dh.T @ _dropped(x[rows], mask, slots)).to(da.dtype)
+        if needs[2]:
+            db[own] = ((h[slots, :rank] * scale).T @ dy[rows]).to(db.dtype)
+        if needs[3]:
+            dcoef[slots] = (u * h[slots, :rank]).sum(1).to(coef.dtype)
+    return [grad for grad, needed in zip((dx, da, db, dcoef), needs, strict=True) if needed]
