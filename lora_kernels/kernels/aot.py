@@ -80,7 +80,7 @@ def _linear_specs(dtype: str, rank: int) -> Iterator[Spec]:
         ("dropout", True, False),
         ("gate", False, True),
     ):
-        flags = {"HAS_BIAS": True, "HAS_GATE": gate, "DROPOUT": dropout_on, **precision}
+        flags = {"HAS_BIAS": True, "HAS_GATE": gate, "DROPOUT": dropout_on, "EXPAND": True, **precision}
         yield Spec("forward", variant, dtype, rank, beta.lora_forward_kernel, flags, forward, types)
     for variant, gate in (("plain", False), ("gate", True)):
         flags = {"HAS_GATE": gate, "NEED_DB": True, **precision}

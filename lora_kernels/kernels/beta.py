@@ -17,18 +17,10 @@ from torch import Tensor
 
 from ..planner import Plan
 from ..reference.lora_linear import grad_gate, grad_x
-from .config import Tile, dy_tile, forward_tile, row_chunks, x_tile
+from .config import dy_tile, forward_tile, row_chunks, x_tile
 from .dropout import signed_threshold
-from .primitives import cast, dot, keep_bytes, load_tile, store_tile, unpack
-
-
-@triton.jit
-def _load_gated(h_ptr, gate_ptr, rows, ranks, M, R, stride_gm, HAS_GATE: tl.constexpr):
-    """h ⊙ g for some rows; a gate that all rows share has row stride 0."""
-    h = load_tile(h_ptr, rows, ranks, R, 1, M, R)
-    if HAS_GATE:
-        h = cast(h * load_tile(gate_ptr, rows, ranks, stride_gm, 1, M, R).to(tl.float32), h.dtype)
-    return h
+from .launch import blocks, gate_argument, precision, unit_columns
+from .primitives import apply_gate, cast, dot, keep_bytes, load_keep, load_tile, store_tile, unpack
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -58,11 +50,13 @@ def lora_forward_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_GATE: tl.constexpr,
     DROPOUT: tl.constexpr,
+    EXPAND: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    """h and the keep bits from one pass over x; with EXPAND also y₀ = b + s (h ⊙ g) Bᵀ."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R)
     dtype = x_ptr.dtype.element_ty
@@ -84,16 +78,16 @@ def lora_forward_kernel(
 
     h = cast(acc * keep_scale, dtype)
     store_tile(h_ptr, h, rows, ranks, R, 1, M, R)
-    if HAS_GATE:
-        h = cast(h * load_tile(gate_ptr, rows, ranks, stride_gm, 1, M, R).to(tl.float32), dtype)
-
-    for n in range(0, N, BLOCK_C):
-        cols = n + tl.arange(0, BLOCK_C)
-        b = cast(load_tile(b_ptr, ranks, cols, stride_br, stride_bn, R, N), dtype)
-        y = dot(h, b, tl.zeros((BLOCK_M, BLOCK_C), tl.float32), PRECISION) * scaling
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-        store_tile(y_ptr, y, rows, cols, N, 1, M, N)
+    if EXPAND:
+        if HAS_GATE:
+            h = apply_gate(h, gate_ptr, rows, ranks, M, R, stride_gm)
+        for n in range(0, N, BLOCK_C):
+            cols = n + tl.arange(0, BLOCK_C)
+            b = cast(load_tile(b_ptr, ranks, cols, stride_br, stride_bn, R, N), dtype)
+            y = dot(h, b, tl.zeros((BLOCK_M, BLOCK_C), tl.float32), PRECISION) * scaling
+            if HAS_BIAS:
+                y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+            store_tile(y_ptr, y, rows, cols, N, 1, M, N)
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_chunk"])
@@ -135,7 +129,9 @@ def dy_pass_kernel(
         u = dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION)
         store_tile(u_part_ptr, u, rows, ranks, R, 1, M, R)
         if NEED_DB:
-            h = _load_gated(h_ptr, gate_ptr, rows, ranks, M, R, stride_gm, HAS_GATE)
+            h = load_tile(h_ptr, rows, ranks, R, 1, M, R)
+            if HAS_GATE:
+                h = apply_gate(h, gate_ptr, rows, ranks, M, R, stride_gm)
             db = dot(tl.trans(dy), h, db, PRECISION)
     if NEED_DB:
         store_tile(db_part_ptr, db, cols, ranks, R, 1, N, R)
@@ -168,7 +164,6 @@ def x_pass_kernel(
     """Reads each element of x once for dA's part from these rows, and writes dX₀ beside it."""
     strip, chunk = tl.program_id(0), tl.program_id(1)
     cols = strip * BLOCK_C + tl.arange(0, BLOCK_C)
-    bytes_ = strip * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
     ranks = tl.arange(0, BLOCK_R)
     row_bytes = (K + 7) // 8
     a = cast(load_tile(a_ptr, ranks, cols, stride_ar, stride_ak, R, K), dh_ptr.dtype.element_ty)
@@ -180,10 +175,7 @@ def x_pass_kernel(
         rows = m + tl.arange(0, BLOCK_M)
         dh = load_tile(dh_ptr, rows, ranks, R, 1, M, R)
         if DROPOUT:
-            inside = (rows[:, None] < M) & (bytes_[None, :] < row_bytes)
-            offsets = rows[:, None].to(tl.int64) * row_bytes + bytes_[None, :]
-            packed = tl.load(mask_ptr + offsets, mask=inside, other=0).to(tl.int32)
-            keep = unpack(packed, BLOCK_M, BLOCK_C)
+            keep = load_keep(mask_ptr, rows, strip * BLOCK_C, M, row_bytes, BLOCK_M, BLOCK_C)
         if NEED_DX:
             dx = dot(dh, a, tl.zeros((BLOCK_M, BLOCK_C), tl.float32), PRECISION) * keep_scale
             if DROPOUT:
@@ -209,38 +201,7 @@ def sum_parts_kernel(part_ptr, out_ptr, numel, parts, scale, BLOCK: tl.constexpr
     tl.store(out_ptr + offsets, cast(total * scale, out_ptr.dtype.element_ty), mask=inside)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """tf32 only where torch's own fp32 matmuls may use it."""
-    allowed = dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if allowed else "ieee"
-
-
-def _unit_columns(tensor: Tensor) -> Tensor:
-    """Rows may be strided; the kernels read along them in 16-byte steps."""
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
-
-
-def _blocks(tile: Tile) -> dict[str, int]:
-    return {
-        "BLOCK_M": tile.block_m,
-        "BLOCK_C": tile.block_c,
-        "BLOCK_R": tile.block_r,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
-
-
-def _gate_argument(gate: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
-    """The gate with unit stride and its row stride: 0 where all rows share it."""
-    if gate is None:
-        return stand_in, 0
-    if gate.dim() == 1:
-        return gate.contiguous(), 0
-    gate = _unit_columns(gate)
-    return gate, gate.stride(0)
-
-
-def _sum_parts(parts: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+def sum_parts(parts: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     """scale · parts.sum(0) in ``dtype``, always in the same order."""
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     block = 1024
@@ -264,23 +225,43 @@ def forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The forward op of ``_ops.py``: y, h and the packed keep bits."""
-    branch = _unit_columns(x if x_lora is None else x_lora)
-    (rows, cols), (rank, out) = x.shape, (lora_a.shape[0], lora_b.shape[0])
-    y, h = x.new_empty(rows, out), x.new_empty(rows, rank)
+    y = x.new_empty(x.shape[0], lora_b.shape[0])
+    branch = x if x_lora is None else x_lora
+    h, mask = branch_pass(branch, lora_a, seed, dropout_p, lora_b, bias, gate, scaling, y)
+    return (y if weight is None else y.addmm_(x, weight.T)), h, mask
+
+
+def branch_pass(
+    x: Tensor,
+    lora_a: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    lora_b: Tensor | None = None,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    scaling: float = 1.0,
+    y: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h and the keep bits; where ``y`` is given, b + s (h ⊙ g) Bᵀ is written to it."""
+    x = unit_columns(x)
+    (rows, cols), rank = x.shape, lora_a.shape[0]
+    h = x.new_empty(rows, rank)
     mask = x.new_empty((0,) if seed is None else (rows, (cols + 7) // 8), dtype=torch.uint8)
     tile = forward_tile(rows, rank, x.element_size())
-    gate, stride_gm = _gate_argument(gate, h) if gate is not None else (None, 0)
+    gate, stride_gm = gate_argument(gate)
+    out, strides_b = (0, (0, 0)) if y is None else (y.shape[1], lora_b.stride())
     lora_forward_kernel[(triton.cdiv(rows, tile.block_m),)](
-        *(branch, lora_a, lora_b, bias, gate, seed, h, mask, y),
-        *(rows, out, cols, rank, branch.stride(0), *lora_a.stride(), *lora_b.stride(), stride_gm),
+        *(x, lora_a, lora_b, bias, gate, seed, h, mask, y),
+        *(rows, out, cols, rank, x.stride(0), *lora_a.stride(), *strides_b, stride_gm),
         *(scaling, 1.0 / (1.0 - dropout_p), signed_threshold(dropout_p)),
         HAS_BIAS=bias is not None,
         HAS_GATE=gate is not None,
         DROPOUT=seed is not None,
-        PRECISION=_precision(x.dtype),
-        **_blocks(tile),
+        EXPAND=y is not None,
+        PRECISION=precision(x.dtype),
+        **blocks(tile),
     )
-    return (y if weight is None else y.addmm_(x, weight.T)), h, mask
+    return h, mask
 
 
 def backward(
@@ -300,18 +281,18 @@ def backward(
 ) -> list[Tensor]:
     """The backward op of ``_ops.py``: the gradients that ``needs`` asks for."""
     needs_x, needs_a, needs_b, needs_gate, needs_x_lora = needs
-    dy = _unit_columns(dy)
-    u, db = _dy_pass(dy, lora_b, h if needs_b else None, gate, scaling)
+    dy = unit_columns(dy)
+    u, db = dy_pass(dy, lora_b, h if needs_b else None, gate, scaling)
     dh = u if gate is None else (u * gate).to(dy.dtype)
     dgate = grad_gate(u, h, gate) if needs_gate else None
     needs_branch = needs_x_lora or (needs_x and not separate)
-    branch, da = _x_pass(x if needs_a else None, dh, lora_a, mask, dropout_p, needs_branch)
+    branch, da = x_pass(x if needs_a else None, dh, lora_a, mask, dropout_p, needs_branch)
     dx = grad_x(dy, weight, None if separate else branch, lora_a.shape[1]) if needs_x else None
     grads = (dx, da, db, dgate, branch)
     return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
 
 
-def _dy_pass(
+def dy_pass(
     dy: Tensor, lora_b: Tensor, h: Tensor | None, gate: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor | None]:
     """U = s dY B (fp32 where a gate follows) and, where h is given, dB = s dYᵀ (h ⊙ g)."""
@@ -323,20 +304,20 @@ def _dy_pass(
     db_parts = (
         torch.empty(chunks, out, rank, dtype=torch.float32, device=dy.device) if h is not None else None
     )
-    gate_arg, stride_gm = _gate_argument(gate, dy) if gate is not None else (None, 0)
+    gate_arg, stride_gm = gate_argument(gate)
     dy_pass_kernel[(strips, chunks)](
         *(dy, lora_b, h, gate_arg, u_parts, u_parts if db_parts is None else db_parts),
         *(rows, out, rank, dy.stride(0), *lora_b.stride(), stride_gm, rows_per_chunk),
         HAS_GATE=gate is not None,
         NEED_DB=h is not None,
-        PRECISION=_precision(dy.dtype),
-        **_blocks(tile),
+        PRECISION=precision(dy.dtype),
+        **blocks(tile),
     )
-    u = _sum_parts(u_parts, dy.dtype if gate is None else torch.float32, scaling)
-    return u, None if db_parts is None else _sum_parts(db_parts, lora_b.dtype, scaling)
+    u = sum_parts(u_parts, dy.dtype if gate is None else torch.float32, scaling)
+    return u, None if db_parts is None else sum_parts(db_parts, lora_b.dtype, scaling)
 
 
-def _x_pass(
+def x_pass(
     x: Tensor | None,
     dh: Tensor,
     lora_a: Tensor,
@@ -347,7 +328,7 @@ def _x_pass(
     """dX₀ = keep ⊙ (dH A)/(1-p) where asked for, and dA = dHᵀ drop(x) where x is given."""
     if x is None and not needs_branch:
         return None, None
-    x = None if x is None else _unit_columns(x)
+    x = None if x is None else unit_columns(x)
     (rows, rank), cols = dh.shape, lora_a.shape[1]
     tile = x_tile(rank, dh.element_size())
     chunks, rows_per_chunk = row_chunks(rows, cols, tile)
@@ -362,7 +343,7 @@ def _x_pass(
         DROPOUT=mask is not None,
         NEED_DX=needs_branch,
         NEED_DA=x is not None,
-        PRECISION=_precision(dh.dtype),
-        **_blocks(tile),
+        PRECISION=precision(dh.dtype),
+        **blocks(tile),
     )
-    return dx, None if da_parts is None else _sum_parts(da_parts, lora_a.dtype, 1.0)
+    return dx, None if da_parts is None else sum_parts(da_parts, lora_a.dtype, 1.0)

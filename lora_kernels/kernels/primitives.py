@@ -72,3 +72,18 @@ def unpack(packed, ROWS: tl.constexpr, COLS: tl.constexpr):
     """One boolean a column from a tile of bytes [ROWS, COLS / 8]."""
     bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
     return tl.reshape(bits, (ROWS, COLS)) != 0
+
+
+@triton.jit
+def load_keep(mask_ptr, rows, first_col, n_rows, row_bytes, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The keep bits of COLS columns from ``first_col``, a multiple of eight; false outside."""
+    bytes_ = first_col // 8 + tl.arange(0, COLS // 8)
+    packed = load_tile(mask_ptr, rows, bytes_, row_bytes, 1, n_rows, row_bytes)
+    return unpack(packed.to(tl.int32), ROWS, COLS)
+
+
+@triton.jit
+def apply_gate(h, gate_ptr, rows, ranks, n_rows, R, stride_row):
+    """h ⊙ g in h's dtype; a gate that all rows share has row stride 0."""
+    gate = load_tile(gate_ptr, rows, ranks, stride_row, 1, n_rows, R)
+    return cast(h * gate.to(tl.float32), h.dtype)
