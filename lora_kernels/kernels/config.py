@@ -71,3 +71,21 @@ def row_chunks(rows: int, cols: int, tile: Tile) -> tuple[int, int]:
     chunks = min(steps, max(1, TARGET_PROGRAMS // strips))
     rows_per_chunk = -(-steps // chunks) * tile.block_m
     return -(-rows // rows_per_chunk), rows_per_chunk
+
+
+@dataclass(frozen=True)
+class PageTile(Tile):
+    """A tile of the multi-adapter kernels, and how the shrink's columns are split among programs."""
+
+    splits: int = 1
+    cols_per_split: int = 0
+
+
+def page_tile(cols: int, rank: int, itemsize: int) -> PageTile:
+    """A pure function of the pages' shape and not of the batch, so that no row's sum depends on its company."""
+    block_c = _narrow(128, itemsize)
+    steps = -(-cols // block_c)
+    splits = max(1, min(16, steps // 4))
+    each = -(-steps // splits) * block_c
+    block_r = min(32, padded_rank(rank))
+    return PageTile(16, block_c, block_r, splits=-(-cols // each) if cols else 1, cols_per_split=max(1, each))

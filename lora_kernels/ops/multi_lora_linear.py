@@ -89,7 +89,7 @@ class BatchPlan(NamedTuple):
     """Which slots are whose; a slot is a row, or one of the k adapters of a row.
 
     ``order`` has the slots sorted by adapter, those without one last; adapter i has
-    ``order[offsets[i]:offsets[i + 1]]``. ``tiles`` cuts that into programs: (adapter, first place in order).
+    ``order[offsets[i]:offsets[i + 1]]``, and those without one count as adapter D. ``tiles`` cuts that into programs: (adapter, first place in order).
     """
 
     ids: Tensor
@@ -120,7 +120,7 @@ def plan_batch(adapter_ids: Tensor, adapters: int) -> BatchPlan:
     known = owner.clamp(max=adapters)
     first = offsets[known] + (place - (ends - counts)[known]) * TILE_SLOTS
     tiles = torch.stack([torch.where(owner > adapters, -1, owner), first], 1)
-    return BatchPlan(ids, order.int(), offsets[:-1].int(), tiles.int())
+    return BatchPlan(ids, order.int(), offsets.int(), tiles.int())
 
 
 def multi_lora_linear(

@@ -1,0 +1,361 @@
+"""The delta of rows that use different adapters, in two launches: shrink with split K, then expand.
+
+A program serves up to BLOCK_M slots of one adapter and walks over that adapter's own pages, so no rank is
+padded in memory and none works for another's. The split of K depends on the shape of the pages alone,
+partial sums are added in order: a row's delta does not depend on the rest of the batch. Backward runs the
+same two kernels with A and B exchanged, and one more for the gradients of the pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import PageTile, page_tile
+from .launch import precision, unit_columns
+from .primitives import cast, dot, load_keep
+
+
+@triton.jit
+def _slots_of(tiles_ptr, order_ptr, offsets_ptr, BLOCK_M: tl.constexpr):
+    """This program's adapter (negative: nothing to do), its slots, and which of them exist."""
+    adapter = tl.load(tiles_ptr + tl.program_id(0) * 2)
+    first = tl.load(tiles_ptr + tl.program_id(0) * 2 + 1)
+    place = first + tl.arange(0, BLOCK_M)
+    live = (place < tl.load(offsets_ptr + adapter + 1, mask=adapter >= 0, other=0)) & (adapter >= 0)
+    return adapter, tl.load(order_ptr + place, mask=live, other=0), live
+
+
+@triton.jit
+def _pages_of(pages_ptr, starts_ptr, adapter, first, adapters, BLOCK_R: tl.constexpr):
+    """The adapter's pages from its rank ``first`` on, and which of them exist; none of no adapter."""
+    known = (adapter >= 0) & (adapter < adapters)
+    start = tl.load(starts_ptr + adapter, mask=known, other=0) + first
+    place = start + tl.arange(0, BLOCK_R)
+    live = place < tl.load(starts_ptr + adapter + 1, mask=known, other=0)
+    return tl.load(pages_ptr + place, mask=live, other=0).to(tl.int64), live
+
+
+@triton.jit
+def _load(ptr, rows, row_live, cols, n_cols, stride):
+    inside = row_live[:, None] & (cols[None, :] < n_cols)
+    return tl.load(ptr + rows[:, None].to(tl.int64) * stride + cols[None, :], mask=inside, other=0.0)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def gather_shrink_kernel(
+    x_ptr,
+    page_ptr,
+    pages_ptr,
+    starts_ptr,
+    order_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    mask_ptr,
+    part_ptr,
+    slots,
+    adapters,
+    per_row,
+    K,
+    stride_x,
+    stride_page,
+    max_rank,
+    cols_per_split,
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """part[split, slot, r] = x · page r over this split's columns."""
+    adapter, slot, live = _slots_of(tiles_ptr, order_ptr, offsets_ptr, BLOCK_M)
+    first = tl.program_id(1) * BLOCK_R
+    page, has_page = _pages_of(pages_ptr, starts_ptr, adapter, first, adapters, BLOCK_R)
+    if tl.sum(has_page.to(tl.int32), 0) == 0:
+        return
+    split = tl.program_id(2)
+    row = slot // per_row
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    begin = split * cols_per_split
+    for k in range(begin, min(begin + cols_per_split, K), BLOCK_C):
+        cols = k + tl.arange(0, BLOCK_C)
+        x = _load(x_ptr, row, live, cols, K, stride_x)
+        if HAS_MASK:
+            # A slot that does not exist reads slot 0's bits, and is not stored.
+            x = tl.where(load_keep(mask_ptr, slot, k, slots, (K + 7) // 8, BLOCK_M, BLOCK_C), x, 0.0)
+        a = cast(_load(page_ptr, page, has_page, cols, K, stride_page), x_ptr.dtype.element_ty)
+        acc = dot(x, tl.trans(a), acc, PRECISION)
+    ranks = first + tl.arange(0, BLOCK_R)
+    offsets = (split.to(tl.int64) * slots + slot[:, None]) * max_rank + ranks[None, :]
+    tl.store(part_ptr + offsets, acc, mask=live[:, None] & has_page[None, :])
+
+
+@triton.jit
+def _sum_splits(part_ptr, slot, live, ranks, has_page, slots, max_rank, splits):
+    """The partial sums of a tile of h, added in the order of the splits."""
+    inside = live[:, None] & has_page[None, :]
+    offsets = slot[:, None].to(tl.int64) * max_rank + ranks[None, :]
+    total = tl.load(part_ptr + offsets, mask=inside, other=0.0)
+    for split in range(1, splits):
+        skip = split.to(tl.int64) * slots * max_rank
+        total += tl.load(part_ptr + skip + offsets, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["slots"])
+def gather_expand_kernel(
+    part_ptr,
+    page_ptr,
+    pages_ptr,
+    starts_ptr,
+    order_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    coef_ptr,
+    scale_ptr,
+    mask_ptr,
+    h_ptr,
+    out_ptr,
+    slots,
+    adapters,
+    N,
+    stride_page,
+    max_rank,
+    splits,
+    HAS_SCALE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    WRITE_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """out[slot] = coef Σ_r h[slot, r] page r, and zero for a slot without an adapter."""
+    adapter, slot, live = _slots_of(tiles_ptr, order_ptr, offsets_ptr, BLOCK_M)
+    if adapter < 0:
+        return
+    dtype = out_ptr.dtype.element_ty
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    coef = tl.load(coef_ptr + slot, mask=live, other=0.0).to(tl.float32)
+    known = (adapter < adapters).to(tl.int32)
+    start = tl.load(starts_ptr + adapter * known)
+    rank = (tl.load(starts_ptr + adapter * known + 1) - start) * known
+
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for first in range(0, rank, BLOCK_R):
+        page, has_page = _pages_of(pages_ptr, starts_ptr, adapter, first, adapters, BLOCK_R)
+        ranks = first + tl.arange(0, BLOCK_R)
+        h = _sum_splits(part_ptr, slot, live, ranks, has_page, slots, max_rank, splits)
+        if HAS_SCALE:
+            h *= tl.load(scale_ptr + slot, mask=live, other=0.0).to(tl.float32)[:, None]
+        if WRITE_H:
+            if tl.program_id(1) == 0:
+                offsets = slot[:, None].to(tl.int64) * max_rank + ranks[None, :]
+                tl.store(h_ptr + offsets, cast(h, dtype), mask=live[:, None] & has_page[None, :])
+        b = cast(_load(page_ptr, page, has_page, cols, N, stride_page), dtype)
+        acc = dot(cast(h * coef[:, None], dtype), b, acc, PRECISION)
+    if HAS_MASK:
+        first_col = tl.program_id(1) * BLOCK_C
+        acc = tl.where(load_keep(mask_ptr, slot, first_col, slots, (N + 7) // 8, BLOCK_M, BLOCK_C), acc, 0.0)
+    inside = live[:, None] & (cols[None, :] < N)
+    tl.store(out_ptr + slot[:, None].to(tl.int64) * N + cols[None, :], cast(acc, dtype), mask=inside)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def page_grad_kernel(
+    vector_ptr,
+    coef_ptr,
+    x_ptr,
+    pages_ptr,
+    starts_ptr,
+    order_ptr,
+    offsets_ptr,
+    mask_ptr,
+    out_ptr,
+    slots,
+    per_row,
+    C,
+    stride_x,
+    max_rank,
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """out[page r] = Σ_slots coef vector[slot, r] x[slot], the slots of the page's adapter in order."""
+    adapter = tl.program_id(0)
+    first = tl.program_id(1) * BLOCK_R
+    start = tl.load(starts_ptr + adapter)
+    rank = tl.load(starts_ptr + adapter + 1) - start
+    if first >= rank:
+        return
+    ranks = first + tl.arange(0, BLOCK_R)
+    page = tl.load(pages_ptr + start + ranks, mask=ranks < rank, other=0).to(tl.int64)
+    first_col = tl.program_id(2) * BLOCK_C
+    cols = first_col + tl.arange(0, BLOCK_C)
+    dtype = x_ptr.dtype.element_ty
+
+    acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    last = tl.load(offsets_ptr + adapter + 1)
+    for place in range(tl.load(offsets_ptr + adapter), last, BLOCK_M):
+        at = place + tl.arange(0, BLOCK_M)
+        live = at < last
+        slot = tl.load(order_ptr + at, mask=live, other=0)
+        inside = live[:, None] & (ranks[None, :] < rank)
+        v = tl.load(vector_ptr + slot[:, None].to(tl.int64) * max_rank + ranks[None, :], mask=inside, other=0.0)
+        v = v.to(tl.float32) * tl.load(coef_ptr + slot, mask=live, other=0.0).to(tl.float32)[:, None]
+        x = _load(x_ptr, slot // per_row, live, cols, C, stride_x)
+        if HAS_MASK:
+            x = tl.where(load_keep(mask_ptr, slot, first_col, slots, (C + 7) // 8, BLOCK_M, BLOCK_C), x, 0.0)
+        acc = dot(tl.trans(cast(v, dtype)), x, acc, PRECISION)
+    inside = (ranks[:, None] < rank) & (cols[None, :] < C)
+    tl.store(
+        out_ptr + page[:, None] * C + cols[None, :], cast(acc, out_ptr.dtype.element_ty), mask=inside
+    )
+
+
+def _blocks(tile: PageTile) -> dict[str, int]:
+    return {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_C": tile.block_c,
+        "BLOCK_R": tile.block_r,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def _shrink(
+    x: Tensor, page_data: Tensor, layout: tuple[Tensor, ...], mask: Tensor | None, max_rank: int, per_row: int
+) -> Tensor:
+    """Partial sums of h, fp32 [splits, slots, max_rank]; only what an adapter has is written."""
+    pages, starts, order, offsets, tiles = layout
+    x, page_data = unit_columns(x), unit_columns(page_data)
+    slots, cols = order.shape[0], x.shape[1]
+    tile = page_tile(cols, max_rank, x.element_size())
+    parts = torch.empty(tile.splits, slots, max_rank, dtype=torch.float32, device=x.device)
+    gather_shrink_kernel[(tiles.shape[0], triton.cdiv(max_rank, tile.block_r), tile.splits)](
+        *(x, page_data, pages, starts, order, offsets, tiles, mask, parts),
+        *(slots, starts.shape[0] - 1, per_row, cols, x.stride(0), page_data.stride(0), max_rank),
+        tile.cols_per_split,
+        HAS_MASK=mask is not None,
+        PRECISION=precision(x.dtype),
+        **_blocks(tile),
+    )
+    return parts
+
+
+def _expand(
+    parts: Tensor,
+    page_data: Tensor,
+    layout: tuple[Tensor, ...],
+    coef: Tensor,
+    scale: Tensor | None,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    per_row: int,
+) -> tuple[Tensor, Tensor]:
+    """(out [rows, N], h [slots, max_rank]): h is the scaled sum of the parts, zero beyond a rank."""
+    pages, starts, order, offsets, tiles = layout
+    page_data = unit_columns(page_data)
+    splits, slots, max_rank = parts.shape
+    cols = page_data.shape[1]
+    tile = page_tile(cols, max_rank, page_data.element_size())
+    h = torch.zeros(slots, max_rank, dtype=dtype, device=parts.device)
+    out = torch.empty(slots, cols, dtype=dtype, device=parts.device)
+    gather_expand_kernel[(tiles.shape[0], triton.cdiv(cols, tile.block_c))](
+        *(parts, page_data, pages, starts, order, offsets, tiles, coef, scale, mask, h, out),
+        *(slots, starts.shape[0] - 1, cols, page_data.stride(0), max_rank, splits),
+        HAS_SCALE=scale is not None,
+        HAS_MASK=mask is not None,
+        WRITE_H=True,
+        PRECISION=precision(dtype),
+        **_blocks(tile),
+    )
+    return (out if per_row == 1 else out.view(-1, per_row, cols).sum(1)), h
+
+
+def _page_grad(
+    vectors: Tensor,
+    coef: Tensor,
+    x: Tensor,
+    layout: tuple[Tensor, ...],
+    mask: Tensor | None,
+    like: Tensor,
+    per_row: int,
+) -> Tensor:
+    pages, starts, order, offsets, _ = layout
+    x = unit_columns(x)
+    slots, max_rank = vectors.shape
+    cols = x.shape[1]
+    tile = page_tile(cols, max_rank, x.element_size())
+    out = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    grid = (starts.shape[0] - 1, triton.cdiv(max_rank, tile.block_r), triton.cdiv(cols, tile.block_c))
+    page_grad_kernel[grid](
+        *(vectors, coef, x, pages, starts, order, offsets, mask, out),
+        *(slots, per_row, cols, x.stride(0), max_rank),
+        HAS_MASK=mask is not None,
+        PRECISION=precision(x.dtype),
+        **_blocks(tile),
+    )
+    return out
+
+
+def multi_lora_linear(
+    x: Tensor,
+    a_pages: Tensor,
+    b_pages: Tensor,
+    pages: Tensor,
+    starts: Tensor,
+    coef: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    tiles: Tensor,
+    mask: Tensor | None,
+    keep_scale: Tensor | None,
+    max_rank: int,
+) -> tuple[Tensor, Tensor]:
+    """The forward op of ``_ops.py``: the delta and h."""
+    layout, per_row = (pages, starts, order, offsets, tiles), order.shape[0] // x.shape[0]
+    parts = _shrink(x, a_pages, layout, mask, max_rank, per_row)
+    return _expand(parts, b_pages, layout, coef, keep_scale, None, x.dtype, per_row)
+
+
+def multi_lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    a_pages: Tensor,
+    b_pages: Tensor,
+    pages: Tensor,
+    starts: Tensor,
+    coef: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    tiles: Tensor,
+    h: Tensor | None,
+    mask: Tensor | None,
+    keep_scale: Tensor | None,
+    max_rank: int,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The backward op of ``_ops.py``: the gradients that ``needs`` asks for."""
+    layout, per_row = (pages, starts, order, offsets, tiles), order.shape[0] // dy.shape[0]
+    needs_x, needs_a, needs_b, needs_coef = needs
+    dx = da = db = dcoef = None
+    if needs_x or needs_a or needs_coef:
+        parts = _shrink(dy, b_pages, layout, None, max_rank, per_row)
+        dx, u = _expand(parts, a_pages, layout, coef, keep_scale, mask, dy.dtype, per_row)
+        # u carries keep_scale, and so does h: dcoef = Σ_r h_r (dY B)_r has it once.
+        if needs_a:
+            da = _page_grad(u, coef, x, layout, mask, a_pages, per_row)
+        if needs_coef:
+            plain = h.float() if keep_scale is None else h.float() / keep_scale[:, None]
+            dcoef = (u.float() * plain).sum(1).to(coef.dtype)
+    if needs_b:
+        db = _page_grad(h, coef, dy, layout, None, b_pages, per_row)
+    grads = (dx, da, db, dcoef)
+    return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
