@@ -14,19 +14,25 @@ if TYPE_CHECKING:
     from .integrations.checkpoint import load_adapter, save_adapter
     from .integrations.peft import accelerate, decelerate
     from .nn import LoRALinear, apply_lora
+    from .ops.multi_lora_linear import AdapterStack, multi_lora_linear, plan_batch, stack_adapters
 
 # Imported on first use, so that `import lora_kernels` needs torch alone.
 _LAZY = {
+    "AdapterStack": "ops.multi_lora_linear",
     "LoRAConfig": "adapters",
     "LoRALinear": "nn",
     "accelerate": "integrations.peft",
     "apply_lora": "nn",
     "decelerate": "integrations.peft",
     "load_adapter": "integrations.checkpoint",
+    "multi_lora_linear": "ops.multi_lora_linear",
+    "plan_batch": "ops.multi_lora_linear",
     "save_adapter": "integrations.checkpoint",
+    "stack_adapters": "ops.multi_lora_linear",
 }
 
 __all__ = [
+    "AdapterStack",
     "BackendError",
     "LoRAConfig",
     "LoRALinear",
@@ -37,7 +43,10 @@ __all__ = [
     "decelerate",
     "load_adapter",
     "lora_linear",
+    "multi_lora_linear",
+    "plan_batch",
     "save_adapter",
+    "stack_adapters",
     "use_backend",
 ]
 

@@ -39,12 +39,12 @@ SCHEMAS = {
     ),
     # The keep bits where each row has its own probability, float32 [rows].
     "row_dropout_mask": "(Tensor seed, Tensor dropout_ps, SymInt cols) -> Tensor",
-    # The delta [M,N] of rows that use different adapters, and h [S, max_rank]. S slots, S/M of them a
-    # row; `order` and `offsets` say which slots are whose, `pages` and `starts` which pages.
+    # The delta [M,N] of rows that use different adapters, and h [S, max_rank], [0, max_rank] where it is
+    # not kept. S slots, S/M of them a row; `order` and `offsets` say which slots are whose, `pages` and `starts` which pages.
     "multi_lora_linear": (
         "(Tensor x, Tensor a_pages, Tensor b_pages, Tensor pages, Tensor starts, Tensor coef,"
         " Tensor order, Tensor offsets, Tensor tiles, Tensor? mask, Tensor? keep_scale,"
-        " SymInt max_rank) -> (Tensor delta, Tensor h)"
+        " SymInt max_rank, bool keep_h) -> (Tensor delta, Tensor h)"
     ),
     # The gradients of x, a_pages, b_pages and coef that `needs` asks for.
     "multi_lora_linear_backward": (
@@ -128,12 +128,10 @@ def _fake_row_dropout_mask(seed: Tensor, dropout_ps: Tensor, cols: int) -> Tenso
     return seed.new_empty(dropout_ps.shape[0], (cols + 7) // 8, dtype=torch.uint8)
 
 
-def _fake_multi_lora_linear(
-    x: Tensor, a_pages: Tensor, b_pages: Tensor, *rest: Tensor | int | None
-) -> tuple[Tensor, Tensor]:
-    order, max_rank = rest[3], rest[-1]
-    assert isinstance(order, Tensor) and max_rank is not None
-    return x.new_empty(x.shape[0], b_pages.shape[1]), x.new_empty(order.shape[0], max_rank)
+def _fake_multi_lora_linear(x: Tensor, a_pages: Tensor, b_pages: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    order, max_rank, keep_h = rest[3], rest[-2], rest[-1]
+    slots = order.shape[0] if keep_h else 0
+    return x.new_empty(x.shape[0], b_pages.shape[1]), x.new_empty(slots, max_rank)
 
 
 def _fake_multi_lora_linear_backward(

@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 
-from lora_kernels import _backend, _extension, _ops
+from lora_kernels import _backend, _extension, _ops, plan_batch, stack_adapters
 from lora_kernels.testing import TENSORS, LoraCase, lora_inputs
 
 CASES = {
@@ -42,7 +42,40 @@ def backward_args(case, needs):
     return (*tensors, *rest, needs)
 
 
+def multi_args(k=1, masked=False):
+    stack = stack_adapters(
+        [torch.randn(r, 19) for r in (3, 0, 2)], [torch.randn(11, r) for r in (3, 0, 2)], [1.0, 2.0, 0.5]
+    )
+    plan = plan_batch(torch.arange(5 * k) % 4 - 1, 3)
+    ps = torch.full((5 * k,), 0.25)
+    mask = _backend.implementation("reference", "row_dropout_mask")(seed(), ps, 19) if masked else None
+    layout = (stack.a_pages, stack.b_pages, stack.pages, stack.starts, torch.rand(5 * k))
+    rest = (
+        plan.order,
+        plan.offsets,
+        plan.tiles,
+        mask,
+        1 / (1 - ps) if masked else None,
+        stack.max_rank,
+        k > 1,
+    )
+    return (torch.randn(5, 19), *layout, *rest)
+
+
+def multi_backward_args(needs, **options):
+    x, *layout, mask, keep_scale, max_rank, _ = args = multi_args(**options)
+    h = _backend.implementation("reference", "multi_lora_linear")(*args[:-1], True)[1]
+    return (torch.randn(5, 11), x, *layout, h, mask, keep_scale, max_rank, list(needs))
+
+
 SAMPLES = {
+    "row_dropout_mask": {"odd": (seed(), torch.tensor([0.1, 0.5, 0.9]), 13)},
+    "multi_lora_linear": {"one": multi_args(), "two": multi_args(2), "masked": multi_args(2, True)},
+    "multi_lora_linear_backward": {
+        "all": multi_backward_args((True,) * 4),
+        "masked": multi_backward_args((True,) * 4, k=2, masked=True),
+        "adapters": multi_backward_args((False, True, True, False)),
+    },
     "dropout_seed": {"cpu": (torch.ones(2, 3),)},
     "dropout_mask": {"odd": (seed(), 5, 13, 0.3), "empty": (seed(), 0, 8, 0.3)},
     "lora_linear": {name: forward_args(case) for name, case in CASES.items()},

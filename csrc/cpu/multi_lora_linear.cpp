@@ -169,14 +169,16 @@ std::tuple<Tensor, Tensor> multi_lora_linear(const Tensor& x, const Tensor& a_pa
                                              const Tensor& starts, const Tensor& coef,
                                              const Tensor& order, const Tensor& offsets,
                                              const Tensor&, const OptTensor& mask,
-                                             const OptTensor& keep_scale, int64_t max_rank) {
+                                             const OptTensor& keep_scale, int64_t max_rank,
+                                             bool keep_h) {
   const Batch batch(pages, starts, order, offsets, x.size(0));
   const auto math = math_of(x.scalar_type());
   const Input in = branch_input(x, mask, batch);
   Tensor h = shrink_rows(in.rows, in.per_row, readable(a_pages, math), batch, max_rank);
   if (has(keep_scale)) h.mul_(column(*keep_scale, h));
   const Tensor delta = expand_slots(h * column(coef, h), readable(b_pages, math), batch);
-  return {over_slots(delta, batch).to(x.scalar_type()), h.to(x.scalar_type())};
+  const Tensor kept = keep_h ? h.to(x.scalar_type()) : at::empty({0, max_rank}, x.options());
+  return {over_slots(delta, batch).to(x.scalar_type()), kept};
 }
 
 std::vector<Tensor> multi_lora_linear_backward(

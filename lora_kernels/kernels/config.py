@@ -82,7 +82,7 @@ class PageTile(Tile):
 
 
 def page_tile(cols: int, rank: int, itemsize: int) -> PageTile:
-    """A pure function of the pages' shape and not of the batch, so that no row's sum depends on its company."""
+    """By the pages' shape and not the batch's, so that no row's sum depends on its company."""
     block_c = _narrow(128, itemsize)
     steps = -(-cols // block_c)
     splits = max(1, min(16, steps // 4))

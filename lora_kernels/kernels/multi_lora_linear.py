@@ -22,7 +22,7 @@ from .primitives import cast, dot, load_keep
 
 @triton.jit
 def _slots_of(tiles_ptr, order_ptr, offsets_ptr, BLOCK_M: tl.constexpr):
-    """This program's adapter (negative: nothing to do), its slots, and which of them exist."""
+    """The program's adapter (negative: nothing to do), its slots, and which of them exist."""
     adapter = tl.load(tiles_ptr + tl.program_id(0) * 2)
     first = tl.load(tiles_ptr + tl.program_id(0) * 2 + 1)
     place = first + tl.arange(0, BLOCK_M)
@@ -101,7 +101,7 @@ def _sum_splits(part_ptr, slot, live, ranks, has_page, slots, max_rank, splits):
     offsets = slot[:, None].to(tl.int64) * max_rank + ranks[None, :]
     total = tl.load(part_ptr + offsets, mask=inside, other=0.0)
     for split in range(1, splits):
-        skip = split.to(tl.int64) * slots * max_rank
+        skip = tl.cast(split, tl.int64) * slots * max_rank
         total += tl.load(part_ptr + skip + offsets, mask=inside, other=0.0)
     return total
 
@@ -152,10 +152,9 @@ def gather_expand_kernel(
         h = _sum_splits(part_ptr, slot, live, ranks, has_page, slots, max_rank, splits)
         if HAS_SCALE:
             h *= tl.load(scale_ptr + slot, mask=live, other=0.0).to(tl.float32)[:, None]
-        if WRITE_H:
-            if tl.program_id(1) == 0:
-                offsets = slot[:, None].to(tl.int64) * max_rank + ranks[None, :]
-                tl.store(h_ptr + offsets, cast(h, dtype), mask=live[:, None] & has_page[None, :])
+        if WRITE_H and tl.program_id(1) == 0:
+            offsets = slot[:, None].to(tl.int64) * max_rank + ranks[None, :]
+            tl.store(h_ptr + offsets, cast(h, dtype), mask=live[:, None] & has_page[None, :])
         b = cast(_load(page_ptr, page, has_page, cols, N, stride_page), dtype)
         acc = dot(cast(h * coef[:, None], dtype), b, acc, PRECISION)
     if HAS_MASK:
@@ -207,16 +206,16 @@ def page_grad_kernel(
         live = at < last
         slot = tl.load(order_ptr + at, mask=live, other=0)
         inside = live[:, None] & (ranks[None, :] < rank)
-        v = tl.load(vector_ptr + slot[:, None].to(tl.int64) * max_rank + ranks[None, :], mask=inside, other=0.0)
+        v = tl.load(
+            vector_ptr + slot[:, None].to(tl.int64) * max_rank + ranks[None, :], mask=inside, other=0.0
+        )
         v = v.to(tl.float32) * tl.load(coef_ptr + slot, mask=live, other=0.0).to(tl.float32)[:, None]
         x = _load(x_ptr, slot // per_row, live, cols, C, stride_x)
         if HAS_MASK:
             x = tl.where(load_keep(mask_ptr, slot, first_col, slots, (C + 7) // 8, BLOCK_M, BLOCK_C), x, 0.0)
         acc = dot(tl.trans(cast(v, dtype)), x, acc, PRECISION)
     inside = (ranks[:, None] < rank) & (cols[None, :] < C)
-    tl.store(
-        out_ptr + page[:, None] * C + cols[None, :], cast(acc, out_ptr.dtype.element_ty), mask=inside
-    )
+    tl.store(out_ptr + page[:, None] * C + cols[None, :], cast(acc, out_ptr.dtype.element_ty), mask=inside)
 
 
 def _blocks(tile: PageTile) -> dict[str, int]:
@@ -258,6 +257,7 @@ def _expand(
     mask: Tensor | None,
     dtype: torch.dtype,
     per_row: int,
+    keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out [rows, N], h [slots, max_rank]): h is the scaled sum of the parts, zero beyond a rank."""
     pages, starts, order, offsets, tiles = layout
@@ -265,14 +265,14 @@ def _expand(
     splits, slots, max_rank = parts.shape
     cols = page_data.shape[1]
     tile = page_tile(cols, max_rank, page_data.element_size())
-    h = torch.zeros(slots, max_rank, dtype=dtype, device=parts.device)
+    h = torch.zeros(slots if keep_h else 0, max_rank, dtype=dtype, device=parts.device)
     out = torch.empty(slots, cols, dtype=dtype, device=parts.device)
     gather_expand_kernel[(tiles.shape[0], triton.cdiv(cols, tile.block_c))](
         *(parts, page_data, pages, starts, order, offsets, tiles, coef, scale, mask, h, out),
         *(slots, starts.shape[0] - 1, cols, page_data.stride(0), max_rank, splits),
         HAS_SCALE=scale is not None,
         HAS_MASK=mask is not None,
-        WRITE_H=True,
+        WRITE_H=keep_h,
         PRECISION=precision(dtype),
         **_blocks(tile),
     )
@@ -318,11 +318,12 @@ def multi_lora_linear(
     mask: Tensor | None,
     keep_scale: Tensor | None,
     max_rank: int,
+    keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
     """The forward op of ``_ops.py``: the delta and h."""
     layout, per_row = (pages, starts, order, offsets, tiles), order.shape[0] // x.shape[0]
     parts = _shrink(x, a_pages, layout, mask, max_rank, per_row)
-    return _expand(parts, b_pages, layout, coef, keep_scale, None, x.dtype, per_row)
+    return _expand(parts, b_pages, layout, coef, keep_scale, None, x.dtype, per_row, keep_h)
 
 
 def multi_lora_linear_backward(
@@ -348,7 +349,8 @@ def multi_lora_linear_backward(
     dx = da = db = dcoef = None
     if needs_x or needs_a or needs_coef:
         parts = _shrink(dy, b_pages, layout, None, max_rank, per_row)
-        dx, u = _expand(parts, a_pages, layout, coef, keep_scale, mask, dy.dtype, per_row)
+        keep_u = needs_a or needs_coef
+        dx, u = _expand(parts, a_pages, layout, coef, keep_scale, mask, dy.dtype, per_row, keep_u)
         # u carries keep_scale, and so does h: dcoef = Σ_r h_r (dY B)_r has it once.
         if needs_a:
             da = _page_grad(u, coef, x, layout, mask, a_pages, per_row)

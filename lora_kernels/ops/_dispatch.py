@@ -20,7 +20,7 @@ _PLAIN = (Tensor, Parameter)
 _RANKS: dict[str, Callable[[tuple[Any, ...]], int]] = {
     "lora_linear": lambda args: args[2].shape[0],
     "lora_linear_backward": lambda args: args[3].shape[0],
-    "multi_lora_linear": lambda args: args[-1],
+    "multi_lora_linear": lambda args: args[-2],
     "multi_lora_linear_backward": lambda args: args[-2],
 }
 

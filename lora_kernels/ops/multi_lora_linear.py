@@ -62,7 +62,9 @@ def stack_adapters(
         many = [float(scalings)] * len(ranks) if isinstance(scalings, (int, float)) else list(scalings)
         scalings = torch.tensor(many, dtype=torch.float32, device=device)
     if scalings.shape != (len(ranks),):
-        raise ValueError(f"scalings: expected one for each of {len(ranks)}, got shape {tuple(scalings.shape)}")
+        raise ValueError(
+            f"scalings: expected one for each of {len(ranks)}, got shape {tuple(scalings.shape)}"
+        )
     starts = torch.tensor([0, *ranks]).cumsum(0).to(device, torch.int32)
     pages = torch.arange(sum(ranks), dtype=torch.int32, device=device)
     return AdapterStack(
@@ -88,8 +90,8 @@ def _check_factors(lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor]) -> list
 class BatchPlan(NamedTuple):
     """Which slots are whose; a slot is a row, or one of the k adapters of a row.
 
-    ``order`` has the slots sorted by adapter, those without one last; adapter i has
-    ``order[offsets[i]:offsets[i + 1]]``, and those without one count as adapter D. ``tiles`` cuts that into programs: (adapter, first place in order).
+    ``order`` has the slots sorted by adapter, those without one last as if they were adapter D's; adapter i
+    has ``order[offsets[i]:offsets[i + 1]]``. ``tiles`` cuts that into programs: (adapter, first place).
     """
 
     ids: Tensor
@@ -188,7 +190,9 @@ def _per_row(ids: Tensor, x: Tensor, many: bool) -> Tensor:
 def _slot_ps(dropout_ps: Tensor | Sequence[float], count: int, plan: BatchPlan) -> Tensor | None:
     ps = torch.as_tensor(dropout_ps, dtype=torch.float32)
     if ps.shape != (count,):
-        raise ValueError(f"dropout_ps: expected one for each of {count} adapters, got shape {tuple(ps.shape)}")
+        raise ValueError(
+            f"dropout_ps: expected one for each of {count} adapters, got shape {tuple(ps.shape)}"
+        )
     if ps.device.type == "cpu" and bool(((ps < 0) | (ps >= 1)).any()):
         raise ValueError(f"dropout_ps: expected 0 <= p < 1, got {ps.tolist()}")
     if ps.device.type == "cpu" and not ps.any():
@@ -267,11 +271,10 @@ class _MultiLoRALinear(torch.autograd.Function):
             mask = _dispatch.call("row_dropout_mask", _dispatch.draw_seed(x), ps, x.shape[-1])
             keep_scale = 1.0 / (1.0 - ps)
         layout = (a_pages, b_pages, pages, starts, coef, plan.order, plan.offsets, plan.tiles)
-        ctx.backend = _dispatch.chosen("multi_lora_linear", rows, *layout, mask, keep_scale, max_rank)
-        delta, h = _dispatch.call(
-            "multi_lora_linear", rows, *layout, mask, keep_scale, max_rank, backend=ctx.backend
-        )
-        needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_coef = ctx.needs_input_grad[:6]
+        needs_x, needs_weight, _, needs_a, needs_b, needs_coef = ctx.needs_input_grad[:6]
+        args = (rows, *layout, mask, keep_scale, max_rank, needs_b or needs_coef)
+        ctx.backend = _dispatch.chosen("multi_lora_linear", *args)
+        delta, h = _dispatch.call("multi_lora_linear", *args, backend=ctx.backend)
         ctx.max_rank = max_rank
         ctx.save_for_backward(
             x if needs_weight or needs_a else None,

@@ -42,6 +42,7 @@ def multi_lora_linear(
     mask: Tensor | None,
     keep_scale: Tensor | None,
     max_rank: int,
+    keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
     """The forward op of ``_ops.py``: the delta and h."""
     per_row = len(order) // max(1, len(x))
@@ -52,7 +53,7 @@ def multi_lora_linear(
         h[slots, :rank] = part
         out = (part * _per_slot(coef, slots, x.dtype)) @ b_pages[own].to(x.dtype)
         delta.index_add_(0, slots // per_row, out)
-    return delta, h
+    return delta, h if keep_h else h[:0].clone()
 
 
 def multi_lora_linear_backward(
