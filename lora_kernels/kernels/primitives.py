@@ -27,6 +27,7 @@ def cast(x, dtype: tl.constexpr):
     if _INTERPRETING and dtype == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
+        bits &= -0x10000  # or a zero would become the smallest number there is
         x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
 
