@@ -9,7 +9,6 @@ Shapes: M rows (tokens), K in features, N out features, R rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +39,8 @@ SCHEMAS = {
     # The keep bits where each row has its own probability, float32 [rows].
     "row_dropout_mask": "(Tensor seed, Tensor dropout_ps, SymInt cols) -> Tensor",
     # The delta [M,N] of rows that use different adapters, and h [S, max_rank], [0, max_rank] where it is
-    # not kept. S slots, S/M of them a row; `order` and `offsets` say which slots are whose, `pages` and `starts` which pages.
+    # not kept. S slots, S/M of them a row; `order` and `offsets` say which slots are whose, `pages` and
+    # `starts` which pages.
     "multi_lora_linear": (
         "(Tensor x, Tensor a_pages, Tensor b_pages, Tensor pages, Tensor starts, Tensor coef,"
         " Tensor order, Tensor offsets, Tensor tiles, Tensor? mask, Tensor? keep_scale,"
@@ -128,16 +128,42 @@ def _fake_row_dropout_mask(seed: Tensor, dropout_ps: Tensor, cols: int) -> Tenso
     return seed.new_empty(dropout_ps.shape[0], (cols + 7) // 8, dtype=torch.uint8)
 
 
-def _fake_multi_lora_linear(x: Tensor, a_pages: Tensor, b_pages: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    order, max_rank, keep_h = rest[3], rest[-2], rest[-1]
+def _fake_multi_lora_linear(
+    x: Tensor,
+    a_pages: Tensor,
+    b_pages: Tensor,
+    pages: Tensor,
+    starts: Tensor,
+    coef: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    tiles: Tensor,
+    mask: Tensor | None,
+    keep_scale: Tensor | None,
+    max_rank: int,
+    keep_h: bool,
+) -> tuple[Tensor, Tensor]:
     slots = order.shape[0] if keep_h else 0
     return x.new_empty(x.shape[0], b_pages.shape[1]), x.new_empty(slots, max_rank)
 
 
 def _fake_multi_lora_linear_backward(
-    dy: Tensor, x: Tensor | None, a_pages: Tensor, b_pages: Tensor, *rest: Any
+    dy: Tensor,
+    x: Tensor | None,
+    a_pages: Tensor,
+    b_pages: Tensor,
+    pages: Tensor,
+    starts: Tensor,
+    coef: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    tiles: Tensor,
+    h: Tensor | None,
+    mask: Tensor | None,
+    keep_scale: Tensor | None,
+    max_rank: int,
+    needs: Sequence[bool],
 ) -> list[Tensor]:
-    coef, needs = rest[2], rest[-1]
     dx = dy.new_empty(dy.shape[0], a_pages.shape[1])
     grads = (dx, a_pages.new_empty(a_pages.shape), b_pages.new_empty(b_pages.shape), torch.empty_like(coef))
     return [grad for grad, needed in zip(grads, needs, strict=True) if needed]

@@ -72,7 +72,8 @@ def flat(tensors):
 
 def fused(batch, tensors, ps=None, **options):
     stack = stack_adapters(tensors["a"], tensors["b"], tensors["scalings"])
-    torch.manual_seed(SEED)
+    if ps is not None:
+        torch.manual_seed(SEED)
     ids = batch.ids.to(tensors["x"].device)
     args = (tensors["x"], tensors["weight"], stack, ids, tensors["weights"], tensors["bias"])
     return multi_lora_linear(*args, dropout_ps=ps, **options)
