@@ -14,8 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import beta, dropout
-from .config import Tile, dy_tile, forward_tile, x_tile
+from . import beta, dropout, multi_lora_linear
+from .config import Tile, dy_tile, forward_tile, page_tile, x_tile
 
 TARGETS = (80, 90, 100)
 RANKS = (16, 64, 128, 256, 512)
@@ -61,10 +61,12 @@ def specs(dtypes: tuple[str, ...] = ("bf16",), ranks: tuple[int, ...] = RANKS) -
     for dtype in dtypes:
         for rank in ranks:
             yield from _linear_specs(dtype, rank)
+            yield from _multi_specs(dtype, rank)
     yield Spec("sum_parts", "", "fp32", 0, beta.sum_parts_kernel, {"BLOCK": 1024}, None, {"out_ptr": "*bf16"})
-    constants = {"BLOCK_M": 16, "BLOCK_C": 128}
-    pointers = {"mask_ptr": "*u8", "seed_ptr": "*i64"}
-    yield Spec("dropout_mask", "", "u8", 0, dropout.dropout_mask_kernel, constants, None, pointers)
+    pointers = {"mask_ptr": "*u8", "seed_ptr": "*i64", "limit_ptr": "*i64"}
+    for variant in ("", "rows"):
+        constants = {"PER_ROW": variant == "rows", "BLOCK_M": 16, "BLOCK_C": 128}
+        yield Spec("dropout_mask", variant, "u8", 0, dropout.dropout_mask_kernel, constants, None, pointers)
 
 
 def _linear_specs(dtype: str, rank: int) -> Iterator[Spec]:
@@ -92,11 +94,41 @@ def _linear_specs(dtype: str, rank: int) -> Iterator[Spec]:
         yield Spec("x_pass", variant, dtype, rank, beta.x_pass_kernel, flags, x_tile(rank, itemsize), types)
 
 
+def _multi_specs(dtype: str, rank: int) -> Iterator[Spec]:
+    """The multi-adapter kernels; their tile stops growing at rank 32, and so do these."""
+    if rank > 64:
+        return
+    element = f"*{dtype}"
+    integers = dict.fromkeys(("pages_ptr", "starts_ptr", "order_ptr", "offsets_ptr", "tiles_ptr"), "*i32")
+    data = dict.fromkeys(("x_ptr", "page_ptr", "h_ptr", "out_ptr", "vector_ptr"), element)
+    types = {**integers, **data, "mask_ptr": "*u8"}
+    for variant, masked in (("plain", False), ("dropout", True)):
+        tile = page_tile(4096, rank, _ITEMSIZE[dtype], masked)
+        flags = {"HAS_MASK": masked, "PRECISION": "tf32"}
+        expand = {**flags, "HAS_SCALE": masked, "WRITE_H": True}
+        for kernel, fn, constants in (
+            ("gather_shrink", multi_lora_linear.gather_shrink_kernel, flags),
+            ("gather_expand", multi_lora_linear.gather_expand_kernel, expand),
+            ("page_grad", multi_lora_linear.page_grad_kernel, flags),
+        ):
+            yield Spec(kernel, variant, dtype, rank, fn, constants, tile, types)
+
+
 _POINTERS = ("x_ptr", "a_ptr", "b_ptr", "bias_ptr", "h_ptr", "y_ptr", "dy_ptr", "dh_ptr", "dx_ptr")
 # Rows along which the kernels read have unit stride; the launcher sees to it.
 _UNIT = ("stride_ak", "stride_br")
 _FLOATS = ("scaling", "keep_scale", "scale")
-_UNSPECIALISED = ("M", "parts", "rows", "threshold", "rows_per_chunk")
+_UNSPECIALISED = (
+    "M",
+    "parts",
+    "rows",
+    "threshold",
+    "rows_per_chunk",
+    "slots",
+    "adapters",
+    "per_row",
+    "splits",
+)
 
 
 def _source(spec: Spec) -> ASTSource:

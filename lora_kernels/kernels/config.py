@@ -81,11 +81,13 @@ class PageTile(Tile):
     cols_per_split: int = 0
 
 
-def page_tile(cols: int, rank: int, itemsize: int) -> PageTile:
+def page_tile(cols: int, rank: int, itemsize: int, masked: bool = False) -> PageTile:
     """By the pages' shape and not the batch's, so that no row's sum depends on its company."""
     block_c = _narrow(128, itemsize)
     steps = -(-cols // block_c)
     splits = max(1, min(16, steps // 4))
     each = -(-steps // splits) * block_c
     block_r = min(32, padded_rank(rank))
-    return PageTile(16, block_c, block_r, splits=-(-cols // each) if cols else 1, cols_per_split=max(1, each))
+    # With the keep bits to unpack, four warps run out of registers.
+    warps, splits = 8 if masked else 4, -(-cols // each) if cols else 1
+    return PageTile(16, block_c, block_r, warps, splits=splits, cols_per_split=max(1, each))

@@ -26,8 +26,10 @@ def dropout_mask_kernel(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     if PER_ROW:
-        threshold = tl.load(limit_ptr + row, mask=row < rows, other=0)[:, None]
-    packed = keep_bytes(tl.load(seed_ptr), row, col, row_bytes, threshold)
+        limits = tl.load(limit_ptr + row, mask=row < rows, other=0)[:, None]
+        packed = keep_bytes(tl.load(seed_ptr), row, col, row_bytes, limits)
+    else:
+        packed = keep_bytes(tl.load(seed_ptr), row, col, row_bytes, threshold)
     inside = (row[:, None] < rows) & (col[None, :] < row_bytes)
     offsets = row[:, None].to(tl.int64) * row_bytes + col[None, :]
     tl.store(mask_ptr + offsets, packed.to(tl.uint8), mask=inside)

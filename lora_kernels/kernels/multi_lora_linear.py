@@ -235,7 +235,7 @@ def _shrink(
     pages, starts, order, offsets, tiles = layout
     x, page_data = unit_columns(x), unit_columns(page_data)
     slots, cols = order.shape[0], x.shape[1]
-    tile = page_tile(cols, max_rank, x.element_size())
+    tile = page_tile(cols, max_rank, x.element_size(), mask is not None)
     parts = torch.empty(tile.splits, slots, max_rank, dtype=torch.float32, device=x.device)
     gather_shrink_kernel[(tiles.shape[0], triton.cdiv(max_rank, tile.block_r), tile.splits)](
         *(x, page_data, pages, starts, order, offsets, tiles, mask, parts),
@@ -264,7 +264,7 @@ def _expand(
     page_data = unit_columns(page_data)
     splits, slots, max_rank = parts.shape
     cols = page_data.shape[1]
-    tile = page_tile(cols, max_rank, page_data.element_size())
+    tile = page_tile(cols, max_rank, page_data.element_size(), mask is not None)
     h = torch.zeros(slots if keep_h else 0, max_rank, dtype=dtype, device=parts.device)
     out = torch.empty(slots, cols, dtype=dtype, device=parts.device)
     gather_expand_kernel[(tiles.shape[0], triton.cdiv(cols, tile.block_c))](
@@ -292,7 +292,7 @@ def _page_grad(
     x = unit_columns(x)
     slots, max_rank = vectors.shape
     cols = x.shape[1]
-    tile = page_tile(cols, max_rank, x.element_size())
+    tile = page_tile(cols, max_rank, x.element_size(), mask is not None)
     out = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     grid = (starts.shape[0] - 1, triton.cdiv(max_rank, tile.block_r), triton.cdiv(cols, tile.block_c))
     page_grad_kernel[grid](
