@@ -40,15 +40,15 @@ SCHEMAS = {
     "row_dropout_mask": "(Tensor seed, Tensor dropout_ps, SymInt cols) -> Tensor",
     # The delta [M,N] of rows that use different adapters, and h [S, max_rank], [0, max_rank] where it is
     # not kept. S slots, S/M of them a row; `order` and `offsets` say which slots are whose, `pages` and
-    # `starts` which pages.
+    # `spans` which pages.
     "multi_lora_linear": (
-        "(Tensor x, Tensor a_pages, Tensor b_pages, Tensor pages, Tensor starts, Tensor coef,"
+        "(Tensor x, Tensor a_pages, Tensor b_pages, Tensor pages, Tensor spans, Tensor coef,"
         " Tensor order, Tensor offsets, Tensor tiles, Tensor? mask, Tensor? keep_scale,"
         " SymInt max_rank, bool keep_h) -> (Tensor delta, Tensor h)"
     ),
     # The gradients of x, a_pages, b_pages and coef that `needs` asks for.
     "multi_lora_linear_backward": (
-        "(Tensor dy, Tensor? x, Tensor a_pages, Tensor b_pages, Tensor pages, Tensor starts,"
+        "(Tensor dy, Tensor? x, Tensor a_pages, Tensor b_pages, Tensor pages, Tensor spans,"
         " Tensor coef, Tensor order, Tensor offsets, Tensor tiles, Tensor? h, Tensor? mask,"
         " Tensor? keep_scale, SymInt max_rank, bool[4] needs) -> Tensor[]"
     ),
@@ -133,7 +133,7 @@ def _fake_multi_lora_linear(
     a_pages: Tensor,
     b_pages: Tensor,
     pages: Tensor,
-    starts: Tensor,
+    spans: Tensor,
     coef: Tensor,
     order: Tensor,
     offsets: Tensor,
@@ -153,7 +153,7 @@ def _fake_multi_lora_linear_backward(
     a_pages: Tensor,
     b_pages: Tensor,
     pages: Tensor,
-    starts: Tensor,
+    spans: Tensor,
     coef: Tensor,
     order: Tensor,
     offsets: Tensor,

@@ -49,7 +49,7 @@ def multi_args(k=1, masked=False):
     plan = plan_batch(torch.arange(5 * k) % 4 - 1, 3)
     ps = torch.full((5 * k,), 0.25)
     mask = _backend.implementation("reference", "row_dropout_mask")(seed(), ps, 19) if masked else None
-    layout = (stack.a_pages, stack.b_pages, stack.pages, stack.starts, torch.rand(5 * k))
+    layout = (stack.a_pages, stack.b_pages, stack.pages, stack.spans, torch.rand(5 * k))
     rest = (
         plan.order,
         plan.offsets,

@@ -22,20 +22,21 @@ bool has(const OptTensor& tensor) { return tensor.has_value() && tensor->defined
 
 // Which slots belong to which adapter, and which pages are whose.
 struct Batch {
-  const int32_t *pages, *starts, *order, *offsets;
+  const int32_t *pages, *spans, *order, *offsets;
   int64_t adapters, slots, slots_per_row;
 
-  Batch(const Tensor& pages, const Tensor& starts, const Tensor& order, const Tensor& offsets,
+  Batch(const Tensor& pages, const Tensor& spans, const Tensor& order, const Tensor& offsets,
         int64_t rows)
       : pages(pages.const_data_ptr<int32_t>()),
-        starts(starts.const_data_ptr<int32_t>()),
+        spans(spans.const_data_ptr<int32_t>()),
         order(order.const_data_ptr<int32_t>()),
         offsets(offsets.const_data_ptr<int32_t>()),
-        adapters(starts.numel() - 1),
+        adapters(spans.size(0)),
         slots(order.numel()),
         slots_per_row(rows == 0 ? 1 : order.numel() / rows) {}
 
-  int64_t rank(int64_t adapter) const { return starts[adapter + 1] - starts[adapter]; }
+  int64_t rank(int64_t adapter) const { return spans[2 * adapter + 1]; }
+  const int32_t* own_pages(int64_t adapter) const { return pages + spans[2 * adapter]; }
   int64_t count(int64_t adapter) const { return offsets[adapter + 1] - offsets[adapter]; }
 
   template <typename Math>
@@ -88,8 +89,8 @@ Tensor shrink_rows(const Tensor& rows, int64_t per_row, const Tensor& pages, con
     for_pieces(
         batch, kTile, [&](int64_t a) { return batch.rank(a); },
         [&](int64_t a, int64_t first, int64_t last) {
-          dots(batch.rows<Math>(a, rows, per_row), pages_of(pages, batch.pages + batch.starts[a]),
-               first, last, out, max_rank);
+          dots(batch.rows<Math>(a, rows, per_row), pages_of(pages, batch.own_pages(a)), first, last,
+               out, max_rank);
         });
   });
   return h;
@@ -112,7 +113,7 @@ Tensor expand_slots(const Tensor& vectors, const Tensor& pages, const Batch& bat
         [&](int64_t a, int64_t first, int64_t last) {
           const Mix<Math> what = {vectors.const_data_ptr<Math>(), vectors.stride(0), batch.rank(a),
                                   to, cols};
-          mix(batch.rows<Math>(a, vectors, 1), pages_of(pages, batch.pages + batch.starts[a]), what,
+          mix(batch.rows<Math>(a, vectors, 1), pages_of(pages, batch.own_pages(a)), what,
               {first, last});
         });
   });
@@ -132,8 +133,8 @@ Tensor grad_pages(const Tensor& vectors, const Tensor& rows, int64_t per_row, co
     for_pieces(
         batch, kTile, [&](int64_t a) { return batch.rank(a); },
         [&](int64_t a, int64_t first, int64_t last) {
-          outer_pages(batch.rows<Math>(a, rows, per_row), batch.pages + batch.starts[a], first,
-                      last, what, {0, cols});
+          outer_pages(batch.rows<Math>(a, rows, per_row), batch.own_pages(a), first, last, what,
+                      {0, cols});
         });
   });
   return out.to(like.scalar_type());
@@ -166,12 +167,12 @@ Tensor column(const Tensor& per_slot, const Tensor& like) {
 
 std::tuple<Tensor, Tensor> multi_lora_linear(const Tensor& x, const Tensor& a_pages,
                                              const Tensor& b_pages, const Tensor& pages,
-                                             const Tensor& starts, const Tensor& coef,
+                                             const Tensor& spans, const Tensor& coef,
                                              const Tensor& order, const Tensor& offsets,
                                              const Tensor&, const OptTensor& mask,
                                              const OptTensor& keep_scale, int64_t max_rank,
                                              bool keep_h) {
-  const Batch batch(pages, starts, order, offsets, x.size(0));
+  const Batch batch(pages, spans, order, offsets, x.size(0));
   const auto math = math_of(x.scalar_type());
   const Input in = branch_input(x, mask, batch);
   Tensor h = shrink_rows(in.rows, in.per_row, readable(a_pages, math), batch, max_rank);
@@ -183,11 +184,11 @@ std::tuple<Tensor, Tensor> multi_lora_linear(const Tensor& x, const Tensor& a_pa
 
 std::vector<Tensor> multi_lora_linear_backward(
     const Tensor& dy, const OptTensor& x, const Tensor& a_pages, const Tensor& b_pages,
-    const Tensor& pages, const Tensor& starts, const Tensor& coef, const Tensor& order,
+    const Tensor& pages, const Tensor& spans, const Tensor& coef, const Tensor& order,
     const Tensor& offsets, const Tensor&, const OptTensor& h, const OptTensor& mask,
     const OptTensor& keep_scale, int64_t max_rank, std::array<bool, 4> needs) {
   const auto [needs_x, needs_a, needs_b, needs_coef] = needs;
-  const Batch batch(pages, starts, order, offsets, dy.size(0));
+  const Batch batch(pages, spans, order, offsets, dy.size(0));
   const auto math = math_of(dy.scalar_type());
   const Tensor rows = readable(dy.to(math), math);
   const Tensor wide_h = has(h) ? h->to(math) : Tensor();

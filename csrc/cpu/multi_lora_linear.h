@@ -12,14 +12,14 @@ namespace lora_kernels {
 
 std::tuple<at::Tensor, at::Tensor> multi_lora_linear(
     const at::Tensor& x, const at::Tensor& a_pages, const at::Tensor& b_pages,
-    const at::Tensor& pages, const at::Tensor& starts, const at::Tensor& coef,
+    const at::Tensor& pages, const at::Tensor& spans, const at::Tensor& coef,
     const at::Tensor& order, const at::Tensor& offsets, const at::Tensor& tiles,
     const std::optional<at::Tensor>& mask, const std::optional<at::Tensor>& keep_scale,
     int64_t max_rank, bool keep_h);
 
 std::vector<at::Tensor> multi_lora_linear_backward(
     const at::Tensor& dy, const std::optional<at::Tensor>& x, const at::Tensor& a_pages,
-    const at::Tensor& b_pages, const at::Tensor& pages, const at::Tensor& starts,
+    const at::Tensor& b_pages, const at::Tensor& pages, const at::Tensor& spans,
     const at::Tensor& coef, const at::Tensor& order, const at::Tensor& offsets,
     const at::Tensor& tiles, const std::optional<at::Tensor>& h,
     const std::optional<at::Tensor>& mask, const std::optional<at::Tensor>& keep_scale,

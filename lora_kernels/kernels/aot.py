@@ -99,7 +99,7 @@ def _multi_specs(dtype: str, rank: int) -> Iterator[Spec]:
     if rank > 64:
         return
     element = f"*{dtype}"
-    integers = dict.fromkeys(("pages_ptr", "starts_ptr", "order_ptr", "offsets_ptr", "tiles_ptr"), "*i32")
+    integers = dict.fromkeys(("pages_ptr", "spans_ptr", "order_ptr", "offsets_ptr", "tiles_ptr"), "*i32")
     data = dict.fromkeys(("x_ptr", "page_ptr", "h_ptr", "out_ptr", "vector_ptr"), element)
     types = {**integers, **data, "mask_ptr": "*u8"}
     for variant, masked in (("plain", False), ("dropout", True)):

@@ -31,12 +31,12 @@ def _slots_of(tiles_ptr, order_ptr, offsets_ptr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _pages_of(pages_ptr, starts_ptr, adapter, first, adapters, BLOCK_R: tl.constexpr):
+def _pages_of(pages_ptr, spans_ptr, adapter, first, adapters, BLOCK_R: tl.constexpr):
     """The adapter's pages from its rank ``first`` on, and which of them exist; none of no adapter."""
     known = (adapter >= 0) & (adapter < adapters)
-    start = tl.load(starts_ptr + adapter, mask=known, other=0) + first
-    place = start + tl.arange(0, BLOCK_R)
-    live = place < tl.load(starts_ptr + adapter + 1, mask=known, other=0)
+    ranks = first + tl.arange(0, BLOCK_R)
+    live = ranks < tl.load(spans_ptr + 2 * adapter + 1, mask=known, other=0)
+    place = tl.load(spans_ptr + 2 * adapter, mask=known, other=0) + ranks
     return tl.load(pages_ptr + place, mask=live, other=0).to(tl.int64), live
 
 
@@ -51,7 +51,7 @@ def gather_shrink_kernel(
     x_ptr,
     page_ptr,
     pages_ptr,
-    starts_ptr,
+    spans_ptr,
     order_ptr,
     offsets_ptr,
     tiles_ptr,
@@ -74,7 +74,7 @@ def gather_shrink_kernel(
     """part[split, slot, r] = x · page r over this split's columns."""
     adapter, slot, live = _slots_of(tiles_ptr, order_ptr, offsets_ptr, BLOCK_M)
     first = tl.program_id(1) * BLOCK_R
-    page, has_page = _pages_of(pages_ptr, starts_ptr, adapter, first, adapters, BLOCK_R)
+    page, has_page = _pages_of(pages_ptr, spans_ptr, adapter, first, adapters, BLOCK_R)
     if tl.sum(has_page.to(tl.int32), 0) == 0:
         return
     split = tl.program_id(2)
@@ -111,7 +111,7 @@ def gather_expand_kernel(
     part_ptr,
     page_ptr,
     pages_ptr,
-    starts_ptr,
+    spans_ptr,
     order_ptr,
     offsets_ptr,
     tiles_ptr,
@@ -141,13 +141,11 @@ def gather_expand_kernel(
     dtype = out_ptr.dtype.element_ty
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     coef = tl.load(coef_ptr + slot, mask=live, other=0.0).to(tl.float32)
-    known = (adapter < adapters).to(tl.int32)
-    start = tl.load(starts_ptr + adapter * known)
-    rank = (tl.load(starts_ptr + adapter * known + 1) - start) * known
+    rank = tl.load(spans_ptr + 2 * adapter + 1, mask=adapter < adapters, other=0)
 
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for first in range(0, rank, BLOCK_R):
-        page, has_page = _pages_of(pages_ptr, starts_ptr, adapter, first, adapters, BLOCK_R)
+        page, has_page = _pages_of(pages_ptr, spans_ptr, adapter, first, adapters, BLOCK_R)
         ranks = first + tl.arange(0, BLOCK_R)
         h = _sum_splits(part_ptr, slot, live, ranks, has_page, slots, max_rank, splits)
         if HAS_SCALE:
@@ -170,7 +168,7 @@ def page_grad_kernel(
     coef_ptr,
     x_ptr,
     pages_ptr,
-    starts_ptr,
+    spans_ptr,
     order_ptr,
     offsets_ptr,
     mask_ptr,
@@ -189,8 +187,8 @@ def page_grad_kernel(
     """out[page r] = Σ_slots coef vector[slot, r] x[slot], the slots of the page's adapter in order."""
     adapter = tl.program_id(0)
     first = tl.program_id(1) * BLOCK_R
-    start = tl.load(starts_ptr + adapter)
-    rank = tl.load(starts_ptr + adapter + 1) - start
+    start = tl.load(spans_ptr + 2 * adapter)
+    rank = tl.load(spans_ptr + 2 * adapter + 1)
     if first >= rank:
         return
     ranks = first + tl.arange(0, BLOCK_R)
@@ -232,14 +230,14 @@ def _shrink(
     x: Tensor, page_data: Tensor, layout: tuple[Tensor, ...], mask: Tensor | None, max_rank: int, per_row: int
 ) -> Tensor:
     """Partial sums of h, fp32 [splits, slots, max_rank]; only what an adapter has is written."""
-    pages, starts, order, offsets, tiles = layout
+    pages, spans, order, offsets, tiles = layout
     x, page_data = unit_columns(x), unit_columns(page_data)
     slots, cols = order.shape[0], x.shape[1]
     tile = page_tile(cols, max_rank, x.element_size(), mask is not None)
     parts = torch.empty(tile.splits, slots, max_rank, dtype=torch.float32, device=x.device)
     gather_shrink_kernel[(tiles.shape[0], triton.cdiv(max_rank, tile.block_r), tile.splits)](
-        *(x, page_data, pages, starts, order, offsets, tiles, mask, parts),
-        *(slots, starts.shape[0] - 1, per_row, cols, x.stride(0), page_data.stride(0), max_rank),
+        *(x, page_data, pages, spans, order, offsets, tiles, mask, parts),
+        *(slots, spans.shape[0], per_row, cols, x.stride(0), page_data.stride(0), max_rank),
         tile.cols_per_split,
         HAS_MASK=mask is not None,
         PRECISION=precision(x.dtype),
@@ -260,7 +258,7 @@ def _expand(
     keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out [rows, N], h [slots, max_rank]): h is the scaled sum of the parts, zero beyond a rank."""
-    pages, starts, order, offsets, tiles = layout
+    pages, spans, order, offsets, tiles = layout
     page_data = unit_columns(page_data)
     splits, slots, max_rank = parts.shape
     cols = page_data.shape[1]
@@ -268,8 +266,8 @@ def _expand(
     h = torch.zeros(slots if keep_h else 0, max_rank, dtype=dtype, device=parts.device)
     out = torch.empty(slots, cols, dtype=dtype, device=parts.device)
     gather_expand_kernel[(tiles.shape[0], triton.cdiv(cols, tile.block_c))](
-        *(parts, page_data, pages, starts, order, offsets, tiles, coef, scale, mask, h, out),
-        *(slots, starts.shape[0] - 1, cols, page_data.stride(0), max_rank, splits),
+        *(parts, page_data, pages, spans, order, offsets, tiles, coef, scale, mask, h, out),
+        *(slots, spans.shape[0], cols, page_data.stride(0), max_rank, splits),
         HAS_SCALE=scale is not None,
         HAS_MASK=mask is not None,
         WRITE_H=keep_h,
@@ -288,15 +286,15 @@ def _page_grad(
     like: Tensor,
     per_row: int,
 ) -> Tensor:
-    pages, starts, order, offsets, _ = layout
+    pages, spans, order, offsets, _ = layout
     x = unit_columns(x)
     slots, max_rank = vectors.shape
     cols = x.shape[1]
     tile = page_tile(cols, max_rank, x.element_size(), mask is not None)
     out = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-    grid = (starts.shape[0] - 1, triton.cdiv(max_rank, tile.block_r), triton.cdiv(cols, tile.block_c))
+    grid = (spans.shape[0], triton.cdiv(max_rank, tile.block_r), triton.cdiv(cols, tile.block_c))
     page_grad_kernel[grid](
-        *(vectors, coef, x, pages, starts, order, offsets, mask, out),
+        *(vectors, coef, x, pages, spans, order, offsets, mask, out),
         *(slots, per_row, cols, x.stride(0), max_rank),
         HAS_MASK=mask is not None,
         PRECISION=precision(x.dtype),
@@ -310,7 +308,7 @@ def multi_lora_linear(
     a_pages: Tensor,
     b_pages: Tensor,
     pages: Tensor,
-    starts: Tensor,
+    spans: Tensor,
     coef: Tensor,
     order: Tensor,
     offsets: Tensor,
@@ -321,7 +319,7 @@ def multi_lora_linear(
     keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
     """The forward op of ``_ops.py``: the delta and h."""
-    layout, per_row = (pages, starts, order, offsets, tiles), order.shape[0] // x.shape[0]
+    layout, per_row = (pages, spans, order, offsets, tiles), order.shape[0] // x.shape[0]
     parts = _shrink(x, a_pages, layout, mask, max_rank, per_row)
     return _expand(parts, b_pages, layout, coef, keep_scale, None, x.dtype, per_row, keep_h)
 
@@ -332,7 +330,7 @@ def multi_lora_linear_backward(
     a_pages: Tensor,
     b_pages: Tensor,
     pages: Tensor,
-    starts: Tensor,
+    spans: Tensor,
     coef: Tensor,
     order: Tensor,
     offsets: Tensor,
@@ -344,7 +342,7 @@ def multi_lora_linear_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The backward op of ``_ops.py``: the gradients that ``needs`` asks for."""
-    layout, per_row = (pages, starts, order, offsets, tiles), order.shape[0] // dy.shape[0]
+    layout, per_row = (pages, spans, order, offsets, tiles), order.shape[0] // dy.shape[0]
     needs_x, needs_a, needs_b, needs_coef = needs
     dx = da = db = dcoef = None
     if needs_x or needs_a or needs_coef:

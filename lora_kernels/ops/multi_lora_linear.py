@@ -19,14 +19,14 @@ TILE_SLOTS = 16
 class AdapterStack:
     """Adapters in two matrices: a page is one rank row of an A with its column of B, whatever the rank.
 
-    Adapter i owns the pages ``pages[starts[i]:starts[i + 1]]``, in any order and place; no page has two
-    owners. Differentiable in ``a_pages``, ``b_pages`` and ``scalings``.
+    Adapter i, with ``first, rank = spans[i]``, owns ``pages[first:first + rank]``, in any order and place;
+    no page has two owners. Differentiable in ``a_pages``, ``b_pages`` and ``scalings``.
 
     Args:
         a_pages: ``[P, K]``, rows of every A.
         b_pages: ``[P, N]``, columns of every B.
         pages: int32 ``[T]``.
-        starts: int32 ``[D + 1]``.
+        spans: int32 ``[D, 2]``.
         scalings: float32 ``[D]``.
         max_rank: the widest rank among the D adapters.
     """
@@ -34,13 +34,13 @@ class AdapterStack:
     a_pages: Tensor
     b_pages: Tensor
     pages: Tensor
-    starts: Tensor
+    spans: Tensor
     scalings: Tensor
     max_rank: int
 
     def __len__(self) -> int:
         """The number of adapters, D."""
-        return self.starts.shape[0] - 1
+        return self.spans.shape[0]
 
 
 def stack_adapters(
@@ -65,10 +65,11 @@ def stack_adapters(
         raise ValueError(
             f"scalings: expected one for each of {len(ranks)}, got shape {tuple(scalings.shape)}"
         )
-    starts = torch.tensor([0, *ranks]).cumsum(0).to(device, torch.int32)
+    widths = torch.tensor(ranks, dtype=torch.int32)
+    spans = torch.stack([widths.cumsum(0).int() - widths, widths], 1).to(device)
     pages = torch.arange(sum(ranks), dtype=torch.int32, device=device)
     return AdapterStack(
-        torch.cat(list(lora_as)), torch.cat([b.T for b in lora_bs]), pages, starts, scalings, max(ranks)
+        torch.cat(list(lora_as)), torch.cat([b.T for b in lora_bs]), pages, spans, scalings, max(ranks)
     )
 
 
@@ -174,7 +175,7 @@ def multi_lora_linear(
     coef = coef if weights is None else coef * weights.reshape(-1).to(coef.dtype)
     ps = _slot_ps(dropout_ps, len(adapters), plan) if training and dropout_ps is not None else None
     return _MultiLoRALinear.apply(
-        *(x, weight, bias, adapters.a_pages, adapters.b_pages, coef, adapters.pages, adapters.starts),
+        *(x, weight, bias, adapters.a_pages, adapters.b_pages, coef, adapters.pages, adapters.spans),
         *(plan, ps, adapters.max_rank),
     )
 
@@ -260,7 +261,7 @@ class _MultiLoRALinear(torch.autograd.Function):
         b_pages: Tensor,
         coef: Tensor,
         pages: Tensor,
-        starts: Tensor,
+        spans: Tensor,
         plan: BatchPlan,
         ps: Tensor | None,
         max_rank: int,
@@ -270,7 +271,7 @@ class _MultiLoRALinear(torch.autograd.Function):
         if ps is not None:
             mask = _dispatch.call("row_dropout_mask", _dispatch.draw_seed(x), ps, x.shape[-1])
             keep_scale = 1.0 / (1.0 - ps)
-        layout = (a_pages, b_pages, pages, starts, coef, plan.order, plan.offsets, plan.tiles)
+        layout = (a_pages, b_pages, pages, spans, coef, plan.order, plan.offsets, plan.tiles)
         needs_x, needs_weight, _, needs_a, needs_b, needs_coef = ctx.needs_input_grad[:6]
         args = (rows, *layout, mask, keep_scale, max_rank, needs_b or needs_coef)
         ctx.backend = _dispatch.chosen("multi_lora_linear", *args)

@@ -11,14 +11,14 @@ from .dropout import keep_of
 
 
 def _groups(
-    pages: Tensor, starts: Tensor, order: Tensor, offsets: Tensor
+    pages: Tensor, spans: Tensor, order: Tensor, offsets: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """(slots, pages, rank) of each adapter that has slots."""
-    first, last = starts.tolist(), offsets.tolist()
-    for i in range(len(first) - 1):
-        if last[i + 1] > last[i] and first[i + 1] > first[i]:
-            slots, own = order[last[i] : last[i + 1]], pages[first[i] : first[i + 1]]
-            yield slots.long(), own.long(), len(own)
+    bounds = offsets.tolist()
+    for i, (first, rank) in enumerate(spans.tolist()):
+        slots = order[bounds[i] : bounds[i + 1]]
+        if len(slots) and rank:
+            yield slots.long(), pages[first : first + rank].long(), rank
 
 
 def _dropped(branch: Tensor, mask: Tensor | None, slots: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def multi_lora_linear(
     a_pages: Tensor,
     b_pages: Tensor,
     pages: Tensor,
-    starts: Tensor,
+    spans: Tensor,
     coef: Tensor,
     order: Tensor,
     offsets: Tensor,
@@ -47,7 +47,7 @@ def multi_lora_linear(
     """The forward op of ``_ops.py``: the delta and h."""
     per_row = len(order) // max(1, len(x))
     delta, h = x.new_zeros(len(x), b_pages.shape[1]), x.new_zeros(len(order), max_rank)
-    for slots, own, rank in _groups(pages, starts, order, offsets):
+    for slots, own, rank in _groups(pages, spans, order, offsets):
         branch = _dropped(x[slots // per_row], mask, slots)
         part = (branch @ a_pages[own].to(x.dtype).T) * _per_slot(keep_scale, slots, x.dtype)
         h[slots, :rank] = part
@@ -62,7 +62,7 @@ def multi_lora_linear_backward(
     a_pages: Tensor,
     b_pages: Tensor,
     pages: Tensor,
-    starts: Tensor,
+    spans: Tensor,
     coef: Tensor,
     order: Tensor,
     offsets: Tensor,
@@ -77,7 +77,7 @@ def multi_lora_linear_backward(
     per_row, dtype = len(order) // max(1, len(dy)), dy.dtype
     dx = dy.new_zeros(len(dy), a_pages.shape[1])
     da, db, dcoef = torch.zeros_like(a_pages), torch.zeros_like(b_pages), torch.zeros_like(coef)
-    for slots, own, rank in _groups(pages, starts, order, offsets):
+    for slots, own, rank in _groups(pages, spans, order, offsets):
         rows, scale = slots // per_row, _per_slot(coef, slots, dtype)
         u = dy[rows] @ b_pages[own].to(dtype).T
         dh = u * scale * _per_slot(keep_scale, slots, dtype)
