@@ -7,7 +7,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -176,8 +175,7 @@ class AdapterPool:
             yield [-1 if name == BASE else self._adapters[name].slot for name in names]  # type: ignore[misc]
         finally:
             with self._lock:
-                for adapter in held:
-                    adapter.users -= 1
+                self._release(held)
                 self._note_use()
                 self._lock.notify_all()
 
@@ -226,23 +224,34 @@ class AdapterPool:
             raise ValueError(f"factors: {linear}: expected a rank of 1 to {self.max_rank}, got {rank}")
 
     def _acquire(self, wanted: list[str], timeout: float) -> list[_Adapter]:
-        """Counts the adapters as used and resident, or changes nothing but who was evicted."""
+        """Counts all the adapters as used once all are resident; while it waits it holds none of them."""
         held = [self._known(name) for name in wanted]
-        for adapter in held:  # not to be evicted for one another
+        for name in wanted:
+            self._adapters.move_to_end(name)
+        shortage: list[str] = []
+        if not self._lock.wait_for(lambda: self._hold(wanted, held, shortage), timeout):
+            raise PoolFullError(shortage[-1])
+        return held
+
+    def _hold(self, names: list[str], adapters: list[_Adapter], shortage: list[str]) -> bool:
+        for adapter in adapters:  # counted before room is made, not to be evicted for one another
             adapter.users += 1
         try:
-            for name, adapter in zip(wanted, held, strict=True):
-                self._adapters.move_to_end(name)
-                if adapter.slot is None and not self._lock.wait_for(partial(self._room, adapter), timeout):
-                    raise PoolFullError(self._shortage(name, adapter))
-                if adapter.slot is None:  # another thread may have brought it while we waited
+            for name, adapter in zip(names, adapters, strict=True):
+                if not self._room(adapter):
+                    shortage.append(self._shortage(name, adapter))
+                    self._release(adapters)
+                    return False
+                if adapter.slot is None:
                     self._upload(adapter)
         except BaseException:
-            for adapter in held:
-                adapter.users -= 1
-            self._lock.notify_all()
+            self._release(adapters)
             raise
-        return held
+        return True
+
+    def _release(self, adapters: list[_Adapter]) -> None:
+        for adapter in adapters:
+            adapter.users -= 1
 
     def _fits(self, adapter: _Adapter) -> bool:
         enough = all(self._tables[linear].free >= rank for linear, (_, rank) in adapter.parts.items())
@@ -261,14 +270,12 @@ class AdapterPool:
 
     def _shortage(self, name: str, adapter: _Adapter) -> str:
         busy = sum(a.slot is not None for a in self._adapters.values())
-        short = next(
-            (
-                f"pages of {linear} ({self._tables[linear].free} free, {rank} needed)"
-                for linear, (_, rank) in adapter.parts.items()
-                if self._tables[linear].free < rank
-            ),
-            "slots",
-        )
+        lacking = [
+            f"pages of {linear} ({self._tables[linear].free} free, {rank} needed)"
+            for linear, (_, rank) in adapter.parts.items()
+            if self._tables[linear].free < rank
+        ]
+        short = lacking[0] if lacking else "slots"
         return f"no room for adapter {name!r}: {busy} adapters are in use or pinned, short of {short}"
 
     def _evict(self, adapter: _Adapter) -> None:

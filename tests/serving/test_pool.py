@@ -1,0 +1,219 @@
+"""The pool: no wrong row, whoever comes and goes, whatever fails."""
+
+import threading
+
+import pytest
+import torch
+
+from lora_kernels import multi_lora_linear
+from lora_kernels.serving.pages import PageTable
+from lora_kernels.serving.pool import BASE, AdapterPool, PoolFullError
+
+COLS, OUT = 12, 10
+LINEARS = {"q": (COLS, OUT), "k": (COLS, 6)}
+
+
+def factors(seed, rank, linears=LINEARS):
+    make = torch.Generator().manual_seed(seed)
+    return {
+        name: (torch.randn(rank, cols, generator=make), torch.randn(out, rank, generator=make))
+        for name, (cols, out) in linears.items()
+    }
+
+
+def rank_of(i):
+    return 1 + i % 7
+
+
+def pool_of(count=0, **options):
+    pool = AdapterPool(LINEARS, **{"pages": 64, "slots": 8, "max_rank": 8, **options})
+    for i in range(count):
+        pool.register(f"a{i}", factors(i, rank_of(i)), scaling=1 + i % 3)
+    return pool
+
+
+def expected(name, x, linear="q"):
+    if name == BASE:
+        return x.new_zeros(len(x), LINEARS[linear][1])
+    i = int(name[1:])
+    lora_a, lora_b = factors(i, rank_of(i))[linear]
+    return (1 + i % 3) * (x @ lora_a.T) @ lora_b.T
+
+
+def assert_right(pool, names, linear="q", **options):
+    x = torch.randn(len(names), COLS)
+    with pool.use(names, **options) as slots:
+        y = multi_lora_linear(x, None, pool.stack(linear), torch.tensor(slots))
+    for i, name in enumerate(names):
+        torch.testing.assert_close(y[i : i + 1], expected(name, x[i : i + 1], linear), rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_of_several_ranks_and_the_base():
+    pool = pool_of(5)
+    for linear in LINEARS:
+        assert_right(pool, ["a3", BASE, "a0", "a3", "a4"], linear)
+    assert pool.resident == ["a3", "a0", "a4"] and len(pool) == 5 and "a1" in pool
+
+
+def test_two_thousand_adapters_in_sixty_four_slots():
+    pool = pool_of(2000, pages=400, slots=64)
+    popularity = 1.0 / torch.arange(1, 2001) ** 1.1
+    for _ in range(150):
+        drawn = torch.multinomial(popularity, 24, replacement=True).tolist()
+        assert_right(pool, [f"a{i}" for i in drawn])
+        assert len(pool.resident) <= 64
+
+
+def test_the_least_recently_used_goes_first_and_a_pinned_one_stays():
+    pool = pool_of(6, slots=3)
+    pool.pin("a0")
+    for name in ("a0", "a1", "a2", "a1", "a3"):
+        pool.prefetch([name])
+    assert pool.resident == ["a0", "a1", "a3"]
+    pool.pin("a0", False)
+    pool.prefetch(["a4"])
+    assert pool.resident == ["a1", "a3", "a4"]
+
+
+def test_an_adapter_in_use_is_never_evicted():
+    pool = pool_of(4, slots=2)
+    with (
+        pool.use(["a0", "a1"]),
+        pytest.raises(PoolFullError, match=r"no room for adapter 'a2'.*short of slots"),
+    ):
+        pool.prefetch(["a2"])
+    assert_right(pool, ["a2", "a3"])
+
+
+def test_too_few_pages_name_the_linear():
+    pool = pool_of(8, pages=8, slots=8)  # a6 has rank 7
+    with (
+        pool.use(["a6"]),
+        pytest.raises(PoolFullError, match=r"short of pages of q \(1 free, 2 needed\)"),
+    ):
+        pool.prefetch(["a1"])
+    with pytest.raises(PoolFullError):
+        pool.prefetch(["a6", "a5"])  # of the two no one may make room for the other
+    assert_right(pool, ["a5"])
+
+
+def test_linears_that_an_adapter_leaves_out():
+    pool = pool_of(slots=1)
+    pool.register("both", factors(1, 3))
+    pool.register("q only", {"q": factors(2, 3)["q"]})
+    pool.prefetch(["both"])
+    with pool.use(["q only"]) as slots:
+        x, ids = torch.randn(1, COLS), torch.tensor(slots)
+        assert not multi_lora_linear(x, None, pool.stack("k"), ids).any()
+        assert multi_lora_linear(x, None, pool.stack("q"), ids).any()
+
+
+def test_update_in_place_may_change_the_rank():
+    pool = pool_of(3)
+    pool.prefetch(["a1"])
+    pool.update("a1", factors(2, rank_of(2)), scaling=1 + 2)
+    x = torch.randn(1, COLS)
+    with pool.use(["a1"]) as slots:
+        y = multi_lora_linear(x, None, pool.stack("q"), torch.tensor(slots))
+    torch.testing.assert_close(y, expected("a2", x), rtol=1e-5, atol=1e-5)
+    with pool.use(["a1"]), pytest.raises(PoolFullError, match="in use"):
+        pool.update("a1", factors(2, 2))
+
+
+def test_removed_adapters_free_their_pages():
+    pool = pool_of(2, pages=8, max_rank=8)
+    pool.prefetch(["a0", "a1"])
+    pool.remove("a0")
+    pool.remove("a1")
+    assert pool._tables["q"].free == 8 and not pool.resident
+    with pytest.raises(ValueError, match="expected a registered adapter, got 'a0'"):
+        pool.prefetch(["a0"])
+
+
+class Cancelled(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [Cancelled, RuntimeError])
+@pytest.mark.parametrize("fail_at", [1, 2])
+def test_an_upload_that_fails_half_way_loses_nothing(monkeypatch, error, fail_at):
+    pool = pool_of(3)
+    pool.prefetch(["a0"])
+    calls, write = [], PageTable.write
+
+    def failing(self, *args):
+        calls.append(args)
+        if len(calls) == fail_at:
+            raise error("stopped")
+        write(self, *args)
+
+    monkeypatch.setattr(PageTable, "write", failing)
+    with pytest.raises(error):
+        pool.prefetch(["a1"])
+    monkeypatch.undo()
+    assert pool.resident == ["a0"]
+    assert all(table.free == 64 - rank_of(0) for table in pool._tables.values())
+    assert len(pool._free_slots) == 7 and not any(a.users for a in pool._adapters.values())
+    assert_right(pool, ["a1", "a0", "a2"])
+
+
+def test_eight_threads_load_and_evict_at_once():
+    pool, failures = pool_of(40, pages=48, slots=10, max_rank=8), []
+    torch.set_num_threads(1)
+
+    def worker(seed):
+        make = torch.Generator().manual_seed(seed)
+        try:
+            for _ in range(60):
+                names = [f"a{i}" for i in torch.randint(40, (2,), generator=make).tolist()]
+                assert_right(pool, names, timeout=30.0)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=worker, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[:1]
+    assert not any(adapter.users for adapter in pool._adapters.values())
+
+
+def test_waiting_for_room_ends_when_someone_leaves():
+    pool, entered, leave = pool_of(2, slots=1), threading.Event(), threading.Event()
+
+    def hold():
+        with pool.use(["a0"]):
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    entered.wait(10)
+    threading.Timer(0.1, leave.set).start()
+    assert_right(pool, ["a1"], timeout=10.0)
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "match"),
+    [
+        ("a0", factors(1, 2), "name: 'a0' is taken"),
+        (BASE, factors(1, 2), "is taken"),
+        ("", factors(1, 2), "name: expected a name"),
+        ("new", {"v": factors(1, 2)["q"]}, "factors: expected linears of q, k, got 'v'"),
+        ("new", {"q": factors(1, 2)["k"]}, r"factors: q: expected A \[r, 12\] and B \[10, r\]"),
+        ("new", factors(1, 9), "factors: q: expected a rank of 1 to 8, got 9"),
+    ],
+)
+def test_bad_adapters_change_nothing(name, given, match):
+    pool = pool_of(1)
+    with pytest.raises(ValueError, match=match):
+        pool.register(name, given)
+    assert len(pool) == 1 and not pool.resident
+
+
+@pytest.mark.parametrize("options", [{"pages": 0}, {"slots": 0}, {"max_rank": 0}, {"max_rank": 65}], ids=str)
+def test_bad_sizes(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        pool_of(**options)
