@@ -138,7 +138,7 @@ def load_adapter(
         ValueError: a file is damaged, sets an option that is not supported, or does not fit the model.
     """
     folder = Path(directory)
-    config, tensors = _read_config(folder / CONFIG), _read_weights(folder)
+    config, tensors = read_config(folder / CONFIG), read_weights(folder)
     known = adapter_name in lora_configs(model)
     if known:
         layers: Container[str] = lora_layers(model)
@@ -178,7 +178,8 @@ def _planned(
     return adapters, shapes
 
 
-def _read_config(path: Path) -> LoRAConfig:
+def read_config(path: Path) -> LoRAConfig:
+    """The config in PEFT's JSON, or a ValueError that says what is wrong with it."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -211,7 +212,12 @@ def _config_from(values: dict[str, Any], path: Path) -> LoRAConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of the folder's safetensors file; anything else is refused.
+
+    Beside the adapter of an embedding or an output head PEFT writes its frozen base weight, which the model
+    has: that is left out.
+    """
     path = folder / WEIGHTS
     if not path.exists():
         pickle = folder / "adapter_model.bin"
@@ -219,9 +225,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{pickle}: expected {WEIGHTS}, got a pickle, which is never loaded")
         raise FileNotFoundError(f"{path}: expected the adapter's weights, got no such file")
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: expected a safetensors file, got one that is damaged ({error})") from error
+    return {key: tensor for key, tensor in tensors.items() if not key.endswith(".base_layer.weight")}
 
 
 def _check_fit(tensors: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:

@@ -17,7 +17,7 @@ ALL_LINEAR = "all-linear"
 _CONFIGS = "_lora_configs"
 
 
-class _Site(NamedTuple):
+class Site(NamedTuple):
     """One linear of a model: every (parent, attribute) that holds it, and its first dotted name."""
 
     name: str
@@ -46,7 +46,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, adapter_name: str = "defaul
     """
     _check_types(model, config)
     _check_name(adapter_name, lora_configs(model))
-    sites = _find_sites(model, config)
+    sites = find_sites(model, config)
     _check_saved_modules(model, config)
     first = not lora_configs(model)
     made = [_prepare(site, config, adapter_name) for site in sites]
@@ -66,7 +66,7 @@ def planned_adapters(model: nn.Module, config: LoRAConfig, adapter_name: str) ->
         ValueError: as :func:`apply_lora`.
     """
     _check_types(model, config)
-    return {site.name: _prepare(site, config, adapter_name)[1] for site in _find_sites(model, config)}
+    return {site.name: _prepare(site, config, adapter_name)[1] for site in find_sites(model, config)}
 
 
 def lora_configs(model: nn.Module) -> dict[str, LoRAConfig]:
@@ -86,7 +86,7 @@ def _check_types(model: nn.Module, config: LoRAConfig) -> None:
         raise TypeError(f"config: expected a LoRAConfig, got {type(config).__name__}")
 
 
-def _prepare(site: _Site, config: LoRAConfig, adapter_name: str) -> tuple[LoRALinear, Adapter]:
+def _prepare(site: Site, config: LoRAConfig, adapter_name: str) -> tuple[LoRALinear, Adapter]:
     """The layer for ``site`` and its new adapter, nothing yet changed."""
     layer = site.linear
     if isinstance(layer, LoRALinear):
@@ -99,7 +99,7 @@ def _prepare(site: _Site, config: LoRAConfig, adapter_name: str) -> tuple[LoRALi
     return layer, layer.make_adapter(config.for_module(site.name))
 
 
-def _install(site: _Site, layer: LoRALinear) -> None:
+def _install(site: Site, layer: LoRALinear) -> None:
     for parent, attribute in site.places:
         parent._modules[attribute] = layer
         if isinstance(parent, nn.TransformerEncoderLayer) and not layer._forward_pre_hooks:
@@ -118,7 +118,7 @@ def _drop_hook(module: nn.Module) -> None:
             del module._forward_pre_hooks[key]
 
 
-def _find_sites(model: nn.Module, config: LoRAConfig) -> list[_Site]:
+def find_sites(model: nn.Module, config: LoRAConfig) -> list[Site]:
     """The linears that ``config`` targets.
 
     Raises:
@@ -128,12 +128,12 @@ def _find_sites(model: nn.Module, config: LoRAConfig) -> list[_Site]:
         raise ValueError(f"target_modules: expected names, an expression or {ALL_LINEAR!r}, got None")
     everything = _is_all_linear(config)
     skipped = _output_head(model) if everything else None
-    sites: dict[int, _Site] = {}
+    sites: dict[int, Site] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if not name or module is skipped or _inside_adapters(name) or not _targets(config, name):
             continue
         if type(module) in (nn.Linear, LoRALinear):
-            site = sites.setdefault(id(module), _Site(name, module, []))
+            site = sites.setdefault(id(module), Site(name, module, []))
             parent, _, attribute = name.rpartition(".")
             site.places.append((model.get_submodule(parent), attribute))
         elif isinstance(config.target_modules, list):

@@ -1,0 +1,56 @@
+"""PEFT checkpoints into an :class:`AdapterPool`."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from torch import Tensor
+
+from ..adapters import LoRAConfig
+from ..serving.pool import AdapterPool
+from .checkpoint import CONFIG, WEIGHTS, read_config, read_weights
+
+_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+
+
+def load_into_pool(pool: AdapterPool, directory: str | os.PathLike[str], name: str) -> None:
+    """Registers the adapter that PEFT or :func:`save_adapter` wrote; never unpickles.
+
+    Args:
+        pool: where to.
+        directory: the folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        name: the adapter's name in the pool.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, holds more than plain LoRA factors, or does not fit the pool's linears;
+            the pool is then as it was.
+    """
+    folder = Path(directory)
+    config = read_config(folder / CONFIG)
+    if config.bias != "none" or config.modules_to_save or config.method != "lora":
+        what = f"bias={config.bias!r}, modules_to_save={config.modules_to_save}, method={config.method!r}"
+        raise ValueError(f"{folder / CONFIG}: expected a plain LoRA adapter, got {what}")
+    factors = _factors(read_weights(folder))
+    pool.register(name, factors, {linear: _scaling(config, linear) for linear in factors})
+
+
+def _factors(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Linear -> (A, B)."""
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(f"{WEIGHTS}: expected A and B of linears, got {key!r}")
+        halves.setdefault(match[1], {})[match[2]] = tensor
+    for linear, pair in halves.items():
+        if len(pair) != 2 or any(t.dim() != 2 for t in pair.values()):
+            raise ValueError(f"{WEIGHTS}: {linear}: expected an A and a B, got {', '.join(sorted(pair))}")
+    return {linear: (pair["A"], pair["B"]) for linear, pair in halves.items()}
+
+
+def _scaling(config: LoRAConfig, linear: str) -> float:
+    own = config.for_module(linear)
+    return own.lora_alpha / (own.r**0.5 if own.use_rslora else own.r)
