@@ -50,6 +50,11 @@ def call(op: str, *args: Any, backend: str | None = None) -> Any:
     return _backend.implementation(backend or _choose(op, args), op)(*args)
 
 
+def functorch_active() -> bool:
+    """Whether a transform of ``torch.func`` (grad, vjp, jvp, vmap, …) is at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def eager_cpp(x: Tensor, rank: int) -> bool:
     """Whether an eager call on ``x`` runs in C++, autograd included."""
     return not _opaque(x) and _backend.resolve(x.device.type, x.dtype, rank) == "cpp"

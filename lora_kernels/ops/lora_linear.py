@@ -82,7 +82,9 @@ def fused(
         dtype = _compute_dtype(x)
         x, weight, bias, x_lora = (_cast(t, dtype) for t in (x, weight, bias, x_lora))
     apply = _LoRALinear.apply
-    if _dispatch.eager_cpp(x, lora_a.shape[0]):
+    if _dispatch.functorch_active():
+        apply = _transformable
+    elif _dispatch.eager_cpp(x, lora_a.shape[0]):
         apply = torch.ops.lora_kernels.cpp_lora_linear_autograd.default
     return apply(x, weight, lora_a, lora_b, bias, gate, x_lora, scaling, dropout_p)
 
@@ -242,6 +244,28 @@ class _LoRALinear(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _transformable(
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    x_lora: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> Tensor:
+    """The equation in PyTorch operations, which ``torch.func``'s transforms can all take apart."""
+    rows, mask = _rows(x), None
+    if dropout_p > 0.0:
+        # By the op, whose dispatch unwraps what the transforms wrapped.
+        mask = torch.ops.lora_kernels.dropout_mask.default(_dispatch.draw_seed(x), *rows.shape, dropout_p)
+    y = composite(
+        *(rows, weight, lora_a, lora_b, bias, _gate_rows(gate), _rows(x_lora), scaling, mask, dropout_p)
+    )
+    return y.view(*x.shape[:-1], lora_b.shape[0])
 
 
 def _gate_rows(gate: Tensor | None) -> Tensor | None:

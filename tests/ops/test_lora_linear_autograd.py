@@ -10,7 +10,7 @@ import torch
 from lora_linear_harness import CPU_PATHS, PATHS, SEED, call, expected, mask_of_next_call
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import functional_call
+from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import lora_linear, use_backend
@@ -176,6 +176,43 @@ def checked(path, case):
 
     tensors = leaves(lora_inputs(case), names)
     return function, tuple(tensors[name] for name in names)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transforms_of_torch_func(backend, device):
+    case = LoraCase(lead=(4,), gate="rank")
+    inputs = lora_inputs(case, device)
+    rest = {name: value for name, value in inputs.items() if name != "lora_a"}
+
+    def loss(lora_a):
+        return call(backend, {**rest, "lora_a": lora_a}, case).square().sum()
+
+    with use_backend(backend):
+        got = grad(loss)(inputs["lora_a"])
+        _, along = jvp(loss, (inputs["lora_a"],), (inputs["lora_a"],))
+        each = vmap(lambda x: call(backend, {**inputs, "x": x}, case))(inputs["x"])
+        whole = call(backend, inputs, case)
+    lora_a = inputs["lora_a"].clone().requires_grad_()
+    (want,) = torch.autograd.grad(loss(lora_a), lora_a)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(along, (want * lora_a).sum())
+    torch.testing.assert_close(each, whole)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_under_grad_of_torch_func(backend, device):
+    case = LoraCase(dropout_p=0.4)
+    inputs = lora_inputs(case, device)
+
+    def loss(lora_a):
+        return call(backend, {**inputs, "lora_a": lora_a}, case).square().sum()
+
+    torch.manual_seed(SEED)
+    got = grad(loss)(inputs["lora_a"])
+    torch.manual_seed(SEED)
+    lora_a = inputs["lora_a"].clone().requires_grad_()
+    (want,) = torch.autograd.grad(loss(lora_a), lora_a)
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("case", CHECKED, ids=range(len(CHECKED)))
