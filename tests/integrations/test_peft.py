@@ -50,6 +50,16 @@ def assert_same_as_peft(model, tokens):
         assert_close(ours[name], eager[name], exact[name], name, ulps=4.0)
 
 
+def test_torch_compile_traces_an_accelerated_model_whole(bert, tokens):
+    model = wrap(bert())
+    accelerate(model)
+    eager = run(model, tokens)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    traced = run(compiled, tokens)
+    for name, value in eager.items():
+        torch.testing.assert_close(traced[f"_orig_mod.{name}" if name != "y" else name], value)
+
+
 def test_outputs_and_all_gradients_are_pefts(bert, tokens):
     model = wrap(bert())
     report = accelerate(model)
