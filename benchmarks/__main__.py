@@ -7,36 +7,47 @@ import datetime
 import re
 import shlex
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from . import report
-from .bench_lora_linear import Bench, Plan, plans
-from .providers import PROVIDERS
+from .measure import Bench
+from .suites import DEFAULT, Benchmark, Plan, benchmarks, file_stem, suites
 
 REPEATS, QUICK_REPEATS = 40, 5
+Todo = list[tuple[Benchmark, Plan]]
 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    result.add_argument("--suite", metavar="NAME", default=DEFAULT, help="what to measure (default: default)")
     result.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     result.add_argument("--quick", action="store_true", help="tiny shapes, few rounds: does it run at all?")
     result.add_argument(
         "--filter",
         metavar="REGEX",
         default="",
-        help="only what matches in OP/SHAPE/DTYPE/rRANK/pDROPOUT/MODE/PROVIDER; the baselines frozen and"
-        " peft are always measured beside it",
+        help="only what matches in OP/CASE/MODE/PROVIDER, where the case of lora_linear is"
+        " SHAPE/DTYPE/rRANK/pDROPOUT; a benchmark's baselines are always measured beside it",
     )
     result.add_argument("--repeats", type=int, help=f"rounds (default {REPEATS}, {QUICK_REPEATS} if quick)")
+    result.add_argument(
+        "--budget-seconds",
+        type=float,
+        metavar="S",
+        help="start nothing new after so many seconds; what was left out is listed, the least important first"
+        " to go",
+    )
     result.add_argument("--threads", type=int, help="CPU threads of torch")
     result.add_argument("--output", type=Path, help="folder (default: benchmarks/results, none if quick)")
     return result
 
 
-def wanted_by(pattern: str):
-    """Whether a provider's figure was asked for.
+def wanted_by(pattern: str) -> Callable[[str], bool]:
+    """Whether a label, OP/CASE/MODE/PROVIDER, was asked for.
 
     Raises:
         ValueError: the pattern is not a regular expression.
@@ -45,34 +56,55 @@ def wanted_by(pattern: str):
         search = re.compile(pattern).search
     except re.error as error:
         raise ValueError(f"--filter: expected a regular expression, got {pattern!r}: {error}") from None
-    return lambda plan, provider: search(f"{plan.label}/{provider}") is not None
+    return lambda label: search(label) is not None
 
 
-def selected(device: str, quick: bool, wanted) -> list[Plan]:
-    return [plan for plan in plans(device, quick) if any(wanted(plan, p.name) for p in PROVIDERS)]
+def selected(suite: str, device: str, quick: bool, wanted: Callable[[str], bool]) -> Todo:
+    """The plans of a suite for which any provider is asked for.
+
+    Raises:
+        ValueError: there is no such suite, it has no plans for this device, or nothing is asked for.
+    """
+    known = benchmarks()
+    if suite not in suites(known):
+        raise ValueError(f"--suite: expected one of {', '.join(suites(known))}, got {suite!r}")
+    plans = [(one, plan) for one in known if suite in one.plans for plan in one.plans[suite](device, quick)]
+    if not plans:
+        raise ValueError(f"--device: expected one that suite {suite!r} has plans for, got {device}")
+    return [
+        (one, plan)
+        for one, plan in plans
+        if any(one.runs(plan, p.name) and wanted(one.label(plan, p.name)) for p in one.providers)
+    ]
 
 
-def execute(bench: Bench, todo: list[Plan]) -> None:
+def execute(bench: Bench, todo: Todo, budget: float | None = None) -> None:
+    """Runs the plans in their order; after ``budget`` seconds none is started."""
+    start = time.monotonic()
     with report.progress(len(todo) * bench.repeats) as advance:
-        for plan in todo:
+        for benchmark, plan in todo:
+            label = benchmark.label(plan)
+            if budget is not None and time.monotonic() - start > budget:
+                bench.results.left_out.append(label)
+                continue
             left = bench.repeats
 
-            def after_round(label: str = plan.label) -> None:
+            def after_round(label: str = label) -> None:
                 nonlocal left
                 left -= 1
                 advance(label, 1)
 
-            advance(plan.label, 0)
-            bench.run(plan, after_round)
-            advance(plan.label, left)
+            advance(label, 0)
+            bench.run(benchmark, plan, after_round)
+            advance(label, left)
 
 
-def write(folder: Path, device: str, bench: Bench, under: report.Conditions) -> None:
+def write(folder: Path, stem: str, bench: Bench, under: report.Conditions) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    report.write_csv(folder / f"{device}.csv", bench.results, under)
-    (folder / f"{device}.md").write_text(report.markdown(bench.results, under))
+    report.write_csv(folder / f"{stem}.csv", bench.results, under)
+    (folder / f"{stem}.md").write_text(report.markdown(bench.results, under))
     try:
-        report.plot(folder / f"{device}.png", bench.results, under)
+        report.plot(folder / f"{stem}.png", bench.results, under)
     except ImportError as error:
         print(f"no plot: {error}", file=sys.stderr)
 
@@ -84,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         wanted = wanted_by(args.filter)
-        todo = selected(device, args.quick, wanted)
+        todo = selected(args.suite, device, args.quick, wanted)
         _check_arguments(args, device, todo)
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -92,20 +124,22 @@ def main(arguments: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     bench = Bench(args.repeats or (QUICK_REPEATS if args.quick else REPEATS), wanted)
-    execute(bench, todo)
+    execute(bench, todo, args.budget_seconds)
     command = shlex.join(["python", "-m", "benchmarks", *given])
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes").removesuffix("+00:00")
     under = report.conditions(device, command, f"{now}Z", bench.repeats)
     folder = args.output or (None if args.quick else Path(__file__).parent / "results")
     if folder is not None:
-        write(folder, device, bench, under)
+        write(folder, file_stem(args.suite, device), bench, under)
     print(report.markdown(bench.results, under), end="")
     return 1 if bench.results.wrong else 0
 
 
-def _check_arguments(args: argparse.Namespace, device: str, todo: list[Plan]) -> None:
+def _check_arguments(args: argparse.Namespace, device: str, todo: Todo) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: expected a device that is here, got cuda, and torch sees none")
+    if args.budget_seconds is not None and args.budget_seconds <= 0:
+        raise ValueError(f"--budget-seconds: expected more than 0, got {args.budget_seconds:g}")
     if args.repeats is not None and args.repeats < 1:
         raise ValueError(f"--repeats: expected at least 1, got {args.repeats}")
     if args.threads is not None and args.threads < 1:

@@ -14,7 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .providers import PROVIDERS, SCALING, Case, Problem, Provider, Runner, make_problem
+from .providers import PROVIDERS, SCALING, Case, Problem, make_problem
+from .suites import Provider, Runner
 
 NAMES = ("y", "dx", "dA", "dB")
 MAX_ROWS_CPU = 512

@@ -7,11 +7,9 @@ A provider that cannot run says why; one that runs is checked before it is timed
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +18,8 @@ from torch import Tensor, nn
 
 from lora_kernels import lora_linear, use_backend
 from lora_kernels._backend import unavailable
+
+from .suites import Provider, Runner
 
 SCALING = 2.0
 HALF = (torch.float16, torch.bfloat16)
@@ -49,8 +49,14 @@ class Case:
     def label(self) -> str:
         return f"{self.shape}/{self.dtype_name}/r{self.rank}/p{self.dropout_p:g}"
 
-    def without_dropout(self) -> Case:
-        return replace(self, dropout_p=0.0)
+    @property
+    def title(self) -> str:
+        return f"{self.shape}, {self.dtype_name}, r={self.rank}, dropout {self.dropout_p:g}"
+
+    @property
+    def columns(self) -> dict[str, object]:
+        dropout = f"{self.dropout_p:g}"
+        return {"shape": self.shape, "dtype": self.dtype_name, "rank": self.rank, "dropout": dropout}
 
 
 @dataclass(frozen=True)
@@ -91,28 +97,6 @@ def make_problem(case: Case, seed: int = 0) -> Problem:
         normal(case.out, case.rank, scale=case.rank**-0.5),
         normal(case.rows, case.out),
     )
-
-
-@dataclass(frozen=True)
-class Runner:
-    """A provider on one problem: ``call(x)`` is y; ``factors`` are its A and B, none if it has none."""
-
-    call: Callable[[Tensor], Tensor]
-    factors: tuple[Tensor, ...] = ()
-    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-
-
-def _never(case: Case, mode: str) -> str | None:
-    return None
-
-
-@dataclass(frozen=True)
-class Provider:
-    """An implementation: how to build it, and why not where it cannot run."""
-
-    name: str
-    build: Callable[[Problem], Runner]
-    missing: Callable[[Case, str], str | None] = _never
 
 
 def _frozen(problem: Problem) -> Runner:

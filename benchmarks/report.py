@@ -11,17 +11,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .bench_lora_linear import BYTES, OP, OVERHEAD, TIMED, Plan, Results, Row
-from .providers import FROZEN, PEFT
+from .measure import Results
+from .suites import Benchmark, Goal, Row
 
-COLUMNS = (
-    *("op", "provider", "mode", "shape", "dtype", "rank", "dropout"),
-    *("median_us", "p20_us", "p80_us", "bytes", "ratio_frozen", "ratio_peft"),
-    *("device", "torch", "triton", "peft", "commit", "command", "timestamp"),
-)
 OURS = "ours"
 
 
@@ -90,81 +86,76 @@ def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def csv_row(row: Row, under: Conditions) -> dict[str, object]:
+def _merged(parts: Iterable[Iterable[str]]) -> list[str]:
+    """Every name once, in the order of first appearance."""
+    return list(dict.fromkeys(name for part in parts for name in part))
+
+
+def csv_columns(results: Results) -> list[str]:
+    """The columns of all cases, baselines and derived figures, between the common ones."""
+    used = _merged_benchmarks(results)
+    return [
+        *("op", "provider", "mode"),
+        *_merged(row.plan.case.columns for _, row in results.rows),
+        *("median_us", "p20_us", "p80_us", "bytes"),
+        *_merged([f"ratio_{base}" for base in benchmark.baselines] for benchmark in used),
+        *_merged([column.name for column in benchmark.derived] for benchmark in used),
+        *("device", "torch", "triton", "peft", "commit", "command", "timestamp"),
+    ]
+
+
+def _merged_benchmarks(results: Results) -> list[Benchmark]:
+    return list(dict.fromkeys(benchmark for benchmark, _ in results.rows))
+
+
+def csv_row(benchmark: Benchmark, row: Row, under: Conditions) -> dict[str, object]:
     """One line of the CSV; times in microseconds."""
-    case, time = row.plan.case, row.time
-    times = (time.median, time.p20, time.p80) if time else (None,) * 3
-    values: Iterable[object] = (
-        *(OP, row.provider, row.plan.mode, case.shape, case.dtype_name, case.rank, f"{case.dropout_p:g}"),
-        *(_number(value, 2) for value in times),
-        "" if row.bytes is None else row.bytes,
-        *(_number(row.ratio_frozen, 4), _number(row.ratio_peft, 4)),
-        *(under.device, under.torch, under.triton, under.peft, under.commit, under.command, under.timestamp),
-    )
-    return dict(zip(COLUMNS, values, strict=True))
+    values: dict[str, object] = {"op": benchmark.op, "provider": row.provider, "mode": row.plan.mode}
+    values |= row.plan.case.columns
+    if row.time:
+        times = (row.time.median, row.time.p20, row.time.p80)
+        values |= zip(("median_us", "p20_us", "p80_us"), (_number(t, 2) for t in times), strict=True)
+    if row.bytes is not None:
+        values["bytes"] = row.bytes
+    values |= {f"ratio_{base}": _number(ratio, 4) for base, ratio in row.ratios.items()}
+    values |= {c.name: _number(c.value(row), c.digits) for c in benchmark.derived}
+    for name in ("device", "torch", "triton", "peft", "commit", "command", "timestamp"):
+        values[name] = getattr(under, name)
+    return values
 
 
 def write_csv(path: Path, results: Results, under: Conditions) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, csv_columns(results), restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(csv_row(row, under) for row in results.rows)
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A figure to reach: the ``ratio`` of ``provider`` in one cell of the table."""
-
-    text: str
-    mode: str
-    shape: str
-    dropout: float
-    ratio: str
-    limit: float
-    provider: str = "ours_module"
-    other: str | None = None
-
-
-# The bytes are compared with PEFT's on CUDA, where its dropout keeps one byte an element, not two.
-GOALS = (
-    Goal("fwd+bwd, fp32, / frozen", "both", "512x2048x2048", 0.0, "ratio_frozen", 1.05),
-    Goal("fwd+bwd, fp32, dropout 0.1, / frozen", "both", "512x2048x2048", 0.1, "ratio_frozen", 1.15),
-    Goal("per call, fwd+bwd, / PEFT", "overhead", "1x64x64", 0.0, "ratio_peft", 0.65),
-    Goal(
-        "bytes saved, bf16, dropout 0.1, / PEFT with a byte mask",
-        *("saved_bytes", "8192x4096x4096", 0.1, "ratio_peft", 0.72),
-        other="peft_byte_mask",
-    ),
-)
+        writer.writerows(csv_row(benchmark, row, under) for benchmark, row in results.rows)
 
 
 def reached(goal: Goal, rows: Iterable[Row]) -> float | None:
     """The figure of ``goal`` among ``rows``, or ``None`` where it was not measured."""
     here = {
-        row.provider: row
-        for row in rows
-        if (row.plan.mode, row.plan.case.shape, row.plan.case.dropout_p)
-        == (goal.mode, goal.shape, goal.dropout)
-        and row.plan.case.device == "cpu"
+        row.provider: row for row in rows if (row.plan.case.label, row.plan.mode) == (goal.case, goal.mode)
     }
-    row = here.get(goal.provider)
+    row, base = here.get(goal.provider), here.get(goal.base)
     if row is None:
         return None
-    if goal.other is None:
-        return getattr(row, goal.ratio)
-    other = here.get(goal.other)
-    return row.bytes / other.bytes if other and other.bytes and row.bytes is not None else None
+    if goal.base in row.ratios:
+        return row.ratios[goal.base]
+    return row.bytes / base.bytes if base and base.bytes and row.bytes is not None else None
 
 
 def _goal_lines(results: Results) -> Iterator[str]:
-    found = [(goal, reached(goal, results.rows)) for goal in GOALS]
-    if all(value is None for _, value in found):
+    found = []
+    for benchmark in _merged_benchmarks(results):
+        rows = [row for owner, row in results.rows if owner is benchmark]
+        found += [(goal, value) for goal in benchmark.goals if (value := reached(goal, rows)) is not None]
+    if not found:
         return
     yield from ("| figure | shape | at most | measured |", "|---|---|---:|---:|")
     for goal, value in found:
-        if value is not None:
-            mark = "" if value <= goal.limit else " (missed)"
-            yield f"| `{goal.provider}`, {goal.text} | {goal.shape} | {goal.limit:.2f} | {value:.3f}{mark} |"
+        mark = "" if value <= goal.limit else " (missed)"
+        shape = goal.case.split("/")[0]
+        yield f"| `{goal.provider}`, {goal.text} | {shape} | {goal.limit:.2f} | {value:.3f}{mark} |"
     yield ""
 
 
@@ -179,39 +170,58 @@ def _cell(row: Row | None) -> str:
     return f"{median:.3g} {unit} ({p20:.3g} to {p80:.3g})"
 
 
-def _table(rows: list[Row], modes: list[str]) -> Iterator[str]:
-    """Providers down; for each mode the figure and its ratios to frozen and to PEFT."""
+def _table(benchmark: Benchmark, rows: list[Row], modes: list[str]) -> Iterator[str]:
+    """Providers down; for each mode the figure, its ratios to the baselines and what is derived from it."""
     cells = {(row.provider, row.plan.mode): row for row in rows}
-    heads = [f"{mode.replace('_', ' ')} | / frozen | / PEFT" for mode in modes]
+    derived = [c for c in benchmark.derived if any(c.value(row) is not None for row in rows)]
+    beside = [*(f"/ {heading}" for heading in benchmark.baselines.values()), *(c.name for c in derived)]
+    heads = [" | ".join([mode.replace("_", " "), *beside]) for mode in modes]
     yield f"| provider | {' | '.join(heads)} |"
-    yield f"|---|{'---:|---:|---:|' * len(modes)}"
+    yield f"|---|{'---:|' * (1 + len(beside)) * len(modes)}"
     for provider in dict.fromkeys(row.provider for row in rows):
         line = []
         for mode in modes:
             row = cells.get((provider, mode))
-            ratios = (row.ratio_frozen, row.ratio_peft) if row else (None, None)
-            line += [_cell(row), *(_number(ratio, 2) or "-" for ratio in ratios)]
+            ratios = [row.ratios.get(base) if row else None for base in benchmark.baselines]
+            more = [(c.value(row) if row else None, c.digits) for c in derived]
+            numbers = [*((ratio, 2) for ratio in ratios), *more]
+            line += [_cell(row), *(_number(value, digits) or "-" for value, digits in numbers)]
         yield f"| `{provider}` | {' | '.join(line)} |"
     yield ""
 
 
-def _groups(rows: Iterable[Row]) -> dict[tuple[str, tuple[str, ...]], list[Row]]:
+def _groups(results: Results) -> dict[tuple[Benchmark, str, str], list[Row]]:
     """Rows of one table: one case, and modes of one kind."""
-    groups: dict[tuple[str, tuple[str, ...]], list[Row]] = {}
-    for row in rows:
-        kind = next(kind for kind in (TIMED, OVERHEAD, BYTES) if row.plan.mode in kind)
-        groups.setdefault((row.plan.case.label, kind), []).append(row)
+    groups: dict[tuple[Benchmark, str, str], list[Row]] = {}
+    for benchmark, row in results.rows:
+        kind = benchmark.mode(row.plan.mode).kind
+        groups.setdefault((benchmark, row.plan.case.label, kind), []).append(row)
     return groups
 
 
-def _reasons(title: str, found: dict[tuple[str, str], list[Plan]]) -> Iterator[str]:
+def _tables(results: Results) -> Iterator[str]:
+    several = len(_merged_benchmarks(results)) > 1
+    for (benchmark, _, kind), rows in _groups(results).items():
+        op = f"`{benchmark.op}` " if several else ""
+        yield from (f"**{op}{rows[0].plan.case.title}**", "")
+        modes = [mode.name for mode in benchmark.modes if mode.kind == kind]
+        yield from _table(benchmark, rows, [m for m in modes if any(row.plan.mode == m for row in rows)])
+
+
+def _reasons(title: str, found: dict[tuple[str, str], list[str]]) -> Iterator[str]:
     if not found:
         return
     yield from (title, "")
-    for (provider, why), plans in found.items():
-        where = ", ".join(dict.fromkeys(f"{p.case.shape} p={p.case.dropout_p:g} {p.mode}" for p in plans))
-        yield f"- `{provider}`: {why} ({where})" if len(plans) < 4 else f"- `{provider}`: {why}"
+    for (provider, why), labels in found.items():
+        where = f" ({', '.join(dict.fromkeys(labels))})" if len(labels) < 4 else ""
+        yield f"- `{provider}`: {why}{where}"
     yield ""
+
+
+def _left_out(results: Results) -> Iterator[str]:
+    if results.left_out:
+        labels = ", ".join(f"`{label}`" for label in results.left_out)
+        yield from (f"Left out, because the time was over ({len(results.left_out)}): {labels}", "")
 
 
 def markdown(results: Results, under: Conditions) -> str:
@@ -222,48 +232,51 @@ def markdown(results: Results, under: Conditions) -> str:
         " rounds with p20 to p80; a ratio is the median of the ratios within a round.",
         "",
         *_goal_lines(results),
+        *_tables(results),
+        *_left_out(results),
+        *_reasons("Not measured:", results.missing),
+        *_reasons("Refused, because the result is wrong:", results.wrong),
     ]
-    for (label, kind), rows in _groups(results.rows).items():
-        shape, dtype, rank, dropout = label.split("/")
-        lines += [f"**{shape}, {dtype}, r={rank[1:]}, dropout {dropout[1:]}**", ""]
-        lines += _table(rows, [mode for mode in kind if any(row.plan.mode == mode for row in rows)])
-    lines += _reasons("Not measured:", results.missing)
-    lines += _reasons("Refused, because the result is wrong:", results.wrong)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _color(provider: str) -> str:
+def _color(benchmark: Benchmark, provider: str) -> str:
     if provider.startswith(OURS):
         return "tab:green"
-    return {FROZEN: "tab:gray", PEFT: "tab:red"}.get(provider, "tab:blue")
+    colors = dict(zip(benchmark.baselines, ("tab:gray", "tab:red"), strict=False))
+    return colors.get(provider, "tab:blue")
 
 
 def plot(path: Path, results: Results, under: Conditions) -> None:
-    """One panel a case: each provider's ratio to the frozen layer, or its bytes; shorter is better."""
+    """One panel a case: each provider's ratio to the first baseline, or its bytes; shorter is better."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = [row for row in results.rows if row.plan.mode in ("both", "overhead", *BYTES)]
-    panels: dict[str, list[Row]] = {}
-    for row in shown:
-        panels.setdefault(row.plan.label.removeprefix(f"{OP}/"), []).append(row)
+    panels: dict[tuple[Benchmark, str], list[Row]] = {}
+    for benchmark, row in results.rows:
+        if row.plan.plotted and benchmark.mode(row.plan.mode).plotted:
+            panels.setdefault((benchmark, benchmark.label(row.plan)), []).append(row)
+    several = len(_merged_benchmarks(results)) > 1
     columns = 2
     lines = max(1, -(-len(panels) // columns))
     figure = Figure(figsize=(13, 3.2 * lines), layout="constrained")
-    for place, (label, rows) in enumerate(panels.items(), 1):
-        _panel(figure.add_subplot(lines, columns, place), label, rows)
+    for place, ((benchmark, label), rows) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(lines, columns, place)
+        _panel(axes, label if several else label.removeprefix(f"{benchmark.op}/"), benchmark, rows)
     figure.suptitle(f"{under.device}, torch {under.torch}, PEFT {under.peft}, {under.timestamp}", fontsize=9)
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-def _panel(axes, label: str, rows: list[Row]) -> None:
+def _panel(axes: Any, label: str, benchmark: Benchmark, rows: list[Row]) -> None:
     rows = rows[::-1]
     in_bytes = rows[0].bytes is not None
-    values = [(row.bytes or 0) / 2**20 if in_bytes else row.ratio_frozen or 0 for row in rows]
-    bars = axes.barh([row.provider for row in rows], values, color=[_color(row.provider) for row in rows])
+    base, heading = next(iter(benchmark.baselines.items()))
+    values = [(row.bytes or 0) / 2**20 if in_bytes else row.ratios.get(base) or 0 for row in rows]
+    colors = [_color(benchmark, row.provider) for row in rows]
+    bars = axes.barh([row.provider for row in rows], values, color=colors)
     axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
     axes.set_title(label, fontsize=9)
-    axes.set_xlabel("MiB" if in_bytes else "time / frozen nn.Linear's", fontsize=8)
+    axes.set_xlabel("MiB" if in_bytes else f"time / {heading}'s", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.margins(x=0.12)
     if not in_bytes:

@@ -12,9 +12,22 @@ pytest.importorskip("peft")
 
 from benchmarks import __main__ as command
 from benchmarks import report
-from benchmarks.bench_lora_linear import Bench, Plan, Row, plans, saved_bytes
+from benchmarks.bench_lora_linear import BENCHMARK, default_plans
 from benchmarks.checks import check
-from benchmarks.providers import FROZEN, PEFT, PROVIDERS, SCALING, Case, Provider, Runner, make_problem
+from benchmarks.measure import Bench, saved_bytes
+from benchmarks.providers import FROZEN, PEFT, PROVIDERS, SCALING, Case, make_problem
+from benchmarks.suites import (
+    DEFAULT,
+    Derived,
+    Goal,
+    Plan,
+    Provider,
+    Row,
+    Runner,
+    benchmarks,
+    file_stem,
+    suites,
+)
 from lora_kernels.testing.timers import Summary
 
 BY_NAME = {provider.name: provider for provider in PROVIDERS}
@@ -97,9 +110,9 @@ def test_wrong_and_failing_providers_are_not_reported():
 
     wrong = composite(scaling=1.0)
     providers = (BY_NAME[FROZEN], BY_NAME[PEFT], wrong, Provider("failing", fails))
-    bench = Bench(2, lambda plan, name: True, providers)
-    bench.run(Plan(SMALL, "both"))
-    assert {row.provider for row in bench.results.rows} == {FROZEN, PEFT}
+    bench = Bench(2)
+    bench.run(replace(BENCHMARK, providers=providers), Plan(SMALL, "both"))
+    assert {row.provider for _, row in bench.results.rows} == {FROZEN, PEFT}
     assert ("failing", "RuntimeError: no such kernel") in bench.results.wrong
     assert "y is off" in "".join(why for _, why in bench.results.wrong)
     text = report.markdown(bench.results, UNDER)
@@ -107,18 +120,19 @@ def test_wrong_and_failing_providers_are_not_reported():
 
 
 def test_a_missing_provider_is_listed_with_its_reason():
-    bench = Bench(1, lambda plan, name: True, (Provider("absent", None, lambda case, mode: "not here"),))
-    bench.run(Plan(SMALL, "forward"))
+    absent = Provider("absent", None, lambda case, mode: "not here")
+    bench = Bench(1)
+    bench.run(replace(BENCHMARK, providers=(absent,)), Plan(SMALL, "forward"))
     assert "- `absent`: not here" in report.markdown(bench.results, UNDER)
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward", "both"])
 def test_each_mode_times_every_provider_in_every_round(mode):
-    bench = Bench(3, lambda plan, name: name == "ours_cpp")
-    bench.run(Plan(SMALL, mode))
-    rows = {row.provider: row for row in bench.results.rows}
+    bench = Bench(3, lambda label: label.endswith("/ours_cpp"))
+    bench.run(BENCHMARK, Plan(SMALL, mode))
+    rows = {row.provider: row for _, row in bench.results.rows}
     assert {FROZEN, PEFT} <= set(rows) <= {FROZEN, PEFT, "ours_cpp"}
-    assert rows[FROZEN].ratio_frozen == 1.0 and rows[PEFT].ratio_peft == 1.0
+    assert rows[FROZEN].ratios[FROZEN] == 1.0 and rows[PEFT].ratios[PEFT] == 1.0
     assert all(0 < row.time.p20 <= row.time.median <= row.time.p80 for row in rows.values())
 
 
@@ -151,27 +165,87 @@ def test_saved_bytes_counts_a_storage_once():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_plans_hold_the_shapes_of_the_goals(device):
-    labels = {plan.label for plan in plans(device, quick=False)}
-    assert len(labels) == len(plans(device, quick=False))
+    plans = default_plans(device, quick=False)
+    labels = {BENCHMARK.label(plan) for plan in plans}
+    assert len(labels) == len(plans)
     if device == "cpu":
-        for goal in report.GOALS:
-            assert any(
-                f"/{goal.shape}/" in x and f"/p{goal.dropout:g}/" in x and x.endswith(f"/{goal.mode}")
-                for x in labels
-            )
+        assert {f"lora_linear/{goal.case}/{goal.mode}" for goal in BENCHMARK.goals} <= labels
     else:
         assert any("8192x4096x4096/bfloat16/r64/p0.1/peak_memory" in x for x in labels)
 
 
+def test_every_benchmark_keeps_the_contract():
+    known = benchmarks()
+    assert suites(known)[0] == DEFAULT
+    for one in known:
+        names = [provider.name for provider in one.providers]
+        assert len(set(names)) == len(names) and set(one.baselines) <= set(names)
+        for suite in one.plans:
+            for plan in (plan for device in ("cpu", "cuda") for plan in one.plans[suite](device, True)):
+                assert one.mode(plan.mode).name == plan.mode
+                assert plan.providers is None or plan.providers <= set(names)
+                assert plan.case.label in one.label(plan) and plan.case.title and plan.case.columns
+        for goal in one.goals:
+            assert one.mode(goal.mode) and {goal.provider, goal.base} <= set(names)
+
+
+def test_result_files_are_named_after_suite_and_device():
+    assert file_stem(DEFAULT, "cpu") == "cpu"
+    assert file_stem("training", "cuda") == "cuda-training"
+
+
 def test_goals_are_judged_on_their_own_row():
-    goal = report.GOALS[0]
+    goal = BENCHMARK.goals[0]
     plan = Plan(Case(512, 2048, 2048), "both")
     time = Summary(1.0, 1.0, 1.0)
-    rows = [Row("ours_module", plan, time, None, 1.04, 0.9), Row(PEFT, plan, time, None, 1.2, 1.0)]
+    rows = [
+        Row("ours_module", plan, time, None, {FROZEN: 1.04, PEFT: 0.9}),
+        Row(PEFT, plan, time, None, {FROZEN: 1.2, PEFT: 1.0}),
+    ]
     assert report.reached(goal, rows) == 1.04
     assert report.reached(goal, rows[1:]) is None
     other = [replace(rows[0], plan=Plan(Case(64, 64, 64), "both"))]
     assert report.reached(goal, other) is None
+
+
+def test_a_goal_of_bytes_may_be_measured_against_any_provider():
+    plan = Plan(SMALL, "saved_bytes")
+    rows = [Row("ours", plan, bytes=30), Row("rival", plan, bytes=40)]
+    goal = Goal("bytes", SMALL.label, "saved_bytes", "rival", 0.8, "ours")
+    assert report.reached(goal, rows) == 0.75
+    assert report.reached(goal, rows[:1]) is None
+
+
+def test_derived_columns_and_other_baselines_are_reported(tmp_path):
+    rate = Derived("rows/s", lambda row: SMALL.rows / row.time.median * 1e6 if row.time else None, 0)
+    eager = [BY_NAME[name] for name in ("eager", FROZEN)]
+    shown = replace(BENCHMARK, providers=tuple(eager), baselines={"eager": "eager"}, derived=(rate,))
+    bench = Bench(2)
+    bench.run(shown, Plan(SMALL, "both"))
+    text = report.markdown(bench.results, UNDER)
+    assert "| provider | both | / eager | rows/s |" in text and "/ PEFT" not in text
+    report.write_csv(tmp_path / "x.csv", bench.results, UNDER)
+    with (tmp_path / "x.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["ratio_eager"] == "1.0000" and float(rows[0]["rows/s"]) > 0
+    assert "ratio_peft" not in rows[0]
+
+
+def test_a_plan_may_name_its_providers():
+    bench = Bench(1)
+    bench.run(BENCHMARK, Plan(SMALL, "forward", providers=frozenset({"eager"})))
+    assert {row.provider for _, row in bench.results.rows} == {FROZEN, PEFT, "eager"}
+
+
+def test_what_the_budget_leaves_out_is_listed():
+    bench = Bench(1)
+    todo = [(BENCHMARK, Plan(SMALL, mode)) for mode in ("forward", "both")]
+    command.execute(bench, todo, budget=1e-9)
+    assert bench.results.rows == []
+    assert bench.results.left_out == [BENCHMARK.label(plan) for _, plan in todo]
+    assert "Left out, because the time was over (2): `lora_linear/16x32x24" in report.markdown(
+        bench.results, UNDER
+    )
 
 
 def test_command_writes_csv_table_and_plot(tmp_path, capsys):
@@ -179,7 +253,11 @@ def test_command_writes_csv_table_and_plot(tmp_path, capsys):
     assert command.main([*arguments, "--filter", "x64/.*/(overhead|both)/ours_cpp"]) == 0
     with (tmp_path / "cpu.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == report.COLUMNS
+    assert list(rows[0]) == [
+        *("op", "provider", "mode", "shape", "dtype", "rank", "dropout"),
+        *("median_us", "p20_us", "p80_us", "bytes", "ratio_frozen", "ratio_peft"),
+        *("device", "torch", "triton", "peft", "commit", "command", "timestamp"),
+    ]
     assert {row["provider"] for row in rows} >= {FROZEN, PEFT}
     assert {row["mode"] for row in rows} == {"both", "overhead"}
     assert all(float(row["median_us"]) > 0 and float(row["ratio_peft"]) > 0 for row in rows)
@@ -194,6 +272,8 @@ def test_command_writes_csv_table_and_plot(tmp_path, capsys):
     [
         (["--filter", "["], "--filter: expected a regular expression"),
         (["--filter", "no such benchmark"], "--filter: expected a match"),
+        (["--suite", "no such suite"], "--suite: expected one of default"),
+        (["--budget-seconds", "0"], "--budget-seconds: expected more than 0"),
         (["--repeats", "0"], "--repeats: expected at least 1"),
         (["--threads", "-1"], "--threads: expected at least 1"),
     ],

@@ -1,0 +1,205 @@
+"""How each mode is measured, and the loop that measures plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.testing.timers import (
+    CudaTimer,
+    HostTimer,
+    Prepare,
+    Run,
+    Sampler,
+    Timer,
+    interleave,
+    paired_ratio,
+    summarize,
+)
+
+from .suites import Benchmark, Mode, Plan, Provider, Row, Runner
+
+OVERHEAD_CALLS = 100
+
+
+def tensors(value: Any) -> tuple[Tensor, ...]:
+    """One tensor or several, as several."""
+    return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
+def _forward(runner: Runner, problem: Any) -> tuple[Prepare, Run]:
+    return lambda: None, lambda _: runner.call(problem.x)
+
+
+def _backward(runner: Runner, problem: Any) -> tuple[Prepare, Run]:
+    inputs = (*tensors(problem.x), *runner.factors)
+    # A captured run is replayed on one forward pass; on the host each sample has its own.
+    keep = problem.case.device == "cuda"
+
+    def run(y: Any) -> object:
+        return torch.autograd.grad(tensors(y), inputs, tensors(problem.dy), retain_graph=keep)
+
+    return lambda: runner.call(problem.x), run
+
+
+def _both(runner: Runner, problem: Any) -> tuple[Prepare, Run]:
+    prepare, run = _backward(runner, problem)
+    return lambda: None, lambda _: run(prepare())
+
+
+def saved_bytes(runner: Runner, problem: Any) -> int:
+    """Bytes that a forward pass keeps for backward: each storage once, the layer's own parameters aside.
+
+    x counts where it is kept: in a model it is the output of the layer before.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*tensors(problem.weight), *runner.factors)}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        alive.append(tensor)  # so that no address is used twice
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        runner.call(problem.x)
+    return sum(kept.values())
+
+
+def peak_memory(runner: Runner, problem: Any) -> int:
+    """Bytes of CUDA memory that a forward and backward pass needs above what is there before it."""
+    _, run = _both(runner, problem)
+    run(None)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    grads = run(None)
+    torch.cuda.synchronize()
+    del grads
+    return torch.cuda.max_memory_allocated() - before
+
+
+FORWARD = Mode("forward", "timed", work=_forward, plotted=False)
+BACKWARD = Mode("backward", "timed", work=_backward, plotted=False)
+BOTH = Mode("both", "timed", work=_both)
+OVERHEAD_FORWARD = Mode("overhead_forward", "overhead", work=_forward, calls=OVERHEAD_CALLS, plotted=False)
+OVERHEAD = Mode("overhead", "overhead", work=_both, calls=OVERHEAD_CALLS)
+SAVED_BYTES = Mode("saved_bytes", "bytes", count=saved_bytes)
+PEAK_MEMORY = Mode("peak_memory", "bytes", count=peak_memory)
+
+
+@dataclass
+class Results:
+    """What was measured, by benchmark; why the rest was not; who gave wrong results."""
+
+    rows: list[tuple[Benchmark, Row]] = field(default_factory=list)
+    missing: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    wrong: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    def add(self, benchmark: Benchmark, *rows: Row) -> None:
+        self.rows += [(benchmark, row) for row in rows]
+
+
+class Bench:
+    """Runs plans; remembers which providers passed their checks."""
+
+    def __init__(self, repeats: int, wanted: Callable[[str], bool] = lambda label: True) -> None:
+        self.repeats = repeats
+        self.wanted = wanted
+        self.results = Results()
+        self._verdicts: dict[tuple[str, str, Any], str | None] = {}
+
+    def run(self, benchmark: Benchmark, plan: Plan, after_round: Callable[[], object] = lambda: None) -> None:
+        """Measures ``plan`` for every wanted provider that is here and right."""
+        problem = benchmark.problem(plan.case)
+        mode = benchmark.mode(plan.mode)
+        runners = dict(self._runners(benchmark, plan, problem))
+        if mode.count is not None:
+            counts = {name: _count(mode, runner, problem) for name, runner in runners.items()}
+            self.results.add(benchmark, *_byte_rows(benchmark, plan, counts))
+            return
+        timer = _timer(mode, plan.case.device)
+        samplers = {name: _sampler(timer, mode, runner, problem) for name, runner in runners.items()}
+        samples = interleave(samplers, self.repeats, after_round=after_round)
+        self.results.add(benchmark, *_time_rows(benchmark, plan, samples))
+
+    def _runners(self, benchmark: Benchmark, plan: Plan, problem: Any) -> Iterator[tuple[str, Runner]]:
+        for provider in benchmark.providers:
+            label = benchmark.label(plan, provider.name)
+            asked = self.wanted(label) and benchmark.runs(plan, provider.name)
+            if not (asked or provider.name in benchmark.baselines):
+                continue
+            where = benchmark.label(plan)
+            why = provider.missing(plan.case, plan.mode)
+            if why is not None:
+                self.results.missing.setdefault((provider.name, why), []).append(where)
+                continue
+            why = self._verdict(benchmark, provider, plan.case)
+            if why is not None:
+                self.results.wrong.setdefault((provider.name, why), []).append(where)
+                continue
+            yield provider.name, provider.build(problem)
+
+    def _verdict(self, benchmark: Benchmark, provider: Provider, case: Any) -> str | None:
+        key = (benchmark.op, provider.name, case)
+        if key not in self._verdicts:
+            try:
+                self._verdicts[key] = benchmark.check(provider, case)
+            except Exception as error:
+                self._verdicts[key] = f"{type(error).__name__}: {_first_line(error)}"
+        return self._verdicts[key]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
+def _byte_rows(benchmark: Benchmark, plan: Plan, counts: dict[str, int]) -> Iterator[Row]:
+    for name, value in counts.items():
+        ratios = {base: _ratio(value, counts.get(base)) for base in benchmark.baselines}
+        yield Row(name, plan, None, value, ratios)
+
+
+def _time_rows(benchmark: Benchmark, plan: Plan, samples: dict[str, list[float]]) -> Iterator[Row]:
+    for name, taken in samples.items():
+        ratios = {
+            base: paired_ratio(taken, samples[base]) if base in samples else None
+            for base in benchmark.baselines
+        }
+        yield Row(name, plan, summarize(taken), None, ratios)
+
+
+def _ratio(value: int, base: int | None) -> float | None:
+    return value / base if base else None
+
+
+def _timer(mode: Mode, device: str) -> Timer:
+    if mode.calls:
+        return HostTimer(mode.calls, device)
+    return CudaTimer() if device == "cuda" else HostTimer()
+
+
+def _sampler(timer: Timer, mode: Mode, runner: Runner, problem: Any) -> Sampler:
+    """The mode's work inside the provider's context, which is not timed."""
+    assert mode.work is not None
+    with runner.context():
+        sample = timer.sampler(*mode.work(runner, problem))
+
+    def in_context() -> float:
+        with runner.context():
+            return sample()
+
+    return in_context
+
+
+def _count(mode: Mode, runner: Runner, problem: Any) -> int:
+    assert mode.count is not None
+    with runner.context():
+        return mode.count(runner, problem)
