@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import re
 import shlex
 import sys
@@ -14,10 +13,11 @@ from pathlib import Path
 import torch
 
 from . import report
-from .measure import Bench
+from .measure import Bench, Results
 from .suites import DEFAULT, Benchmark, Plan, benchmarks, file_stem, suites
 
 REPEATS, QUICK_REPEATS = 40, 5
+KEEP_SECONDS = 30.0
 Todo = list[tuple[Benchmark, Plan]]
 
 
@@ -40,6 +40,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="start nothing new after so many seconds; what was left out is listed, the least important first"
         " to go",
+    )
+    result.add_argument(
+        "--rival-path",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a checkout of a rival (of LoRAFusion, say) to import it from; may be given again",
     )
     result.add_argument("--threads", type=int, help="CPU threads of torch")
     result.add_argument("--output", type=Path, help="folder (default: benchmarks/results, none if quick)")
@@ -71,16 +78,22 @@ def selected(suite: str, device: str, quick: bool, wanted: Callable[[str], bool]
     plans = [(one, plan) for one in known if suite in one.plans for plan in one.plans[suite](device, quick)]
     if not plans:
         raise ValueError(f"--device: expected one that suite {suite!r} has plans for, got {device}")
-    return [
+    asked = [
         (one, plan)
         for one, plan in plans
         if any(one.runs(plan, p.name) and wanted(one.label(plan, p.name)) for p in one.providers)
     ]
+    return sorted(asked, key=lambda pair: pair[1].priority)
 
 
-def execute(bench: Bench, todo: Todo, budget: float | None = None) -> None:
-    """Runs the plans in their order; after ``budget`` seconds none is started."""
-    start = time.monotonic()
+def execute(
+    bench: Bench, todo: Todo, budget: float | None = None, keep: Callable[[], object] = lambda: None
+) -> None:
+    """Runs the plans in their order; after ``budget`` seconds none is started.
+
+    ``keep`` is called now and then, so that a run which is cut off has left something.
+    """
+    start = kept = time.monotonic()
     with report.progress(len(todo) * bench.repeats) as advance:
         for benchmark, plan in todo:
             label = benchmark.label(plan)
@@ -97,16 +110,29 @@ def execute(bench: Bench, todo: Todo, budget: float | None = None) -> None:
             advance(label, 0)
             bench.run(benchmark, plan, after_round)
             advance(label, left)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # the graphs' memory, before the next plan asks for its own
+            if time.monotonic() - kept > KEEP_SECONDS:
+                keep()
+                kept = time.monotonic()
 
 
-def write(folder: Path, stem: str, bench: Bench, under: report.Conditions) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    report.write_csv(folder / f"{stem}.csv", bench.results, under)
-    (folder / f"{stem}.md").write_text(report.markdown(bench.results, under))
-    try:
-        report.plot(folder / f"{stem}.png", bench.results, under)
-    except ImportError as error:
-        print(f"no plot: {error}", file=sys.stderr)
+class Output:
+    """The result files of one run."""
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        self.folder, self.stem = folder, stem
+
+    def tables(self, results: Results, under: report.Conditions) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        report.write_csv(self.folder / f"{self.stem}.csv", results, under)
+        (self.folder / f"{self.stem}.md").write_text(report.markdown(results, under))
+
+    def plot(self, results: Results, under: report.Conditions) -> None:
+        try:
+            report.plot(self.folder / f"{self.stem}.png", results, under)
+        except ImportError as error:
+            print(f"no plot: {error}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -114,6 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(given)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    sys.path.extend(args.rival_path)
     try:
         wanted = wanted_by(args.filter)
         todo = selected(args.suite, device, args.quick, wanted)
@@ -124,13 +151,13 @@ def main(arguments: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     bench = Bench(args.repeats or (QUICK_REPEATS if args.quick else REPEATS), wanted)
-    execute(bench, todo, args.budget_seconds)
-    command = shlex.join(["python", "-m", "benchmarks", *given])
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes").removesuffix("+00:00")
-    under = report.conditions(device, command, f"{now}Z", bench.repeats)
+    under = report.conditions(device, shlex.join(["python", "-m", "benchmarks", *given]), bench.repeats)
     folder = args.output or (None if args.quick else Path(__file__).parent / "results")
-    if folder is not None:
-        write(folder, file_stem(args.suite, device), bench, under)
+    output = None if folder is None else Output(folder, file_stem(args.suite, device))
+    execute(bench, todo, args.budget_seconds, lambda: output.tables(bench.results, under) if output else None)
+    if output is not None:
+        output.tables(bench.results, under)
+        output.plot(bench.results, under)
     print(report.markdown(bench.results, under), end="")
     return 1 if bench.results.wrong else 0
 

@@ -122,13 +122,32 @@ class Bench:
         mode = benchmark.mode(plan.mode)
         runners = dict(self._runners(benchmark, plan, problem))
         if mode.count is not None:
-            counts = {name: _count(mode, runner, problem) for name, runner in runners.items()}
+            counts = self._each(benchmark, plan, runners, lambda runner: _count(mode, runner, problem))
             self.results.add(benchmark, *_byte_rows(benchmark, plan, counts))
             return
         timer = _timer(mode, plan.case.device)
-        samplers = {name: _sampler(timer, mode, runner, problem) for name, runner in runners.items()}
+        samplers = self._each(benchmark, plan, runners, lambda r: _sampler(timer, mode, r, problem))
         samples = interleave(samplers, self.repeats, after_round=after_round)
         self.results.add(benchmark, *_time_rows(benchmark, plan, samples))
+
+    def _each(
+        self,
+        benchmark: Benchmark,
+        plan: Plan,
+        runners: dict[str, Runner],
+        make: Callable[[Runner], Any],
+    ) -> dict[str, Any]:
+        """``make`` of every runner; one that fails is refused, and the others go on."""
+        made = {}
+        for name, runner in runners.items():
+            try:
+                made[name] = make(runner)
+            except Exception as error:
+                self._refuse(name, _reason(error), benchmark.label(plan))
+        return made
+
+    def _refuse(self, provider: str, why: str, label: str) -> None:
+        self.results.wrong.setdefault((provider, why), []).append(label)
 
     def _runners(self, benchmark: Benchmark, plan: Plan, problem: Any) -> Iterator[tuple[str, Runner]]:
         for provider in benchmark.providers:
@@ -143,7 +162,7 @@ class Bench:
                 continue
             why = self._verdict(benchmark, provider, plan.case)
             if why is not None:
-                self.results.wrong.setdefault((provider.name, why), []).append(where)
+                self._refuse(provider.name, why, where)
                 continue
             yield provider.name, provider.build(problem)
 
@@ -153,12 +172,13 @@ class Bench:
             try:
                 self._verdicts[key] = benchmark.check(provider, case)
             except Exception as error:
-                self._verdicts[key] = f"{type(error).__name__}: {_first_line(error)}"
+                self._verdicts[key] = _reason(error)
         return self._verdicts[key]
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
+def _reason(error: Exception) -> str:
+    first_line = str(error).strip().split("\n")[0][:200]
+    return f"{type(error).__name__}: {first_line}"
 
 
 def _byte_rows(benchmark: Benchmark, plan: Plan, counts: dict[str, int]) -> Iterator[Row]:

@@ -84,10 +84,11 @@ class Problem:
 
 def make_problem(case: Case, seed: int = 0) -> Problem:
     """Random tensors of the sizes that a trained layer has: y and both of its terms are of order one."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(case.device).manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator).mul_(scale).to(case.device, case.dtype)
+        values = torch.randn(*shape, generator=generator, device=case.device)
+        return values.mul_(scale).to(case.dtype)
 
     return Problem(
         case,
@@ -113,7 +114,9 @@ def _eager(problem: Problem) -> Runner:
     return Runner(call, (a, b))
 
 
-def _peft_layer(problem: Problem, dtype: torch.dtype | None = None) -> nn.Module:
+def _peft_layer(
+    problem: Problem, dtype: torch.dtype | None = None, base: nn.Module | None = None
+) -> nn.Module:
     from peft import LoraConfig, inject_adapter_in_model
 
     case = problem.case
@@ -123,7 +126,8 @@ def _peft_layer(problem: Problem, dtype: torch.dtype | None = None) -> nn.Module
         lora_dropout=case.dropout_p,
         target_modules=["linear"],
     )
-    layer = inject_adapter_in_model(config, nn.ModuleDict({"linear": problem.linear()})).linear
+    base = problem.linear() if base is None else base
+    layer = inject_adapter_in_model(config, nn.ModuleDict({"linear": base})).linear
     layer.lora_A.default.weight, layer.lora_B.default.weight = problem.factors(dtype)
     # PEFT made its own on the base layer's device; the dropout is all that is left of them.
     return layer.train()
@@ -194,10 +198,47 @@ class _RecomputingFunction(torch.autograd.Function):
         return (dy @ weight).addmm_(dh, a), None, dh.T @ x, db
 
 
+recomputing_function = _RecomputingFunction.apply
+
+
 def _recomputing(problem: Problem) -> Runner:
     a, b = problem.factors()
     weight = problem.weight
-    return Runner(lambda x: _RecomputingFunction.apply(x, weight, a, b), (a, b))
+    return Runner(lambda x: recomputing_function(x, weight, a, b), (a, b))
+
+
+def _lorafusion(problem: Problem) -> Runner:
+    fused = importlib.import_module(LORAFUSION).fused_linear_lora
+    a, b = problem.factors()
+    weight, p = problem.weight, problem.case.dropout_p
+    # It wants a batch of sequences, and the scale where others want alpha.
+    return Runner(lambda x: fused(x[None], weight, a, b, SCALING, dropout_p=p)[0], (a, b))
+
+
+def _lorafusion_limits(case: Case, mode: str) -> str | None:
+    if case.device != "cuda":
+        return "its kernels need CUDA"
+    if not case.dropout_p:
+        return "its backward pass reads a dropout mask that is not there without dropout"
+    if case.rank < 16 or case.rank & (case.rank - 1):
+        return "its kernels need a rank that is a power of two and at least 16"
+    return None
+
+
+def _peft_on_transformer_engine(problem: Problem) -> Runner:
+    """PEFT's layer, its base GEMM through TransformerEngine's linear."""
+    engine = importlib.import_module("transformer_engine.pytorch")
+    case = problem.case
+    base = engine.Linear(case.cols, case.out, bias=False, params_dtype=case.dtype, device=case.device)
+    with torch.no_grad():
+        base.weight.copy_(problem.weight)
+    base.weight.requires_grad_(False)
+    layer = _peft_layer(problem, base=base)
+    return Runner(layer, _peft_factors(layer))
+
+
+def _cuda_only(case: Case, mode: str) -> str | None:
+    return None if case.device == "cuda" else "its kernels need CUDA"
 
 
 def _ours(backend: str, dtype: torch.dtype | None = None) -> Callable[[Problem], Runner]:
@@ -242,7 +283,7 @@ def _ours_in_peft(problem: Problem) -> Runner:
     return Runner(layer, _peft_factors(layer))
 
 
-def _needs(module: str) -> Callable[[Case, str], str | None]:
+def needs(module: str) -> Callable[[Case, str], str | None]:
     def missing(case: Case, mode: str) -> str | None:
         try:
             importlib.import_module(module)
@@ -253,7 +294,7 @@ def _needs(module: str) -> Callable[[Case, str], str | None]:
     return missing
 
 
-def _first(*checks: Callable[[Case, str], str | None]) -> Callable[[Case, str], str | None]:
+def first_reason(*checks: Callable[[Case, str], str | None]) -> Callable[[Case, str], str | None]:
     return lambda case, mode: next((why for check in checks if (why := check(case, mode))), None)
 
 
@@ -282,7 +323,9 @@ def _backend_missing(backend: str) -> Callable[[Case, str], str | None]:
     return missing
 
 
-_PEFT = _needs("peft")
+_PEFT = needs("peft")
+LORAFUSION = "lorafusion.ops.lora_v1"
+_ENGINE = needs("transformer_engine.pytorch")
 FROZEN, PEFT = "frozen", "peft"
 
 # A further Triton strategy joins here under its own name: ours_triton_<strategy>.
@@ -290,14 +333,20 @@ PROVIDERS = (
     Provider(FROZEN, _frozen),
     Provider("eager", _eager),
     Provider(PEFT, _peft, _PEFT),
-    Provider("peft_fp32_adapters", _peft_fp32, _first(_PEFT, _half_only)),
-    Provider("peft_byte_mask", _peft_byte_mask, _first(_PEFT, _bytes_only)),
+    Provider("peft_fp32_adapters", _peft_fp32, first_reason(_PEFT, _half_only)),
+    Provider("peft_byte_mask", _peft_byte_mask, first_reason(_PEFT, _bytes_only)),
     Provider("peft_compiled", _peft_compiled, _PEFT),
     Provider("recomputing_function", _recomputing, _no_dropout),
+    Provider(
+        "lorafusion", _lorafusion, first_reason(_lorafusion_limits, needs(LORAFUSION)), needs_dropout=True
+    ),
+    Provider(
+        "peft_transformer_engine", _peft_on_transformer_engine, first_reason(_cuda_only, _PEFT, _ENGINE)
+    ),
     Provider("ours_reference", _ours("reference"), _backend_missing("reference")),
     Provider("ours_cpp", _ours("cpp"), _backend_missing("cpp")),
     Provider("ours_triton_beta", _ours("triton"), _backend_missing("triton")),
     Provider("ours_fp32_adapters", _ours("auto", torch.float32), _half_only),
-    Provider("ours_module", _ours_module, _needs("lora_kernels.nn")),
-    Provider("ours_in_peft", _ours_in_peft, _first(_PEFT, _needs("lora_kernels.integrations.peft"))),
+    Provider("ours_module", _ours_module, needs("lora_kernels.nn")),
+    Provider("ours_in_peft", _ours_in_peft, first_reason(_PEFT, needs("lora_kernels.integrations.peft"))),
 )

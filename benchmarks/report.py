@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import datetime
 import importlib.metadata
 import platform
 import subprocess
@@ -68,7 +69,9 @@ def device_name(device: str) -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def conditions(device: str, command: str, timestamp: str, repeats: int) -> Conditions:
+def conditions(device: str, command: str, repeats: int) -> Conditions:
+    """What holds now."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes").removesuffix("+00:00")
     return Conditions(
         device_name(device),
         torch.__version__,
@@ -76,7 +79,7 @@ def conditions(device: str, command: str, timestamp: str, repeats: int) -> Condi
         version("peft"),
         commit(),
         command,
-        timestamp,
+        f"{now}Z",
         torch.get_num_threads(),
         repeats,
     )

@@ -17,8 +17,9 @@ A benchmark joins with one module ``bench_<op>.py`` and one line in ``MODULES`` 
 * **Suites.** A suite is a name that some module has plans for; ``default`` is what runs without ``--suite``.
   ``training`` and ``serving`` are each one run of at most ten minutes on a GPU. Figures of a CPU that are to
   be committed by themselves go in a suite named after the op. The results of suite ``s`` on device ``d`` are
-  ``d-s.csv``, ``d-s.md`` and ``d-s.png``; of ``default``, ``d.csv`` and so on. Plans run in the order given,
-  the most important first: what ``--budget-seconds`` leaves no time for is listed as left out.
+  ``d-s.csv``, ``d-s.md`` and ``d-s.png``; of ``default``, ``d.csv`` and so on. Plans run by their
+  ``priority``, 0 first, and in the order given where it is equal: what ``--budget-seconds`` leaves no time
+  for is listed as left out.
 * **Case.** Any frozen, hashable dataclass with the members of :class:`Case`. ``providers.Case`` (rows, cols,
   out, rank, dtype, dropout_p, device) may be imported or inherited from.
 * **Problem and Runner.** ``Provider.build(problem)`` returns a :class:`Runner`. The modes FORWARD, BACKWARD,
@@ -44,8 +45,8 @@ from torch import Tensor
 from lora_kernels.testing.timers import Prepare, Run, Summary
 
 # One line a benchmark, in the order of the report.
-MODULES = ("bench_lora_linear",)
-DEFAULT = "default"
+MODULES = ("bench_lora_linear", "bench_llama_layer", "bench_beta_passes")
+DEFAULT, TRAINING = "default", "training"
 
 
 class Case(Hashable, Protocol):
@@ -84,11 +85,15 @@ def never(case: Any, mode: str) -> str | None:
 
 @dataclass(frozen=True)
 class Provider:
-    """An implementation: how to build it, and why not where it cannot run."""
+    """An implementation: how to build it, and why not where it cannot run.
+
+    ``needs_dropout``: it has no path without dropout, so its values are checked with one that drops nothing.
+    """
 
     name: str
     build: Callable[[Any], Runner]
     missing: Callable[[Any, str], str | None] = never
+    needs_dropout: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,12 +119,16 @@ class Mode:
 
 @dataclass(frozen=True)
 class Plan:
-    """One case in one mode, for all providers or for those named; the baselines always join."""
+    """One case in one mode, for all providers or for those named; the baselines always join.
+
+    Plans of priority 0 run first.
+    """
 
     case: Any
     mode: str
     providers: frozenset[str] | None = None
     plotted: bool = True
+    priority: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 
 from benchmarks import __main__ as command
 from benchmarks import report
-from benchmarks.bench_lora_linear import BENCHMARK, default_plans
+from benchmarks.bench_lora_linear import BENCHMARK
 from benchmarks.checks import check
 from benchmarks.measure import Bench, saved_bytes
 from benchmarks.providers import FROZEN, PEFT, PROVIDERS, SCALING, Case, make_problem
@@ -163,15 +163,22 @@ def test_saved_bytes_counts_a_storage_once():
     assert saved_bytes(build(problem), problem) == problem.dy.untyped_storage().nbytes()
 
 
+def test_plans_hold_the_shapes_of_the_goals():
+    for one in benchmarks():
+        plans = [
+            plan for make in one.plans.values() for device in ("cpu", "cuda") for plan in make(device, False)
+        ]
+        cells = {(plan.case.label, plan.mode) for plan in plans}
+        assert {(goal.case, goal.mode) for goal in one.goals} <= cells
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_plans_hold_the_shapes_of_the_goals(device):
-    plans = default_plans(device, quick=False)
-    labels = {BENCHMARK.label(plan) for plan in plans}
-    assert len(labels) == len(plans)
-    if device == "cpu":
-        assert {f"lora_linear/{goal.case}/{goal.mode}" for goal in BENCHMARK.goals} <= labels
-    else:
-        assert any("8192x4096x4096/bfloat16/r64/p0.1/peak_memory" in x for x in labels)
+@pytest.mark.parametrize("quick", [True, False])
+def test_no_plan_stands_twice(device, quick):
+    for one in benchmarks():
+        for make in one.plans.values():
+            cells = [(plan.case, plan.mode) for plan in make(device, quick)]
+            assert len(set(cells)) == len(cells)
 
 
 def test_every_benchmark_keeps_the_contract():
