@@ -3,12 +3,17 @@
 #include <Python.h>
 #include <torch/library.h>
 
+#include "cpu/dora_linear.h"
 #include "cpu/dropout.h"
 #include "cpu/lora_linear.h"
 #include "cpu/lora_linear_autograd.h"
+#include "cpu/low_rank_norm.h"
 #include "cpu/multi_lora_linear.h"
 
 TORCH_LIBRARY_IMPL(lora_kernels, CPU, library) {
+  library.impl("cpp_low_rank_norm", lora_kernels::low_rank_norm);
+  library.impl("cpp_dora_linear", lora_kernels::dora_linear);
+  library.impl("cpp_dora_linear_backward", lora_kernels::dora_linear_backward);
   library.impl("cpp_dropout_mask", lora_kernels::dropout_mask);
   library.impl("cpp_row_dropout_mask", lora_kernels::row_dropout_mask);
   library.impl("cpp_multi_lora_linear", lora_kernels::multi_lora_linear);

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._backend import BackendError, active_backend, use_backend
 from ._version import __version__
+from .ops.dora_linear import dora_linear
 from .ops.lora_linear import lora_linear
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ __all__ = [
     "active_backend",
     "apply_lora",
     "decelerate",
+    "dora_linear",
     "load_adapter",
     "lora_linear",
     "multi_lora_linear",

@@ -52,9 +52,25 @@ SCHEMAS = {
         " Tensor coef, Tensor order, Tensor offsets, Tensor tiles, Tensor? h, Tensor? mask,"
         " Tensor? keep_scale, SymInt max_rank, bool[4] needs) -> Tensor[]"
     ),
+    # ‖w_n + s b_n A‖ for each row n of weight [N,K]: float32, or float64 for float64.
+    "low_rank_norm": "(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor",
+    # y [M,N], z = drop(x) (W + s B A)ᵀ ([0,N] where it is not kept), h = drop(x) Aᵀ and the keep bits;
+    # y = x Wᵀ + b + z ⊙ scale - drop(x) Wᵀ, which without dropout is z ⊙ scale + b.
+    "dora_linear": (
+        "(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scale, Tensor? bias, Tensor? seed,"
+        " float scaling, float dropout_p, bool keep_z) -> (Tensor y, Tensor z, Tensor h, Tensor mask)"
+    ),
+    # The gradients of x, lora_a, lora_b and scale that `needs` asks for.
+    "dora_linear_backward": (
+        "(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scale, Tensor? z,"
+        " Tensor? h, Tensor? mask, float scaling, float dropout_p, bool[4] needs) -> Tensor[]"
+    ),
 }
 # Ops that csrc/ implements too, under the name `cpp_<op>`.
 CPP_OPS = (
+    "dora_linear",
+    "dora_linear_backward",
+    "low_rank_norm",
     "dropout_mask",
     "lora_linear",
     "lora_linear_backward",
@@ -169,6 +185,44 @@ def _fake_multi_lora_linear_backward(
     return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
 
 
+def _fake_low_rank_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    return weight.new_empty(weight.shape[0], dtype=torch.promote_types(weight.dtype, torch.float32))
+
+
+def _fake_dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    keep_z: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, h, mask = _fake_lora_linear(x, weight, lora_a, lora_b, bias, None, None, seed, scaling, dropout_p)
+    return y, y.new_empty(x.shape[0] if keep_z else 0, y.shape[1]), h, mask
+
+
+def _fake_dora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    z: Tensor | None,
+    h: Tensor | None,
+    mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    grads = (dy.new_empty(dy.shape[0], lora_a.shape[1]), lora_a, lora_b, scale)
+    return [g.new_empty(g.shape) for g, needed in zip(grads, needs, strict=True) if needed]
+
+
 def register(op: str, function: Callable[..., object]) -> None:
     """Makes ``function`` the kernel of ``lora_kernels::<op>`` on every device."""
     _library.impl(op, function, "CompositeExplicitAutograd")
@@ -184,6 +238,9 @@ def _define(op: str, schema: str, fake: Callable[..., object]) -> None:
 _FAKES: dict[str, Callable[..., object]] = {
     "dropout_seed": _fake_dropout_seed,
     "dropout_mask": _fake_dropout_mask,
+    "low_rank_norm": _fake_low_rank_norm,
+    "dora_linear": _fake_dora_linear,
+    "dora_linear_backward": _fake_dora_linear_backward,
     "lora_linear": _fake_lora_linear,
     "lora_linear_backward": _fake_lora_linear_backward,
     "row_dropout_mask": _fake_row_dropout_mask,

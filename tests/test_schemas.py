@@ -68,7 +68,38 @@ def multi_backward_args(needs, **options):
     return (torch.randn(5, 11), x, *layout, h, mask, keep_scale, max_rank, list(needs))
 
 
+def dora_args(case, keep_z=True):
+    inputs = lora_inputs(case)
+    tensors = [inputs[name] for name in ("x", "weight", "lora_a", "lora_b")]
+    drawn = seed() if case.dropout_p else None
+    scale = torch.rand(case.out) + 0.5
+    return (*tensors, scale, inputs["bias"], drawn, case.scaling, case.dropout_p, keep_z)
+
+
+def dora_backward_args(case, needs):
+    x, weight, lora_a, lora_b, scale, _, _, scaling, p, _ = args = dora_args(case)
+    _, z, h, mask = _backend.implementation("reference", "dora_linear")(*args)
+    rest = (scale, z, h, mask if p else None, scaling, p, list(needs))
+    return (torch.randn(x.shape[0], case.out).to(x.dtype), x, weight, lora_a, lora_b, *rest)
+
+
+DORA_CASES = {name: CASES[name] for name in ("plain", "dropout", "empty")}
+DORA_NEEDS = {"all": (True,) * 4, "adapters": (False, True, True, False), "scale": (False,) * 3 + (True,)}
 SAMPLES = {
+    "low_rank_norm": {
+        "plain": (torch.randn(5, 7), torch.randn(3, 7), torch.randn(5, 3), 0.5),
+        "half": (torch.randn(5, 7).bfloat16(), torch.randn(3, 7), torch.randn(5, 3), 0.5),
+        "transposed": (torch.randn(7, 5).T, torch.randn(3, 7), torch.randn(5, 3), 0.5),
+    },
+    "dora_linear": {
+        **{name: dora_args(case) for name, case in DORA_CASES.items()},
+        "no z": dora_args(DORA_CASES["dropout"], False),
+    },
+    "dora_linear_backward": {
+        f"{name}-{what}": dora_backward_args(case, needs)
+        for name, case in DORA_CASES.items()
+        for what, needs in DORA_NEEDS.items()
+    },
     "row_dropout_mask": {"odd": (seed(), torch.tensor([0.1, 0.5, 0.9]), 13)},
     "multi_lora_linear": {"one": multi_args(), "two": multi_args(2), "masked": multi_args(2, True)},
     "multi_lora_linear_backward": {

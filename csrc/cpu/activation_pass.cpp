@@ -223,6 +223,48 @@ LK_SIMD void expand_f32(const Expansion<float>& e, Range rows) { expand_strips(e
 
 LK_SIMD void expand_f64(const Expansion<double>& e, Range rows) { expand_strips(e, rows); }
 
+// The sum of (a + b)^2.
+template <typename Math>
+LK_INLINE double squares(const Math* a, const Math* b, int64_t count) {
+  VectorOf<Math> sums = {};
+  int64_t k = 0;
+  for (; k + kLanes <= count; k += kLanes) {
+    const VectorOf<Math> total = vector(a + k) + vector(b + k);
+    sums += total * total;
+  }
+  double result = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) result += sums[lane];
+  for (; k < count; ++k) result += static_cast<double>(a[k] + b[k]) * (a[k] + b[k]);
+  return result;
+}
+
+template <int Rows, typename Math>
+LK_INLINE void norm_block(const Norms<Math>& n, int64_t row) {
+  alignas(64) Math update[Rows * kStrip], tile[Rows * kStrip];
+  double sums[Rows] = {};
+  int64_t stride;
+  for (int64_t k = 0; k < n.expansion.cols; k += kStrip) {
+    const Range strip = {k, std::min(k + kStrip, n.expansion.cols)};
+    expand_block<Rows>(n.expansion, row, strip, update);
+    const Math* w = load(n.w, row, strip, Rows, tile, &stride);
+    for (int i = 0; i < Rows; ++i) {
+      sums[i] += squares(w + i * stride, update + i * kStrip, strip.end - strip.begin);
+    }
+  }
+  for (int i = 0; i < Rows; ++i) n.out[row + i] = static_cast<Math>(__builtin_sqrt(sums[i]));
+}
+
+template <typename Math>
+LK_INLINE void norm_blocks(const Norms<Math>& n, Range rows) {
+  int64_t m = rows.begin;
+  for (; m + kRows <= rows.end; m += kRows) norm_block<kRows>(n, m);
+  for (; m < rows.end; ++m) norm_block<1>(n, m);
+}
+
+LK_SIMD void norms_f32(const Norms<float>& n, Range rows) { norm_blocks(n, rows); }
+
+LK_SIMD void norms_f64(const Norms<double>& n, Range rows) { norm_blocks(n, rows); }
+
 // Sixteen by sixteen through a tile on the stack, so that a cache line is read and written once.
 template <typename Math>
 LK_INLINE void transpose_tiles(const Math* in, int64_t in_stride, Math* out, int64_t out_stride,
@@ -261,6 +303,10 @@ void accumulate(const Activation& x, Range rows, Range cols, const Products<floa
 void accumulate(const Activation& x, Range rows, Range cols, const Products<double>& products) {
   accumulate_f64(x, rows, cols, products);
 }
+
+void norms(const Norms<float>& n, Range rows) { norms_f32(n, rows); }
+
+void norms(const Norms<double>& n, Range rows) { norms_f64(n, rows); }
 
 void expand(const Expansion<float>& expansion, Range rows) { expand_f32(expansion, rows); }
 

@@ -64,6 +64,18 @@ struct Expansion {
   Math scale;
 };
 
+// out[n] = |w[n, :] + sum_r vectors[n, r] factor[r, :]|, the sum of a strip in Math and of strips
+// in double; `expansion` has no out and no keep.
+template <typename Math>
+struct Norms {
+  Activation w;
+  Expansion<Math> expansion;
+  Math* out;
+};
+
+void norms(const Norms<float>& norms, Range rows);
+void norms(const Norms<double>& norms, Range rows);
+
 void expand(const Expansion<float>& expansion, Range rows);
 void expand(const Expansion<double>& expansion, Range rows);
 

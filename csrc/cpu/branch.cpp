@@ -37,6 +37,14 @@ Activation activation(const Tensor& x, const std::optional<Tensor>& mask, double
           1.0 / (1.0 - p)};
 }
 
+// Rows whose distance is a power of two would all fall into the same few lines of the cache.
+Tensor staggered(const Tensor& lora_a, at::ScalarType math) {
+  const int64_t rank = lora_a.size(0), cols = lora_a.size(1);
+  Tensor factor = at::empty({rank, cols + kLanes}, lora_a.options().dtype(math));
+  factor.narrow(1, 0, cols).copy_(lora_a);
+  return factor;
+}
+
 // parts[0] += parts[1] + parts[2] + ..., one after the other, and times s.
 template <typename Math>
 void sum_parts(Math* parts, int64_t count, int64_t size, double scaling) {
@@ -188,9 +196,7 @@ std::pair<Tensor, Tensor> shrink_outer(const Tensor& x, const Tensor& factor, co
 Tensor expand_dropped(const Tensor& vectors, const Tensor& lora_a, const Tensor& mask, double p,
                       at::ScalarType dtype) {
   const int64_t rows = vectors.size(0), rank = lora_a.size(0), cols = lora_a.size(1);
-  // Rows whose distance is a power of two would all fall into the same few lines of the cache.
-  Tensor factor = at::empty({rank, cols + kLanes}, vectors.options());
-  factor.narrow(1, 0, cols).copy_(lora_a);
+  const Tensor factor = staggered(lora_a, vectors.scalar_type());
   Tensor out = at::empty({rows, cols}, vectors.options().dtype(dtype));
   in_math(vectors.scalar_type(), [&](auto math) {
     using Math = decltype(math);
@@ -207,6 +213,30 @@ Tensor expand_dropped(const Tensor& vectors, const Tensor& lora_a, const Tensor&
                                        static_cast<Math>(1.0 / (1.0 - p))};
     at::parallel_for(0, rows, grain(cols * rank),
                      [&](int64_t begin, int64_t end) { expand(expansion, {begin, end}); });
+  });
+  return out;
+}
+
+Tensor row_norms(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, double scaling) {
+  const Tensor dense = with_dense_rows(weight);
+  const int64_t rows = dense.size(0), cols = dense.size(1), rank = lora_a.size(0);
+  const auto math_dtype = math_of(weight.scalar_type());
+  const Tensor vectors = lora_b.to(math_dtype).mul(scaling).contiguous();
+  const Tensor factor = staggered(lora_a, math_dtype);
+  Tensor out = at::empty({rows}, dense.options().dtype(math_dtype));
+  in_math(math_dtype, [&](auto math) {
+    using Math = decltype(math);
+    Expansion<Math> expansion = {};
+    expansion.rank = rank;
+    expansion.vectors = vectors.const_data_ptr<Math>();
+    expansion.vector_stride = rank;
+    expansion.factor = factor.const_data_ptr<Math>();
+    expansion.factor_stride = cols + kLanes;
+    expansion.cols = cols;
+    const Norms<Math> each = {activation(dense, std::nullopt, 0.0), expansion,
+                              out.mutable_data_ptr<Math>()};
+    at::parallel_for(0, rows, grain(cols * (rank + 1)),
+                     [&](int64_t begin, int64_t end) { norms(each, {begin, end}); });
   });
   return out;
 }

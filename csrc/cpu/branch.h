@@ -43,4 +43,8 @@ std::pair<at::Tensor, at::Tensor> shrink_outer(const at::Tensor& x, const at::Te
 at::Tensor expand_dropped(const at::Tensor& vectors, const at::Tensor& lora_a,
                           const at::Tensor& mask, double p, at::ScalarType dtype);
 
+// |w_n + s b_n A| for each row n of W [N, K], in what a weight of its dtype is summed in.
+at::Tensor row_norms(const at::Tensor& weight, const at::Tensor& lora_a, const at::Tensor& lora_b,
+                     double scaling);
+
 }  // namespace lora_kernels

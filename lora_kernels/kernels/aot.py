@@ -14,8 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import beta, dropout, multi_lora_linear
-from .config import Tile, dy_tile, forward_tile, page_tile, x_tile
+from . import beta, dora_linear, dropout, low_rank_norm, multi_lora_linear
+from .config import Tile, dy_tile, forward_tile, norm_tile, page_tile, x_tile
 
 TARGETS = (80, 90, 100)
 RANKS = (16, 64, 128, 256, 512)
@@ -62,6 +62,8 @@ def specs(dtypes: tuple[str, ...] = ("bf16",), ranks: tuple[int, ...] = RANKS) -
         for rank in ranks:
             yield from _linear_specs(dtype, rank)
             yield from _multi_specs(dtype, rank)
+            yield from _dora_specs(dtype, rank)
+        yield from _elementwise_specs(dtype)
     yield Spec("sum_parts", "", "fp32", 0, beta.sum_parts_kernel, {"BLOCK": 1024}, None, {"out_ptr": "*bf16"})
     pointers = {"mask_ptr": "*u8", "seed_ptr": "*i64", "limit_ptr": "*i64"}
     for variant in ("", "rows"):
@@ -92,6 +94,33 @@ def _linear_specs(dtype: str, rank: int) -> Iterator[Spec]:
     for variant, dropout_on in (("plain", False), ("dropout", True)):
         flags = {"DROPOUT": dropout_on, "NEED_DX": True, "NEED_DA": True, **precision}
         yield Spec("x_pass", variant, dtype, rank, beta.x_pass_kernel, flags, x_tile(rank, itemsize), types)
+
+
+def _dora_types(dtype: str) -> dict[str, str]:
+    names = (*_POINTERS, "w_ptr", "z_ptr", "scaled_ptr", "dropped_ptr", "rest_ptr", "sum_ptr")
+    wide = dict.fromkeys(("out_ptr", "gate_ptr", "factor_ptr", "scale_ptr", "dscale_part_ptr"), "*fp32")
+    return {**dict.fromkeys(names, f"*{dtype}"), **wide, "mask_ptr": "*u8"}
+
+
+def _dora_specs(dtype: str, rank: int) -> Iterator[Spec]:
+    """The row norms, and the pass over dY with all that an output scale asks for."""
+    itemsize, types = _ITEMSIZE[dtype], _dora_types(dtype)
+    flags = {"PRECISION": "tf32", "stride_wk": 1}
+    tile = norm_tile(rank, itemsize)
+    yield Spec("low_rank_norm", "", dtype, rank, low_rank_norm.low_rank_norm_kernel, flags, tile, types)
+    flags = {"HAS_GATE": False, "NEED_DB": True, "SCALED": True, "NEED_DSCALE": True, "PRECISION": "tf32"}
+    yield Spec("dy_pass", "scaled", dtype, rank, beta.dy_pass_kernel, flags, dy_tile(rank, itemsize), types)
+
+
+def _elementwise_specs(dtype: str) -> Iterator[Spec]:
+    """DoRA's passes that know no rank."""
+    block = {"ROWS": dora_linear._ROWS, "COLS": dora_linear._COLS}
+    for kernel, fn, constants in (
+        ("scale", dora_linear.scale_kernel, {**block, "HAS_BIAS": True}),
+        ("split", dora_linear.split_kernel, block),
+        ("add_kept", dora_linear.add_kept_kernel, block),
+    ):
+        yield Spec(kernel, "", dtype, 0, fn, constants, None, _dora_types(dtype))
 
 
 def _multi_specs(dtype: str, rank: int) -> Iterator[Spec]:
@@ -138,7 +167,9 @@ def _source(spec: Spec) -> ASTSource:
         tile = spec.tile
         constants |= {"BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c, "BLOCK_R": tile.block_r}
     signature, attrs = {}, {}
-    for i, name in enumerate(spec.fn.arg_names):
+    for i, (name, parameter) in enumerate(zip(spec.fn.arg_names, spec.fn.params, strict=True)):
+        if parameter.has_default and name not in spec.pointers:
+            constants.setdefault(name, parameter.default)
         if name in _UNIT:
             constants[name] = 1
         if name in constants:

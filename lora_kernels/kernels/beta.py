@@ -9,6 +9,7 @@ over rows or strips are written as fp32 partials and added in a fixed order: no 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -112,8 +113,17 @@ def dy_pass_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    SCALED: tl.constexpr = False,
+    NEED_DSCALE: tl.constexpr = False,
+    factor_ptr=None,
+    scaled_ptr=None,
+    z_ptr=None,
+    dscale_part_ptr=None,
 ):
-    """Reads each element of dY once: U's part from this strip of columns, dB's from these rows."""
+    """Reads each element of dY once: U's part from this strip of columns, dB's from these rows.
+
+    For an op that scales its output by column also dY ⊙ factor, and these rows' part of Σ dY ⊙ z.
+    """
     strip, chunk = tl.program_id(0), tl.program_id(1)
     cols = strip * BLOCK_C + tl.arange(0, BLOCK_C)
     ranks = tl.arange(0, BLOCK_R)
@@ -122,6 +132,10 @@ def dy_pass_kernel(
     db_part_ptr += chunk.to(tl.int64) * N * R
 
     db = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    if SCALED:
+        factor = tl.load(factor_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    if NEED_DSCALE:
+        dscale = tl.zeros((BLOCK_C,), tl.float32)
     first = chunk * rows_per_chunk
     for m in range(first, min(first + rows_per_chunk, M), BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
@@ -133,6 +147,13 @@ def dy_pass_kernel(
             if HAS_GATE:
                 h = apply_gate(h, gate_ptr, rows, ranks, M, R, stride_gm)
             db = dot(tl.trans(dy), h, db, PRECISION)
+        if SCALED:
+            store_tile(scaled_ptr, dy.to(tl.float32) * factor[None, :], rows, cols, N, 1, M, N)
+        if NEED_DSCALE:
+            z = load_tile(z_ptr, rows, cols, N, 1, M, N)
+            dscale += tl.sum(dy.to(tl.float32) * z.to(tl.float32), 0)
+    if NEED_DSCALE:
+        tl.store(dscale_part_ptr + chunk.to(tl.int64) * N + cols, dscale, mask=cols < N)
     if NEED_DB:
         store_tile(db_part_ptr, db, cols, ranks, R, 1, N, R)
 
@@ -292,8 +313,36 @@ def backward(
     return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
 
 
+class Unscaling:
+    """What else a :func:`dy_pass` gives, by column: ``scaled`` = dY ⊙ factor and ``dscale`` = Σ dY ⊙ z."""
+
+    def __init__(self, dy: Tensor, factor: Tensor, z: Tensor | None, needs_scaled: bool) -> None:
+        self.factor, self.z = factor.contiguous(), z
+        self.scaled = dy.new_empty(dy.shape) if needs_scaled else None
+        self.dscale: Tensor | None = None
+
+    def arguments(self, chunks: int) -> dict[str, Any]:
+        """For the kernel, which sums over the rows of one of ``chunks``."""
+        flags = {"SCALED": self.scaled is not None, "NEED_DSCALE": self.z is not None}
+        shape = (chunks, self.factor.shape[0])
+        if self.z is not None:
+            self.dscale = torch.empty(shape, dtype=torch.float32, device=self.z.device)
+        pointers = {"factor_ptr": self.factor, "scaled_ptr": self.scaled}
+        return {**flags, **pointers, "z_ptr": self.z, "dscale_part_ptr": self.dscale}
+
+    def finish(self) -> None:
+        """Adds up the chunks."""
+        if self.dscale is not None:
+            self.dscale = sum_parts(self.dscale, torch.float32, 1.0)
+
+
 def dy_pass(
-    dy: Tensor, lora_b: Tensor, h: Tensor | None, gate: Tensor | None, scaling: float
+    dy: Tensor,
+    lora_b: Tensor,
+    h: Tensor | None,
+    gate: Tensor | None,
+    scaling: float,
+    unscaling: Unscaling | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """U = s dY B (fp32 where a gate follows) and, where h is given, dB = s dYᵀ (h ⊙ g)."""
     (rows, out), rank = dy.shape, lora_b.shape[1]
@@ -312,7 +361,10 @@ def dy_pass(
         NEED_DB=h is not None,
         PRECISION=precision(dy.dtype),
         **blocks(tile),
+        **({} if unscaling is None else unscaling.arguments(chunks)),
     )
+    if unscaling is not None:
+        unscaling.finish()
     u = sum_parts(u_parts, dy.dtype if gate is None else torch.float32, scaling)
     return u, None if db_parts is None else sum_parts(db_parts, lora_b.dtype, scaling)
 

@@ -58,6 +58,13 @@ def x_tile(rank: int, itemsize: int) -> Tile:
     return _wide_rank_tile(block_r, itemsize)
 
 
+def norm_tile(rank: int, itemsize: int) -> Tile:
+    """For the pass over W that gives its row norms: few rows, so that there are programs enough."""
+    block_r = padded_rank(rank)
+    wide = 128 if block_r <= 64 else 64 if block_r <= 256 else 32
+    return Tile(16, _narrow(wide, itemsize), block_r)
+
+
 def _wide_rank_tile(block_r: int, itemsize: int) -> Tile:
     if block_r <= 128:
         return Tile(32, _narrow(64, itemsize), block_r, num_warps=8, num_stages=2)

@@ -20,6 +20,9 @@ _PLAIN = (Tensor, Parameter)
 _RANKS: dict[str, Callable[[tuple[Any, ...]], int]] = {
     "lora_linear": lambda args: args[2].shape[0],
     "lora_linear_backward": lambda args: args[3].shape[0],
+    "low_rank_norm": lambda args: args[1].shape[0],
+    "dora_linear": lambda args: args[2].shape[0],
+    "dora_linear_backward": lambda args: args[3].shape[0],
     "multi_lora_linear": lambda args: args[-2],
     "multi_lora_linear_backward": lambda args: args[-2],
 }

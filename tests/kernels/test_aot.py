@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 MMA = {"sm_80": {"HMMA"}, "sm_90": {"HGMMA", "HMMA"}, "sm_100": {"UTCHMMA", "HMMA"}}
 GATHER = {"gather_shrink", "gather_expand", "page_grad"}
-NO_MATMUL = {"sum_parts", "dropout_mask"}
+KEEP_BITS = {"split", "add_kept"}
+NO_MATMUL = {"sum_parts", "dropout_mask", "scale", "split", "add_kept"}
 
 
 def _inspect(*options: str) -> list[dict]:
@@ -29,7 +30,7 @@ def _check(row: dict) -> None:
     assert row["shared"] <= SHARED_LIMIT[row["target"]], f"{name}: {row['shared']} bytes of shared memory"
     if row["kernel"] not in NO_MATMUL:
         assert row["mma"] in MMA[row["target"]], f"{name}: no tensor-core instruction ({row['mma']})"
-    if row["kernel"] in GATHER:  # indices and h are read one by one; what is large is not
+    if row["kernel"] in GATHER | KEEP_BITS:  # indices, h and bits are read one by one; what is large is not
         assert row["wide_loads"] > 0, f"{name}: no wide load"
     elif row["dtype"] == "bf16":
         assert row["wide_loads"] > row["narrow_loads"], f"{name}: {row['narrow_loads']} narrow loads"
@@ -40,7 +41,14 @@ def _check(row: dict) -> None:
 def test_half_precision(target, rank):
     rows = _inspect("--target", target, "--rank", str(rank))
     gather = GATHER if rank <= 64 else set()
-    assert {row["kernel"] for row in rows} == {"forward", "dy_pass", "x_pass", *gather, *NO_MATMUL}
+    assert {row["kernel"] for row in rows} == {
+        "forward",
+        "dy_pass",
+        "x_pass",
+        "low_rank_norm",
+        *gather,
+        *NO_MATMUL,
+    }
     for row in rows:
         _check(row)
 
@@ -53,6 +61,6 @@ def test_float32_through_tf32(target):
 
 def test_low_ranks_use_hopper_warpgroup_matmuls():
     rows = _inspect("--target", "90", "--rank", "16", "--rank", "64")
-    # Sixteen rows of one adapter are fewer than a warpgroup's matmul takes.
-    kinds = {row["mma"] for row in rows if row["kernel"] not in NO_MATMUL | GATHER}
+    # Sixteen rows of one adapter, or of a weight, are fewer than a warpgroup's matmul takes.
+    kinds = {row["mma"] for row in rows if row["kernel"] not in NO_MATMUL | GATHER | {"low_rank_norm"}}
     assert kinds == {"HGMMA"}

@@ -1,0 +1,148 @@
+// y = x W' + b + z * c - d W' with d = drop(x) and z = d (W + s B A)', and its gradients on the
+// CPU.
+//
+// The large products are ATen's. With dropout there are two in each direction, as c differs from
+// one output to the next: of d (or dY (c - 1)), and of what dropout took from x, which accumulates.
+#include "dora_linear.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "branch.h"
+#include "dropout.h"
+#include "lora_linear.h"
+#include "math_type.h"
+#include "scale_pass.h"
+
+namespace lora_kernels {
+namespace {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+bool has(const OptTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
+Matrix matrix(const Tensor& tensor) {
+  return {tensor.data_ptr(), storage_of(tensor.scalar_type()), tensor.stride(0)};
+}
+
+Tensor dense(const Tensor& tensor) {
+  return tensor.stride(1) == 1 || tensor.size(1) <= 1 ? tensor : tensor.contiguous();
+}
+
+Tensor vector_of(const Tensor& tensor, at::ScalarType dtype) {
+  return tensor.to(math_of(dtype)).contiguous();
+}
+
+template <typename Pass>
+void over_rows(const Pass& pass, int64_t rows, int64_t cols) {
+  const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, cols));
+  at::parallel_for(0, rows, grain,
+                   [&](int64_t begin, int64_t end) { run(pass, {begin, end}, cols); });
+}
+
+// z * scale + bias, in z's own memory if it is not needed any more.
+Tensor scaled(const Tensor& z, const Tensor& scale, const OptTensor& bias, bool keep_z) {
+  Tensor y = keep_z ? at::empty_like(z) : z;
+  const Tensor c = vector_of(scale, z.scalar_type());
+  const Tensor b = has(bias) ? vector_of(*bias, z.scalar_type()) : Tensor();
+  in_math(c.scalar_type(), [&](auto math) {
+    using Math = decltype(math);
+    const Scaling<Math> pass = {matrix(z), c.const_data_ptr<Math>(),
+                                b.defined() ? b.const_data_ptr<Math>() : nullptr, matrix(y)};
+    over_rows(pass, z.size(0), z.size(1));
+  });
+  return y;
+}
+
+// d = drop(x), and x - d.
+std::pair<Tensor, Tensor> split(const Tensor& x_in, const Tensor& mask, double p) {
+  const Tensor x = dense(x_in);
+  Tensor dropped = at::empty({x.size(0), x.size(1)}, x.options());
+  Tensor rest = at::empty_like(dropped);
+  const Keep keep = {mask.const_data_ptr<uint8_t>(), mask.stride(0), 1.0 / (1.0 - p)};
+  over_rows(Splitting{matrix(x), keep, matrix(dropped), matrix(rest)}, x.size(0), x.size(1));
+  return {dropped, rest};
+}
+
+// dY * factor, where that is asked for, and the column sums of dY * z, where there is a z.
+std::pair<Tensor, Tensor> unscaled(const Tensor& dy_in, const Tensor& factor, bool needs_scaled,
+                                   const OptTensor& z) {
+  const Tensor dy = dense(dy_in);
+  const int64_t rows = dy.size(0), cols = dy.size(1);
+  Tensor result = needs_scaled ? at::empty({rows, cols}, dy.options()) : Tensor();
+  Tensor sums = has(z) ? at::zeros({cols}, factor.options()) : Tensor();
+  const Matrix none = {nullptr, Storage::kFloat, 0};
+  in_math(factor.scalar_type(), [&](auto math) {
+    using Math = decltype(math);
+    const Unscaling<Math> pass = {matrix(dy), factor.const_data_ptr<Math>(),
+                                  needs_scaled ? matrix(result) : none, has(z) ? matrix(*z) : none,
+                                  has(z) ? sums.mutable_data_ptr<Math>() : nullptr};
+    // By columns, so that each sum runs over the rows in their order.
+    at::parallel_for(0, (cols + kStrip - 1) / kStrip, 1, [&](int64_t begin, int64_t end) {
+      run(pass, {0, rows}, {begin * kStrip, std::min(end * kStrip, cols)});
+    });
+  });
+  return {result, sums};
+}
+
+// into += keep * x.
+void add_kept(Tensor& into, const Tensor& x, const Tensor& mask) {
+  const Keep keep = {mask.const_data_ptr<uint8_t>(), mask.stride(0), 1.0};
+  over_rows(Keeping{matrix(x), keep, matrix(into)}, x.size(0), x.size(1));
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> dora_linear(const Tensor& x, const Tensor& weight,
+                                                       const Tensor& lora_a, const Tensor& lora_b,
+                                                       const Tensor& scale, const OptTensor& bias,
+                                                       const OptTensor& seed, double scaling,
+                                                       double dropout_p, bool keep_z) {
+  const auto dtype = x.scalar_type();
+  Tensor mask = at::empty({0}, x.options().dtype(at::kByte)), branch = x, rest;
+  if (has(seed)) {
+    mask = dropout_mask(*seed, x.size(0), x.size(1), dropout_p);
+    std::tie(branch, rest) = split(x, mask, dropout_p);
+  }
+  const Tensor packed = shrink({branch, std::nullopt, 0.0}, pack_transposed(lora_a, dtype));
+  const Tensor h = unpack(packed, lora_a.size(0), dtype);
+  Tensor z = at::mm(branch, weight.t());
+  z.addmm_(h, lora_b.to(dtype).t(), 1, scaling);
+  Tensor y = scaled(z, scale, bias, keep_z);
+  if (has(seed)) y.addmm_(rest, weight.t());
+  return {y, keep_z ? z : at::empty({0, z.size(1)}, z.options()), h, mask};
+}
+
+std::vector<Tensor> dora_linear_backward(const Tensor& dy, const OptTensor& x, const Tensor& weight,
+                                         const Tensor& lora_a, const Tensor& lora_b,
+                                         const Tensor& scale, const OptTensor& z,
+                                         const OptTensor& h, const OptTensor& mask, double scaling,
+                                         double dropout_p, std::array<bool, 4> needs) {
+  const auto [needs_x, needs_a, needs_b, needs_scale] = needs;
+  const bool drops = has(mask), needs_branch = needs_x || needs_a || needs_b;
+  const Tensor c = vector_of(scale, dy.scalar_type());
+  const Tensor factor = drops ? c.sub(1).mul_(1.0 / (1.0 - dropout_p)) : c;
+  const auto [dz, sums] =
+      unscaled(dy, factor, drops ? needs_x : needs_branch, needs_scale ? z : std::nullopt);
+  std::vector<Tensor> grads;
+  if (needs_branch && drops) {
+    // c goes to the rows of B, and of dB.
+    grads = lora_linear_backward(
+        dy, x, std::nullopt, lora_a, lora_b.to(c.scalar_type()) * c.unsqueeze(1), h, std::nullopt,
+        mask, scaling, dropout_p, false, {needs_x, needs_a, needs_b, false, false});
+    if (needs_x) {
+      add_kept(grads[0], at::mm(dz, weight), *mask);
+      grads[0].addmm_(dy, weight);
+    }
+    if (needs_b) grads.back() = grads.back().mul_(c.unsqueeze(1)).to(lora_b.scalar_type());
+  } else if (needs_branch) {
+    grads = lora_linear_backward(dz, x, weight, lora_a, lora_b, h, std::nullopt, std::nullopt,
+                                 scaling, 0.0, false, {needs_x, needs_a, needs_b, false, false});
+  }
+  if (needs_scale) grads.push_back(sums.to(scale.scalar_type()));
+  return grads;
+}
+
+}  // namespace lora_kernels
