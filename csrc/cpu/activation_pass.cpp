@@ -48,11 +48,12 @@ LK_INLINE void block(const Math* x, int64_t stride, int64_t cols, const Products
 }
 
 // Shrinks alone, even and odd columns apart: one sum a row would wait for itself at each column.
+// The sums of a strip start at zero: a chain over all of a row's columns would round worse than a
+// GEMM.
 template <int Rows, typename Math>
 LK_INLINE void shrink_block(const Math* x, int64_t stride, int64_t cols, const Products<Math>& p,
                             const Ahead& ahead) {
-  VectorOf<Math> even[Rows], odd[Rows] = {};
-  for (int i = 0; i < Rows; ++i) even[i] = vector(p.shrunk + i * p.rank);
+  VectorOf<Math> even[Rows] = {}, odd[Rows] = {};
   int64_t k = 0;
   for (; k + 2 <= cols; k += 2) {
     const VectorOf<Math> first = vector(p.factor + k * p.rank);
@@ -67,7 +68,7 @@ LK_INLINE void shrink_block(const Math* x, int64_t stride, int64_t cols, const P
   for (int i = 0; i < Rows && k < cols; ++i) {
     even[i] += x[i * stride + k] * vector(p.factor + k * p.rank);
   }
-  for (int i = 0; i < Rows; ++i) vector(p.shrunk + i * p.rank) = even[i] + odd[i];
+  for (int i = 0; i < Rows; ++i) vector(p.shrunk + i * p.rank) += even[i] + odd[i];
 }
 
 template <int Rows, typename Math>

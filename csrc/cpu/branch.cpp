@@ -16,6 +16,8 @@ using at::Tensor;
 constexpr int64_t kTask = 1 << 19;
 // A short matrix is cut into row chunks until there are this many pieces to share out.
 constexpr int64_t kPieces = 16;
+// Rows that one chain of additions runs over; a longer one would round worse than a GEMM.
+constexpr int64_t kChain = 512;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -65,6 +67,7 @@ struct Cut {
     const int64_t wanted = ceil_div(kPieces, strips);
     const int64_t worth = rows * std::min(cols, kStrip) * rank / kTask;
     rows_each = std::max<int64_t>(1, ceil_div(rows, std::clamp<int64_t>(worth, 1, wanted)));
+    rows_each = std::min(rows_each, kChain);
     chunks = std::max<int64_t>(1, ceil_div(rows, rows_each));
   }
 };

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lora_linear_harness import run_case
 
 from lora_kernels import _backend, lora_linear, use_backend
 from lora_kernels.testing import LoraCase, leaves, lora_inputs
@@ -59,3 +60,10 @@ def test_a_dropped_element_leaves_no_trace(bad):
         y = lora_linear(x, None, lora_a, lora_b, dropout_p=0.5)
         y.sum().backward()
     assert y.isfinite().all() and lora_a.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("rows", "cols", "out"), [(64, 8192, 96), (64, 96, 8192), (8192, 96, 64)])
+def test_long_sums_round_no_worse_than_twice_eager(rows, cols, out):
+    """One chain of additions over thousands of columns or rows loses more than a blocked product does."""
+    case = LoraCase(lead=(rows,), cols=cols, out=out, rank=16, weight="none")
+    run_case("cpp", case, torch.device("cpu"))
