@@ -7,6 +7,7 @@ A provider that cannot run says why; one that runs is checked before it is timed
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from lora_kernels import lora_linear, use_backend
 from lora_kernels._backend import unavailable
+from lora_kernels.planner import STRATEGIES, use_strategy
 
 from .suites import Provider, Runner
 
@@ -241,14 +243,21 @@ def _cuda_only(case: Case, mode: str) -> str | None:
     return None if case.device == "cuda" else "its kernels need CUDA"
 
 
-def _ours(backend: str, dtype: torch.dtype | None = None) -> Callable[[Problem], Runner]:
+def _ours(
+    backend: str, dtype: torch.dtype | None = None, strategy: str = "auto"
+) -> Callable[[Problem], Runner]:
+    @contextlib.contextmanager
+    def context():
+        with use_backend(backend), use_strategy(strategy):
+            yield
+
     def build(problem: Problem) -> Runner:
         a, b = problem.factors(dtype)
         weight, p = problem.weight, problem.case.dropout_p
         return Runner(
             lambda x: lora_linear(x, weight, a, b, SCALING, dropout_p=p),
             (a, b),
-            lambda: use_backend(backend),
+            context,
         )
 
     return build
@@ -328,7 +337,6 @@ LORAFUSION = "lorafusion.ops.lora_v1"
 _ENGINE = needs("transformer_engine.pytorch")
 FROZEN, PEFT = "frozen", "peft"
 
-# A further Triton strategy joins here under its own name: ours_triton_<strategy>.
 PROVIDERS = (
     Provider(FROZEN, _frozen),
     Provider("eager", _eager),
@@ -345,7 +353,11 @@ PROVIDERS = (
     ),
     Provider("ours_reference", _ours("reference"), _backend_missing("reference")),
     Provider("ours_cpp", _ours("cpp"), _backend_missing("cpp")),
-    Provider("ours_triton_beta", _ours("triton"), _backend_missing("triton")),
+    *(
+        Provider(f"ours_triton_{strategy}", _ours("triton", strategy=strategy), _backend_missing("triton"))
+        for strategy in STRATEGIES
+        if strategy != "auto"
+    ),
     Provider("ours_fp32_adapters", _ours("auto", torch.float32), _half_only),
     Provider("ours_module", _ours_module, needs("lora_kernels.nn")),
     Provider("ours_in_peft", _ours_in_peft, first_reason(_PEFT, needs("lora_kernels.integrations.peft"))),

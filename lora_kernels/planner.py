@@ -29,10 +29,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """A strategy, and what of its default tile is replaced (fields of ``kernels.config.Tile``)."""
+    """A strategy, and what is changed in the tiles of its passes: fields of ``kernels.config.Tile``
+    by the pass's name (``forward``, ``dy``, ``x``, ``gemm``, ``single``).
+    """
 
     strategy: str
-    tile: Mapping[str, int] = field(default_factory=dict)
+    tile: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 _active = "auto"

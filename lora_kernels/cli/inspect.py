@@ -16,13 +16,14 @@ COLUMNS = (
     "shared",
     "spills",
     "mma",
+    "copies",
     "wide_loads",
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's options."""
-    parser.add_argument("--target", type=int, action="append", help="compute capability: 80, 90, 100 (all)")
+    parser.add_argument("--target", action="append", help="sm_80 or 80, sm_90, sm_100, gfx942 (all)")
     parser.add_argument("--rank", type=int, action="append", help="rank bucket (16, 64, 128, 256, 512)")
     parser.add_argument("--dtype", action="append", choices=("bf16", "fp16", "fp32"), help="default bf16")
     parser.add_argument("--json", action="store_true", help="print JSON lines, one a kernel")
@@ -38,10 +39,14 @@ def run(args: argparse.Namespace) -> int:
         return 1
     from ..kernels import aot
 
+    targets = [f"sm_{name}" if name.isdigit() else name for name in args.target or aot.TARGETS]
+    if unknown := set(targets) - set(aot.TARGETS):
+        print(f"inspect: --target: expected one of {', '.join(aot.TARGETS)}, got {', '.join(unknown)}")
+        return 2
     if not args.json:
         print("  ".join(f"{name:>10}" for name in COLUMNS))
     for spec in aot.specs(tuple(args.dtype or ("bf16",)), tuple(args.rank or aot.RANKS)):
-        for target in args.target or aot.TARGETS:
+        for target in targets:
             row = dataclasses.asdict(aot.inspect(spec, target))
             if args.json:
                 print(json.dumps(row), flush=True)

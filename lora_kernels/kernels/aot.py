@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import tempfile
@@ -14,13 +15,24 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import beta, dora_linear, dropout, low_rank_norm, multi_lora_linear
-from .config import Tile, dy_tile, forward_tile, norm_tile, page_tile, x_tile
+from . import beta, dora_linear, dropout, kext, low_rank_norm, multi_lora_linear, single
+from .config import (
+    GemmTile,
+    Tile,
+    dy_tile,
+    forward_tile,
+    kext_tile,
+    norm_tile,
+    page_tile,
+    single_tile,
+    stages,
+    x_tile,
+)
 
-TARGETS = (80, 90, 100)
+# What a thread block may have of shared memory, in bytes, on each target.
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+TARGETS = tuple(SHARED_LIMIT)
 RANKS = (16, 64, 128, 256, 512)
-# What a thread block may have, in bytes.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -39,6 +51,28 @@ class Spec:
     pointers: dict[str, str]
 
 
+class GemmSpec(Spec):
+    """The persistent GEMM, whose tile and operands depend on the target as well."""
+
+    def at(self, card: str) -> Spec:
+        """The spec for one card: descriptors in place of the large operands' pointers where it has them."""
+        tile = kext_tile(8192, self.rank, _ITEMSIZE[self.dtype], card)
+        described = card.startswith("sm_") and int(card[3:]) >= 90
+        along_k = self.variant == "forward"
+        constants = {**self.constants, "DESCRIPTORS": described, "ROWS_ALONG_K": along_k}
+        constants |= {name: 1 for name in (("stride_cr",) if along_k else ("stride_wn", "stride_cn"))}
+        types = dict(self.pointers)
+        if described:
+            w_block = (tile.block_c, tile.block_k) if along_k else (tile.block_k, tile.block_c)
+            blocks = {
+                "a_ptr": (tile.block_m, tile.block_k),
+                "w_ptr": w_block,
+                "out_ptr": (tile.block_m, tile.block_c),
+            }
+            types |= {n: f"tensordesc<{self.dtype}[{m},{c}]>" for n, (m, c) in blocks.items()}
+        return dataclasses.replace(self, constants=constants, tile=tile, pointers=types)
+
+
 @dataclass(frozen=True)
 class Report:
     """What the assembler made of a :class:`Spec` for one target."""
@@ -52,6 +86,7 @@ class Report:
     shared: int
     spills: int
     mma: str
+    copies: int
     wide_loads: int
     narrow_loads: int
 
@@ -61,6 +96,7 @@ def specs(dtypes: tuple[str, ...] = ("bf16",), ranks: tuple[int, ...] = RANKS) -
     for dtype in dtypes:
         for rank in ranks:
             yield from _linear_specs(dtype, rank)
+            yield from _strategy_specs(dtype, rank)
             yield from _multi_specs(dtype, rank)
             yield from _dora_specs(dtype, rank)
         yield from _elementwise_specs(dtype)
@@ -123,6 +159,24 @@ def _elementwise_specs(dtype: str) -> Iterator[Spec]:
         yield Spec(kernel, "", dtype, 0, fn, constants, None, _dora_types(dtype))
 
 
+def _strategy_specs(dtype: str, rank: int) -> Iterator[Spec]:
+    """kext's GEMM in both directions, and single. Wider ranks are further turns of kext's loop over
+    ranks, and no work for single.
+    """
+    if rank > 128:
+        return
+    types = {**dict.fromkeys(_POINTERS, f"*{dtype}"), "mask_ptr": "*u8"}
+    types |= {"gate_ptr": "*fp32", "seed_ptr": "*i64"}
+    for variant, backward in (("forward", False), ("backward", True)) if rank <= 64 else ():
+        flags = {"HAS_BIAS": not backward, "HAS_GATE": False, "DROPOUT": backward, "PRECISION": "tf32"}
+        yield GemmSpec("kext", variant, dtype, rank, kext.kext_kernel, flags, None, types)
+    flags = {"SEPARATE": False, "HAS_BIAS": True, "HAS_GATE": False, "PRECISION": "tf32"}
+    for variant, dropout_on in (("plain", False), ("dropout", True)):
+        tile = single_tile(16, rank, _ITEMSIZE[dtype])
+        constants = {**flags, "DROPOUT": dropout_on}
+        yield Spec("single", variant, dtype, rank, single.single_kernel, constants, tile, types)
+
+
 def _multi_specs(dtype: str, rank: int) -> Iterator[Spec]:
     """The multi-adapter kernels; their tile stops growing at rank 32, and so do these."""
     if rank > 64:
@@ -143,9 +197,12 @@ def _multi_specs(dtype: str, rank: int) -> Iterator[Spec]:
             yield Spec(kernel, variant, dtype, rank, fn, constants, tile, types)
 
 
-_POINTERS = ("x_ptr", "a_ptr", "b_ptr", "bias_ptr", "h_ptr", "y_ptr", "dy_ptr", "dh_ptr", "dx_ptr")
+_POINTERS = (
+    *("a_ptr", "b_ptr", "c_ptr", "w_ptr", "bias_ptr", "branch_ptr"),
+    *("x_ptr", "h_ptr", "y_ptr", "out_ptr", "dy_ptr", "dh_ptr", "dx_ptr"),
+)
 # Rows along which the kernels read have unit stride; the launcher sees to it.
-_UNIT = ("stride_ak", "stride_br")
+_UNIT = ("stride_ak", "stride_br", "stride_wk")
 _FLOATS = ("scaling", "keep_scale", "scale")
 _UNSPECIALISED = (
     "M",
@@ -166,11 +223,14 @@ def _source(spec: Spec) -> ASTSource:
     if spec.tile is not None:
         tile = spec.tile
         constants |= {"BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c, "BLOCK_R": tile.block_r}
+        if isinstance(tile, GemmTile):
+            constants |= {"BLOCK_K": tile.block_k, "GROUP_M": tile.group_m}
+    constants = {name: value for name, value in constants.items() if name in spec.fn.arg_names}
     signature, attrs = {}, {}
     for i, (name, parameter) in enumerate(zip(spec.fn.arg_names, spec.fn.params, strict=True)):
         if parameter.has_default and name not in spec.pointers:
             constants.setdefault(name, parameter.default)
-        if name in _UNIT:
+        if name in _UNIT and not ("stride_wn" in constants and name == "stride_wk"):
             constants[name] = 1
         if name in constants:
             signature[name] = "constexpr"
@@ -178,33 +238,52 @@ def _source(spec: Spec) -> ASTSource:
             signature[name] = "fp32"
         else:
             signature[name] = spec.pointers.get(name, "*fp32") if name.endswith("_ptr") else "i32"
-            if name not in _UNSPECIALISED:
+            if name not in _UNSPECIALISED and not signature[name].startswith("tensordesc"):
                 attrs[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(spec.fn, signature, constexprs=constants, attrs=attrs)
 
 
-def inspect(spec: Spec, capability: int) -> Report:
-    """Compiles ``spec`` for one compute capability (80, 90, 100) and reads the machine code."""
-    options = (
-        {} if spec.tile is None else {"num_warps": spec.tile.num_warps, "num_stages": spec.tile.num_stages}
-    )
-    compiled = triton.compile(_source(spec), target=GPUTarget("cuda", capability, 32), options=options)
-    usage, sass = _disassemble(compiled.asm["cubin"])
+def inspect(spec: Spec, target: str) -> Report:
+    """Compiles ``spec`` for one of ``TARGETS`` and reads the machine code."""
+    spec = spec.at(target) if isinstance(spec, GemmSpec) else spec
+    amd = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
+    options = {}
+    if spec.tile is not None:
+        options = {"num_warps": spec.tile.num_warps, "num_stages": stages(spec.tile, amd)}
+    compiled = triton.compile(_source(spec), target=gpu, options=options)
+    facts = _read_amd(compiled.asm["amdgcn"]) if amd else _read_nvidia(compiled.asm["cubin"])
+    names = {name: getattr(spec, name) for name in ("kernel", "variant", "dtype", "rank")}
+    return Report(**names, target=target, shared=compiled.metadata.shared, **facts)
+
+
+def _read_nvidia(cubin: bytes) -> dict[str, Any]:
+    usage, sass = _disassemble(cubin)
     loads = re.findall(r"\b(?:LDG|LDGSTS)\.E\S*", sass)
-    wide = sum(".128" in load for load in loads) + len(re.findall(r"\bUTMALDG", sass))
-    return Report(
-        kernel=spec.kernel,
-        variant=spec.variant,
-        dtype=spec.dtype,
-        rank=spec.rank,
-        target=f"sm_{capability}",
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        shared=compiled.metadata.shared,
-        spills=int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
-        mma=_mma_kind(sass),
-        wide_loads=wide,
-        narrow_loads=len(loads) - sum(".128" in load for load in loads),
-    )
+    wide = sum(".128" in load for load in loads)
+    copies = len(re.findall(r"\bUTMALDG", sass))
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spills": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
+        "mma": _mma_kind(sass),
+        "copies": copies,
+        "wide_loads": wide + copies,
+        "narrow_loads": len(loads) - wide,
+    }
+
+
+def _read_amd(assembly: str) -> dict[str, Any]:
+    """From the metadata that ends the assembly; a scalar register spills into a vector's lane, not memory."""
+    loads = re.findall(r"\b(?:global|buffer)_load_\S+", assembly)
+    wide = sum("dwordx4" in load for load in loads)
+    return {
+        "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", assembly)[1]),
+        "spills": int(re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)[1]),
+        "mma": "MFMA" if "v_mfma" in assembly else "-",
+        "copies": 0,
+        "wide_loads": wide,
+        "narrow_loads": len(loads) - wide,
+    }
 
 
 def _mma_kind(sass: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..planner import Plan
 from ..reference.lora_linear import grad_gate, grad_x
-from .config import dy_tile, forward_tile, row_chunks, x_tile
+from .config import Changes, dy_tile, forward_tile, replaced, row_chunks, x_tile
 from .dropout import signed_threshold
 from .launch import blocks, gate_argument, precision, unit_columns
 from .primitives import apply_gate, cast, dot, keep_bytes, load_keep, load_tile, store_tile, unpack
@@ -248,7 +248,8 @@ def forward(
     """The forward op of ``_ops.py``: y, h and the packed keep bits."""
     y = x.new_empty(x.shape[0], lora_b.shape[0])
     branch = x if x_lora is None else x_lora
-    h, mask = branch_pass(branch, lora_a, seed, dropout_p, lora_b, bias, gate, scaling, y)
+    changes = plan.tile.get("forward")
+    h, mask = branch_pass(branch, lora_a, seed, dropout_p, lora_b, bias, gate, scaling, y, changes)
     return (y if weight is None else y.addmm_(x, weight.T)), h, mask
 
 
@@ -262,13 +263,14 @@ def branch_pass(
     gate: Tensor | None = None,
     scaling: float = 1.0,
     y: Tensor | None = None,
+    changes: Changes = None,
 ) -> tuple[Tensor, Tensor]:
     """h and the keep bits; where ``y`` is given, b + s (h ⊙ g) Bᵀ is written to it."""
     x = unit_columns(x)
     (rows, cols), rank = x.shape, lora_a.shape[0]
     h = x.new_empty(rows, rank)
     mask = x.new_empty((0,) if seed is None else (rows, (cols + 7) // 8), dtype=torch.uint8)
-    tile = forward_tile(rows, rank, x.element_size())
+    tile = replaced(forward_tile(rows, rank, x.element_size()), changes)
     gate, stride_gm = gate_argument(gate)
     out, strides_b = (0, (0, 0)) if y is None else (y.shape[1], lora_b.stride())
     lora_forward_kernel[(triton.cdiv(rows, tile.block_m),)](
@@ -301,13 +303,11 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The backward op of ``_ops.py``: the gradients that ``needs`` asks for."""
-    needs_x, needs_a, needs_b, needs_gate, needs_x_lora = needs
-    dy = unit_columns(dy)
-    u, db = dy_pass(dy, lora_b, h if needs_b else None, gate, scaling)
-    dh = u if gate is None else (u * gate).to(dy.dtype)
-    dgate = grad_gate(u, h, gate) if needs_gate else None
+    needs_x, needs_a, _, _, needs_x_lora = needs
+    dh, db, dgate = factor_grads(plan, dy, lora_b, h, gate, scaling, needs)
     needs_branch = needs_x_lora or (needs_x and not separate)
-    branch, da = x_pass(x if needs_a else None, dh, lora_a, mask, dropout_p, needs_branch)
+    changes = plan.tile.get("x")
+    branch, da = x_pass(x if needs_a else None, dh, lora_a, mask, dropout_p, needs_branch, changes)
     dx = grad_x(dy, weight, None if separate else branch, lora_a.shape[1]) if needs_x else None
     grads = (dx, da, db, dgate, branch)
     return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
@@ -336,6 +336,22 @@ class Unscaling:
             self.dscale = sum_parts(self.dscale, torch.float32, 1.0)
 
 
+def factor_grads(
+    plan: Plan,
+    dy: Tensor,
+    lora_b: Tensor,
+    h: Tensor | None,
+    gate: Tensor | None,
+    scaling: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dH = U ⊙ g in dY's dtype, and dB and dg where ``needs`` asks for them."""
+    _, _, needs_b, needs_gate, _ = needs
+    u, db = dy_pass(dy, lora_b, h if needs_b else None, gate, scaling, changes=plan.tile.get("dy"))
+    dh = u if gate is None else (u * gate).to(dy.dtype)
+    return dh, db, grad_gate(u, h, gate) if needs_gate else None
+
+
 def dy_pass(
     dy: Tensor,
     lora_b: Tensor,
@@ -343,10 +359,12 @@ def dy_pass(
     gate: Tensor | None,
     scaling: float,
     unscaling: Unscaling | None = None,
+    changes: Changes = None,
 ) -> tuple[Tensor, Tensor | None]:
     """U = s dY B (fp32 where a gate follows) and, where h is given, dB = s dYᵀ (h ⊙ g)."""
+    dy = unit_columns(dy)
     (rows, out), rank = dy.shape, lora_b.shape[1]
-    tile = dy_tile(rank, dy.element_size())
+    tile = replaced(dy_tile(rank, dy.element_size()), changes)
     strips = triton.cdiv(out, tile.block_c)
     chunks, rows_per_chunk = row_chunks(rows, out, tile)
     u_parts = torch.empty(strips, rows, rank, dtype=torch.float32, device=dy.device)
@@ -376,13 +394,14 @@ def x_pass(
     mask: Tensor | None,
     dropout_p: float,
     needs_branch: bool,
+    changes: Changes = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dX₀ = keep ⊙ (dH A)/(1-p) where asked for, and dA = dHᵀ drop(x) where x is given."""
     if x is None and not needs_branch:
         return None, None
     x = None if x is None else unit_columns(x)
     (rows, rank), cols = dh.shape, lora_a.shape[1]
-    tile = x_tile(rank, dh.element_size())
+    tile = replaced(x_tile(rank, dh.element_size()), changes)
     chunks, rows_per_chunk = row_chunks(rows, cols, tile)
     dx = dh.new_empty(rows, cols) if needs_branch else None
     da_parts = (

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 # Enough programs to give each multiprocessor of a large card two of them; a constant and not the
 # card's own count, so that sums are split, and rounded, the same way on every card.
@@ -18,6 +21,21 @@ class Tile:
     block_r: int
     num_warps: int = 4
     num_stages: int = 3
+
+
+T = TypeVar("T", bound=Tile)
+# What a plan changes in the tile of one pass: fields of it, by name.
+Changes = Mapping[str, int] | None
+
+
+def replaced(tile: T, changes: Changes) -> T:
+    """The tile with some of its fields changed."""
+    return dataclasses.replace(tile, **changes) if changes else tile
+
+
+def stages(tile: Tile, amd: bool) -> int:
+    """The pipeline's depth: AMD's compute units have 64 KiB to keep it in, and want two."""
+    return min(tile.num_stages, 2) if amd else tile.num_stages
 
 
 def padded_rank(rank: int) -> int:
@@ -98,3 +116,35 @@ def page_tile(cols: int, rank: int, itemsize: int, masked: bool = False) -> Page
     # With the keep bits to unpack, four warps run out of registers.
     warps, splits = 8 if masked else 4, -(-cols // each) if cols else 1
     return PageTile(16, block_c, block_r, warps, splits=splits, cols_per_split=max(1, each))
+
+
+@dataclass(frozen=True)
+class GemmTile(Tile):
+    """A tile of a kernel that multiplies by the base weight: also the step along the summed dimension,
+    and how many row blocks go over the same columns before the next ones are read.
+    """
+
+    block_k: int = 64
+    group_m: int = 8
+
+
+def kext_tile(rows: int, rank: int, itemsize: int, card: str) -> GemmTile:
+    """For the GEMM that takes the branch along. The rank is padded to a step, and looped over."""
+    block_r = min(64, padded_rank(rank))
+    if card == "cpu":  # the interpreter: several tiles and steps of small shapes
+        return GemmTile(32, 32, min(32, block_r), block_k=32, group_m=2)
+    block_m = 64 if rows <= 64 else 128
+    block_k = _narrow(64, itemsize)
+    if card == "sm_90":
+        return GemmTile(block_m, _narrow(256, itemsize), block_r, 8, 3, block_k=block_k)
+    # Where an operand tile of 4-byte elements takes a third stage, a fourth does not fit.
+    return GemmTile(block_m, 128, min(32, block_r), 8, 4 if itemsize == 2 else 3, block_k=block_k)
+
+
+def single_tile(rows: int, rank: int, itemsize: int) -> GemmTile:
+    """For few rows: narrow blocks of columns give each multiprocessor one, long steps keep it fed."""
+    block_r = padded_rank(rank)
+    block_m = min(64, max(16, 1 << (rows - 1).bit_length()))
+    block_k = 128 if block_r <= 32 else 64 if block_r <= 128 else 32
+    stages = 4 if block_r <= 64 else 2
+    return GemmTile(block_m, 32, block_r, 4, stages, block_k=_narrow(block_k, itemsize))

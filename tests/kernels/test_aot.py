@@ -9,8 +9,14 @@ import pytest
 
 pytest.importorskip("triton")
 
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
-MMA = {"sm_80": {"HMMA"}, "sm_90": {"HGMMA", "HMMA"}, "sm_100": {"UTCHMMA", "HMMA"}}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+MMA = {
+    "sm_80": {"HMMA"},
+    "sm_90": {"HGMMA", "HMMA"},
+    "sm_100": {"UTCHMMA", "HMMA"},
+    "gfx942": {"MFMA"},
+}
+GEMM_MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
 GATHER = {"gather_shrink", "gather_expand", "page_grad"}
 KEEP_BITS = {"split", "add_kept"}
 NO_MATMUL = {"sum_parts", "dropout_mask", "scale", "split", "add_kept"}
@@ -30,7 +36,15 @@ def _check(row: dict) -> None:
     assert row["shared"] <= SHARED_LIMIT[row["target"]], f"{name}: {row['shared']} bytes of shared memory"
     if row["kernel"] not in NO_MATMUL:
         assert row["mma"] in MMA[row["target"]], f"{name}: no tensor-core instruction ({row['mma']})"
-    if row["kernel"] in GATHER | KEEP_BITS:  # indices, h and bits are read one by one; what is large is not
+    if row["target"] == "gfx942":  # which loads are wide there has not been tuned
+        return
+    if row["kernel"] == "kext":  # the large operands come in by the copy engine where there is one
+        assert row["mma"] == GEMM_MMA[row["target"]], f"{name}: {row['mma']}"
+        assert (row["copies"] >= 2) == (row["target"] in ("sm_90", "sm_100")), (
+            f"{name}: {row['copies']} copies"
+        )
+        assert row["wide_loads"] >= 2, f"{name}: no wide load"
+    elif row["kernel"] in GATHER | KEEP_BITS:  # indices, h and bits are read one by one; what is large is not
         assert row["wide_loads"] > 0, f"{name}: no wide load"
     elif row["dtype"] == "bf16":
         assert row["wide_loads"] > row["narrow_loads"], f"{name}: {row['narrow_loads']} narrow loads"
@@ -40,16 +54,17 @@ def _check(row: dict) -> None:
 @pytest.mark.parametrize("target", ["80", "90", "100"])
 def test_half_precision(target, rank):
     rows = _inspect("--target", target, "--rank", str(rank))
-    gather = GATHER if rank <= 64 else set()
-    assert {row["kernel"] for row in rows} == {
-        "forward",
-        "dy_pass",
-        "x_pass",
-        "low_rank_norm",
-        *gather,
-        *NO_MATMUL,
-    }
+    narrow = {*GATHER, "kext"} if rank <= 64 else set()
+    narrow |= {"single"} if rank <= 128 else set()
+    usual = {"forward", "dy_pass", "x_pass", "low_rank_norm"}
+    assert {row["kernel"] for row in rows} == {*usual, *narrow, *NO_MATMUL}
     for row in rows:
+        _check(row)
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+def test_amd(rank):
+    for row in _inspect("--target", "gfx942", "--rank", str(rank)):
         _check(row)
 
 
@@ -61,6 +76,7 @@ def test_float32_through_tf32(target):
 
 def test_low_ranks_use_hopper_warpgroup_matmuls():
     rows = _inspect("--target", "90", "--rank", "16", "--rank", "64")
-    # Sixteen rows of one adapter, or of a weight, are fewer than a warpgroup's matmul takes.
-    kinds = {row["mma"] for row in rows if row["kernel"] not in NO_MATMUL | GATHER | {"low_rank_norm"}}
+    # Sixteen rows, of one adapter, of a weight or in all, are fewer than a warpgroup's matmul takes.
+    few = GATHER | {"low_rank_norm", "single"}
+    kinds = {row["mma"] for row in rows if row["kernel"] not in NO_MATMUL | few}
     assert kinds == {"HGMMA"}

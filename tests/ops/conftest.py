@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lora_kernels import _backend
+from lora_kernels.planner import use_strategy
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +23,10 @@ def _runnable(request):
     backend = backend.removesuffix("-function")
     if reason := _backend.unavailable(backend, kind, torch.float32, 1):
         pytest.skip(f"{backend}: {reason}")
+
+
+@pytest.fixture
+def strategy(request):
+    """The Triton backend runs with this strategy during the test."""
+    with use_strategy(request.param):
+        yield request.param

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lora_linear_harness import CPU_PATHS, PATHS, case_id, run_case
 
 from lora_kernels import lora_linear, use_backend
+from lora_kernels.planner import use_strategy
 from lora_kernels.testing import TENSORS, LoraCase, lora_inputs
 
 HALF, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -47,6 +48,7 @@ VARIANTS = [
     LoraCase(lead=(40,), cols=67, out=45, rank=9, bias=True, gate="rank", x_lora=True, dropout_p=0.25),
     LoraCase(dropout_p=0.9, weight="none"),
 ]
+STRATEGIES = pytest.mark.parametrize("strategy", ("beta", "kext", "single"), indirect=True)
 SUBSETS = [(name,) for name in TENSORS] + [
     (),
     ("lora_a", "lora_b"),
@@ -66,9 +68,11 @@ def test_variant(path, case, dtype, device):
     run_case(path, replace(case, dtype=dtype), device)
 
 
+@STRATEGIES
 @pytest.mark.parametrize("case", VARIANTS, ids=case_id)
-def test_variant_triton(case, device):
-    run_case("triton", replace(case, dtype=DTYPES[VARIANTS.index(case) % 3]), device)
+def test_variant_triton(case, strategy, device):
+    dtype = DTYPES[(VARIANTS.index(case) + len(strategy)) % 3]
+    run_case("triton", replace(case, dtype=dtype), device)
 
 
 @pytest.mark.parametrize("dtype", (FP32, HALF), ids=str)
@@ -78,13 +82,20 @@ def test_rank(path, rank, dtype, device):
     run_case(path, LoraCase(lead=(9,), cols=40, rank=rank, dtype=dtype, dropout_p=0.1, gate="rank"), device)
 
 
+@STRATEGIES
 @pytest.mark.parametrize("rank", RANKS)
-def test_rank_triton(rank, device):
+def test_rank_triton(rank, strategy, device):
     dtype = DTYPES[RANKS.index(rank) % 3]
     run_case("triton", LoraCase(lead=(9,), cols=40, rank=rank, dtype=dtype, dropout_p=0.1), device)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@STRATEGIES
+def test_widest_rank_triton(strategy, device):
+    case = LoraCase(lead=(3,), cols=16, out=8, rank=512, dtype=HALF, adapter_dtype=FP32, dropout_p=0.1)
+    run_case("triton", case, device)
+
+
+@pytest.mark.parametrize("path", CPU_PATHS)
 def test_widest_rank(path, device):
     run_case(path, LoraCase(lead=(3,), cols=16, out=8, rank=512, dtype=BF16), device)
 
@@ -105,8 +116,9 @@ def test_requires_grad_subset(path, subset, dropout_p, device):
     run_case(path, case, device, requires_grad=subset)
 
 
+@STRATEGIES
 @pytest.mark.parametrize("subset", SUBSETS, ids="+".join)
-def test_requires_grad_subset_triton(subset, device):
+def test_requires_grad_subset_triton(subset, strategy, device):
     drop = 0.3 if len(subset) % 2 else 0.0
     case = LoraCase(bias=True, gate="rank", x_lora="x_lora" in subset, dropout_p=drop, dtype=HALF)
     run_case("triton", case, device, requires_grad=subset)
@@ -142,6 +154,15 @@ def test_eval_switches_dropout_off(backend, p, device):
 
 @pytest.mark.parametrize("backend", ("reference", "cpp", "triton"))
 def test_two_runs_are_bitwise_equal(backend, device):
+    _bitwise_equal(backend, device)
+
+
+@STRATEGIES
+def test_two_runs_of_a_strategy_are_bitwise_equal(strategy, device):
+    _bitwise_equal("triton", device)
+
+
+def _bitwise_equal(backend, device):
     case = LoraCase(lead=(40,), cols=72, out=40, rank=8, dropout_p=0.2, dtype=BF16)
     first, second = (run_case(backend, case, device) for _ in range(2))
     for name, value in first.items():
@@ -168,7 +189,7 @@ def test_any_shape(path, **fields):
     run_case(path, LoraCase(**fields), torch.device("cpu"), ulps=2.0)
 
 
-@settings(max_examples=8, deadline=None, database=None, derandomize=True)
+@settings(max_examples=16, deadline=None, database=None, derandomize=True)
 @given(
     lead=st.lists(st.integers(1, 5), max_size=2).map(tuple),
     cols=st.integers(1, 70),
@@ -178,7 +199,9 @@ def test_any_shape(path, **fields):
     gate=st.sampled_from(("none", "rank", "rows")),
     x_lora=st.booleans(),
     dropout_p=st.sampled_from((0.0, 0.4)),
+    strategy=st.sampled_from(("beta", "kext", "single")),
 )
-def test_any_shape_triton(**fields):
+def test_any_shape_triton(strategy, **fields):
     case = LoraCase(**fields)
-    run_case("triton", case, torch.device("cuda" if torch.cuda.is_available() else "cpu"), ulps=2.0)
+    with use_strategy(strategy):
+        run_case("triton", case, torch.device("cuda" if torch.cuda.is_available() else "cpu"), ulps=2.0)
