@@ -66,6 +66,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         directory: the folder, made where it is missing. Each file is replaced in one step.
         adapter_name: which adapter.
 
+    Of a model that is split over processes (FSDP2, tensor parallelism) every process must call this; each
+    writes the whole.
+
     Raises:
         ValueError: no such adapter.
     """
@@ -77,7 +80,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     config = configs[adapter_name]
     state, layers = lora_state_dict(model, adapter_name), lora_layers(model)
     tensors = {
-        _to_peft(key, adapter_name, layers): value.detach().cpu().contiguous() for key, value in state.items()
+        _to_peft(key, adapter_name, layers): _whole(value.detach()).cpu().contiguous()
+        for key, value in state.items()
     }
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,8 +156,23 @@ def load_adapter(
     targets = model.state_dict(keep_vars=True)
     with torch.no_grad():
         for name, tensor in tensors.items():
-            targets[by_key[name]].copy_(tensor)
+            _fill(targets[by_key[name]], tensor)
     return model
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor, gathered from all processes; any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _fill(target: Any, value: Tensor) -> None:
+    """Copies a whole tensor, into the own part of it where ``target`` is a DTensor."""
+    if hasattr(target, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        places, mesh = target.placements, target.device_mesh
+        value = distribute_tensor(value.to(target.device), mesh, places, src_data_rank=None)
+    target.copy_(value)
 
 
 def _planned(

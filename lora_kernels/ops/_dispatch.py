@@ -53,6 +53,11 @@ def call(op: str, *args: Any, backend: str | None = None) -> Any:
     return _backend.implementation(backend or _choose(op, args), op)(*args)
 
 
+def sharded(*tensors: Tensor) -> bool:
+    """Whether any is a DTensor; told without importing ``torch.distributed.tensor``."""
+    return any(type(t) not in _PLAIN and type(t).__name__ == "DTensor" for t in tensors)
+
+
 def functorch_active() -> bool:
     """Whether a transform of ``torch.func`` (grad, vjp, jvp, vmap, …) is at work."""
     return torch._C._are_functorch_transforms_active()

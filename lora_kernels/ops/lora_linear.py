@@ -75,18 +75,27 @@ def fused(
     x_lora: Tensor | None,
     scaling: float,
     dropout_p: float,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    """:func:`lora_linear` for arguments already known to fit: what modules call at every step."""
+    """:func:`lora_linear` for arguments already known to fit: what modules call at every step.
+
+    ``seed``: of the dropout, where it is not to be drawn here.
+    """
+    if _dispatch.sharded(x, lora_a):
+        from . import dtensor  # not at the top: torch.distributed.tensor takes long to import
+
+        return dtensor.on_shards(x, weight, lora_a, lora_b, bias, gate, x_lora, scaling, dropout_p)
     if _autocasts(x):
         # Outside the Function, so that autograd casts the gradients back.
         dtype = _compute_dtype(x)
         x, weight, bias, x_lora = (_cast(t, dtype) for t in (x, weight, bias, x_lora))
-    apply = _LoRALinear.apply
-    if _dispatch.functorch_active():
-        apply = _transformable
-    elif _dispatch.eager_cpp(x, lora_a.shape[0]):
-        apply = torch.ops.lora_kernels.cpp_lora_linear_autograd.default
-    return apply(x, weight, lora_a, lora_b, bias, gate, x_lora, scaling, dropout_p)
+    args = (x, weight, lora_a, lora_b, bias, gate, x_lora, scaling, dropout_p)
+    if seed is None:
+        if _dispatch.functorch_active():
+            return _transformable(*args)
+        if _dispatch.eager_cpp(x, lora_a.shape[0]):
+            return torch.ops.lora_kernels.cpp_lora_linear_autograd.default(*args)
+    return _LoRALinear.apply(*args, seed)
 
 
 def _scaling_as_gate(scaling: Tensor, gate: Tensor | None, lora_a: Tensor) -> Tensor:
@@ -197,8 +206,10 @@ class _LoRALinear(torch.autograd.Function):
         x_lora: Tensor | None,
         scaling: float,
         dropout_p: float,
+        seed: Tensor | None = None,
     ) -> Tensor:
-        seed = _dispatch.draw_seed(x) if dropout_p > 0.0 else None
+        if dropout_p > 0.0 and seed is None:
+            seed = _dispatch.draw_seed(x)
         inputs = (_rows(x), weight, lora_a, lora_b, bias, _gate_rows(gate), _rows(x_lora), seed)
         ctx.backend = _dispatch.chosen("lora_linear", *inputs)
         y, h, mask = _dispatch.call("lora_linear", *inputs, scaling, dropout_p, backend=ctx.backend)
@@ -241,8 +252,7 @@ class _LoRALinear(torch.autograd.Function):
             rows.sum(0) if needs[4] else None,
             None if dgate is None else dgate.view(gate.shape),
             None if dx_lora is None else dx_lora.view(*lead, dx_lora.shape[-1]),
-            None,
-            None,
+            *(None, None, None),
         )
 
 
@@ -301,4 +311,4 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     given = iter(torch.autograd.grad(y, wanted, rows, create_graph=True) if wanted else ())
     grads = [next(given) if n and t is not None else None for t, n in zip(inputs, needs, strict=False)]
     grads[4] = rows.sum(0) if needs[4] else None
-    return (*grads, None, None)
+    return (*grads, None, None, None)

@@ -1,14 +1,21 @@
-"""Two processes on gloo: gradients and sharded parameters as if there were one."""
+"""Data parallelism on two and four processes: gradients and parameters as if there were one."""
 
 from __future__ import annotations
 
-import socket
+import copy
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from processes import run
 
 from lora_kernels.adapters import LoRAConfig
 from lora_kernels.nn import apply_lora, lora_layers
@@ -46,10 +53,15 @@ def check(named, rank):
         torch.testing.assert_close(got, want, msg=lambda text, name=name: f"rank {rank}, {name}: {text}")
 
 
+def mine(tensor):
+    """The rows of this process."""
+    return tensor.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def ddp(rank):
     model, x, dy = build()
     wrapped = nn.parallel.DistributedDataParallel(model)
-    one_step(wrapped, x[rank * 2 : rank * 2 + 2], dy[rank * 2 : rank * 2 + 2])
+    one_step(wrapped, mine(x), mine(dy))
     check(model.named_parameters(), rank)
 
 
@@ -61,7 +73,7 @@ def fsdp2(rank):
         fully_shard(layer)
     fully_shard(model)
     assert all(hasattr(p, "full_tensor") for p in model.parameters())
-    one_step(model, x[rank * 2 : rank * 2 + 2], dy[rank * 2 : rank * 2 + 2])
+    one_step(model, mine(x), mine(dy))
     check(model.named_parameters(), rank)
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     merged_in_shards(model)
@@ -75,21 +87,49 @@ def merged_in_shards(model):
     torch.testing.assert_close(layer.merged_weight().full_tensor(), want)
 
 
-def worker(rank, port, case):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        case(rank)
-    finally:
-        dist.destroy_process_group()
+def fsdp2_with_dropout_and_checkpoints(rank):
+    """Parameters are gathered again for the second forward pass, and the mask is the first one's."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, x, dy = build()
+    for layer in lora_layers(model).values():
+        layer.adapters["default"].lora_dropout = 0.5
+    grads = []
+    for recompute in (False, True):
+        split = copy.deepcopy(model)
+        for layer in lora_layers(split).values():
+            fully_shard(layer)
+        fully_shard(split)
+        torch.manual_seed(rank)
+        y = checkpoint(split, mine(x), use_reentrant=False) if recompute else split(mine(x))
+        y.backward(mine(dy))
+        assert not torch.equal(y, split.eval()(mine(x)))
+        grads.append({n: p.grad.full_tensor() for n, p in split.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def adapters_of_fsdp2_are_saved_whole(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    from lora_kernels import load_adapter, save_adapter
+
+    model, x, _ = build()
+    y = model(x)
+    fully_shard(model)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, folder)
+        alone, *_ = build()
+        for layer in lora_layers(alone).values():
+            layer.adapters["default"].reset_parameters()
+        assert not torch.equal(alone(x), y)
+        load_adapter(alone, folder)
+        torch.testing.assert_close(alone(x), y)
 
 
-@pytest.mark.parametrize("case", [ddp, fsdp2])
-def test_two_processes_equal_one(case):
-    mp.spawn(worker, (free_port(), case), nprocs=2)
+def test_two_processes_equal_one(tmp_path):
+    cases = (ddp, fsdp2, fsdp2_with_dropout_and_checkpoints, adapters_of_fsdp2_are_saved_whole)
+    run([(case,) for case in cases], 2, tmp_path)
+
+
+def test_four_processes_equal_one(tmp_path):
+    run([(ddp,), (fsdp2,)], 4, tmp_path)

@@ -1,0 +1,93 @@
+"""Tensor parallelism: styles for ``torch.distributed.tensor.parallel.parallelize_module``.
+
+    parallelize_module(model, mesh, {"up_proj": ColwiseLoRA(), "down_proj": RowwiseLoRA()})
+
+Each process then computes its part of a :class:`LoRALinear` by the same fused call as one process alone; see
+``lora_kernels/ops/dtensor.py`` for what is split, what is summed, and how dropout draws its masks. Apply
+``fully_shard`` (FSDP2) afterwards, where both are wanted.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
+from torch.distributed.tensor.placement_types import Placement
+
+from ..adapters import Adapter
+from .linear import LoRALinear
+
+__all__ = ["ColwiseLoRA", "RowwiseLoRA"]
+
+# Their parameters but A and B know neither in nor out features.
+METHODS = ("lora", "lora_fa", "lora_xs", "sora", "dylora")
+
+
+class ColwiseLoRA(ColwiseParallel):
+    """y_p = x W_pᵀ + b_p + s · (drop(x) Aᵀ ⊙ g) B_pᵀ on process p: W, b and B are split by out features.
+
+    ``ColwiseParallel`` for a :class:`LoRALinear`; any other module is handed to it as it is. A is whole on
+    every process, its gradient the sum over them; all drop the same elements of x. The arguments are those of
+    ``ColwiseParallel``: by default x comes whole and y leaves as each process's local part.
+
+    Raises:
+        TypeError: an adapter of a method that does not split.
+        RuntimeError: the layer is merged.
+    """
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        _split(self, module, device_mesh, {"weight": Shard(0), "bias": Shard(0), "lora_B": Shard(0)})
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, LoRALinear):
+            return _stock(ColwiseParallel, self)._apply(module, device_mesh)
+        _check(module)
+        return super()._apply(module, device_mesh)
+
+
+class RowwiseLoRA(RowwiseParallel):
+    """y = Σ_p (x_p W_pᵀ + s · (drop(x_p) A_pᵀ ⊙ g) Bᵀ) + b: W and A are split by in features.
+
+    ``RowwiseParallel`` for a :class:`LoRALinear`; any other module is handed to it as it is. B is whole on
+    every process, its gradient the sum over them; each drops elements of its own part of x. The arguments are
+    those of ``RowwiseParallel``: by default x comes as each process's local part and y leaves whole.
+
+    Raises:
+        TypeError: an adapter of a method that does not split.
+        RuntimeError: the layer is merged.
+    """
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        _split(self, module, device_mesh, {"weight": Shard(1), "bias": Replicate(), "lora_A": Shard(1)})
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, LoRALinear):
+            return _stock(RowwiseParallel, self)._apply(module, device_mesh)
+        _check(module)
+        return super()._apply(module, device_mesh)
+
+
+def _stock(cls: type[ParallelStyle], style: ParallelStyle) -> ParallelStyle:
+    """The style of torch with the same options."""
+    plain = cls.__new__(cls)
+    plain.__dict__.update(vars(style))
+    return plain
+
+
+def _check(layer: LoRALinear) -> None:
+    layer._must_be_unmerged("split the layer")
+    for name, adapter in layer.adapters.items():
+        if adapter.method not in METHODS:
+            known = ", ".join(METHODS)
+            raise TypeError(f"adapter {name!r}: expected a method among {known}, got {adapter.method!r}")
+
+
+def _split(style: ParallelStyle, module: nn.Module, mesh: DeviceMesh, places: dict[str, Placement]) -> None:
+    """Splits the module's own parameters; those that are not named become whole on every process."""
+    if not isinstance(module, (LoRALinear, Adapter)):
+        return
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        place = places.get(name, Replicate())
+        value = distribute_tensor(parameter.data, mesh, [place], src_data_rank=style.src_data_rank)
+        setattr(module, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
