@@ -3,6 +3,8 @@
 //
 // The large products are ATen's. With dropout there are two in each direction, as c differs from
 // one output to the next: of d (or dY (c - 1)), and of what dropout took from x, which accumulates.
+// Where dropout takes little, the second one is sparse (dropped_pass.h): d W' is
+// (x W' - x_dropped W') / (1 - p), and dX is (dY * factor) W but where x was dropped.
 #include "dora_linear.h"
 
 #include <ATen/Parallel.h>
@@ -11,6 +13,7 @@
 
 #include "branch.h"
 #include "dropout.h"
+#include "dropped_pass.h"
 #include "lora_linear.h"
 #include "math_type.h"
 #include "scale_pass.h"
@@ -56,6 +59,15 @@ Tensor scaled(const Tensor& z, const Tensor& scale, const OptTensor& bias, bool 
   return y;
 }
 
+// y += z * (scale - 1) + bias.
+void add_scaled(Tensor& y, const Tensor& z, const Tensor& scale, const OptTensor& bias) {
+  const Tensor factor = vector_of(scale, at::kFloat).sub(1);
+  const Tensor b = has(bias) ? vector_of(*bias, at::kFloat) : Tensor();
+  const Scaling<float> pass = {matrix(z), factor.const_data_ptr<float>(),
+                               b.defined() ? b.const_data_ptr<float>() : nullptr, matrix(y), true};
+  over_rows(pass, z.size(0), z.size(1));
+}
+
 // d = drop(x), and x - d.
 std::pair<Tensor, Tensor> split(const Tensor& x_in, const Tensor& mask, double p) {
   const Tensor x = dense(x_in);
@@ -93,6 +105,111 @@ void add_kept(Tensor& into, const Tensor& x, const Tensor& mask) {
   over_rows(Keeping{matrix(x), keep, matrix(into)}, x.size(0), x.size(1));
 }
 
+// Sparse products run at about a third of the dense one's speed, so p is well below that.
+bool sparse(const Tensor& x, const Tensor& weight, double p) {
+  return x.scalar_type() == at::kFloat && p > 0 && p <= 0.2 && x.size(0) >= 32 &&
+         weight.stride(1) == 1;
+}
+
+// The dropped elements of x, in memory that lives as long as this.
+class Dropped {
+ public:
+  Dropped(const Tensor& mask, int64_t cols, const Tensor& x) {
+    const int64_t rows = mask.size(0);
+    list.chunks = (cols + kChunk - 1) / kChunk;
+    starts_ = at::zeros({rows * list.chunks + 1}, mask.options().dtype(at::kLong));
+    auto* starts = starts_.mutable_data_ptr<int64_t>();
+    const auto* keep = mask.const_data_ptr<uint8_t>();
+    const int64_t stride = mask.stride(0),
+                  grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, cols));
+    at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+      count_dropped(keep, stride, cols, {begin, end}, starts + 1);
+    });
+    for (int64_t i = 0; i < rows * list.chunks; ++i) starts[i + 1] += starts[i];
+    const int64_t total = starts[rows * list.chunks];
+    columns_ = at::empty({total}, mask.options());
+    if (x.defined()) values_ = at::empty({total}, x.options());
+    auto* columns = columns_.mutable_data_ptr<uint8_t>();
+    auto* values = x.defined() ? values_.mutable_data_ptr<float>() : nullptr;
+    const auto* from = x.defined() ? x.const_data_ptr<float>() : nullptr;
+    const int64_t x_stride = x.defined() ? x.stride(0) : 0;
+    at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+      list_dropped(keep, stride, from, x_stride, cols, {begin, end}, starts, columns, values);
+    });
+    list.starts = starts;
+    list.columns = columns;
+    list.values = values;
+  }
+
+  DroppedList list = {};
+
+ private:
+  Tensor starts_, columns_, values_;
+};
+
+// Calls run(rows, task) for blocks of rows and each of `count` other tasks.
+template <typename Run>
+void over_blocks(int64_t rows, int64_t count, Run run) {
+  const int64_t blocks = (rows + kTaskRows - 1) / kTaskRows;
+  at::parallel_for(0, blocks * count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / count * kTaskRows;
+      run(Range{first, std::min(first + kTaskRows, rows)}, task % count);
+    }
+  });
+}
+
+// base - x_dropped W'.
+Tensor without_dropped(const Tensor& base, const Tensor& x_in, const Tensor& mask,
+                       const Tensor& weight) {
+  const Tensor x = dense(x_in);
+  const int64_t rows = x.size(0), cols = x.size(1), out = weight.size(0);
+  const Dropped dropped(mask, cols, x);
+  Tensor result = base.clone();
+  const Subtraction pass = {dropped.list, weight.const_data_ptr<float>(),   weight.stride(0),
+                            cols,         result.mutable_data_ptr<float>(), out};
+  over_blocks(rows, (out + kPanel - 1) / kPanel, [&](Range block, int64_t panel) {
+    subtract(pass, block, {panel * kPanel, std::min((panel + 1) * kPanel, out)});
+  });
+  return result;
+}
+
+// Where x was dropped, dX = dY W.
+void replace_dropped(Tensor& dx, const Tensor& dy_in, const Tensor& mask, const Tensor& weight) {
+  const Tensor dy = dense(dy_in);
+  const int64_t rows = dy.size(0), cols = dx.size(1), out = dy.size(1);
+  const Dropped dropped(mask, cols, Tensor());
+  const Replacement pass = {dropped.list,
+                            dy.const_data_ptr<float>(),
+                            dy.stride(0),
+                            weight.const_data_ptr<float>(),
+                            weight.stride(0),
+                            out,
+                            cols,
+                            dx.mutable_data_ptr<float>(),
+                            cols};
+  over_blocks(rows, dropped.list.chunks, [&](Range block, int64_t chunk) {
+    const Tensor tile = at::empty({kChunk * kPiece}, dy.options());
+    replace(pass, block, chunk, tile.mutable_data_ptr<float>());
+  });
+}
+
+// The forward pass with the sparse second product.
+std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_dora_linear(
+    const Tensor& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+    const Tensor& scale, const OptTensor& bias, const Tensor& mask, double scaling, double p) {
+  const Tensor packed = shrink({x, mask, p}, pack_transposed(lora_a, at::kFloat));
+  const Tensor h = unpack(packed, lora_a.size(0), at::kFloat);
+  const Tensor b_t = lora_b.to(at::kFloat).t();
+  Tensor y = at::mm(x, weight.t());
+  Tensor z = without_dropped(y, x, mask, weight);
+  z.addmm_(h, b_t, 1.0 / (1.0 - p), scaling);
+  // y = x W' + b - d W' + z * c, and z = d W' + s h B'.
+  y.addmm_(h, b_t, 1, scaling);
+  add_scaled(y, z, scale, bias);
+  return {y, z, h, mask};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> dora_linear(const Tensor& x, const Tensor& weight,
@@ -104,6 +221,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dora_linear(const Tensor& x, const Te
   Tensor mask = at::empty({0}, x.options().dtype(at::kByte)), branch = x, rest;
   if (has(seed)) {
     mask = dropout_mask(*seed, x.size(0), x.size(1), dropout_p);
+    if (sparse(x, weight, dropout_p)) {
+      auto results =
+          sparse_dora_linear(x, weight, lora_a, lora_b, scale, bias, mask, scaling, dropout_p);
+      if (!keep_z) std::get<1>(results) = at::empty({0, weight.size(0)}, x.options());
+      return results;
+    }
     std::tie(branch, rest) = split(x, mask, dropout_p);
   }
   const Tensor packed = shrink({branch, std::nullopt, 0.0}, pack_transposed(lora_a, dtype));
@@ -121,9 +244,11 @@ std::vector<Tensor> dora_linear_backward(const Tensor& dy, const OptTensor& x, c
                                          const OptTensor& h, const OptTensor& mask, double scaling,
                                          double dropout_p, std::array<bool, 4> needs) {
   const auto [needs_x, needs_a, needs_b, needs_scale] = needs;
-  const bool drops = has(mask), needs_branch = needs_x || needs_a || needs_b;
+  const bool drops = has(mask), few = drops && sparse(dy, weight, dropout_p);
+  const bool needs_branch = needs_x || needs_a || needs_b;
   const Tensor c = vector_of(scale, dy.scalar_type());
-  const Tensor factor = drops ? c.sub(1).mul_(1.0 / (1.0 - dropout_p)) : c;
+  Tensor factor = drops ? c.sub(1).mul_(1.0 / (1.0 - dropout_p)) : c;
+  if (few) factor.add_(1);  // what a kept element of x sees of dY W
   const auto [dz, sums] =
       unscaled(dy, factor, drops ? needs_x : needs_branch, needs_scale ? z : std::nullopt);
   std::vector<Tensor> grads;
@@ -132,7 +257,10 @@ std::vector<Tensor> dora_linear_backward(const Tensor& dy, const OptTensor& x, c
     grads = lora_linear_backward(
         dy, x, std::nullopt, lora_a, lora_b.to(c.scalar_type()) * c.unsqueeze(1), h, std::nullopt,
         mask, scaling, dropout_p, false, {needs_x, needs_a, needs_b, false, false});
-    if (needs_x) {
+    if (needs_x && few) {
+      grads[0].addmm_(dz, weight);
+      replace_dropped(grads[0], dy, *mask, weight);
+    } else if (needs_x) {
       add_kept(grads[0], at::mm(dz, weight), *mask);
       grads[0].addmm_(dy, weight);
     }

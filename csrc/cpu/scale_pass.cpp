@@ -38,11 +38,15 @@ LK_INLINE void strips(Range rows, Range cols, Each each) {
 
 template <typename Math>
 LK_INLINE void scale(const Scaling<Math>& p, Range rows, int64_t cols) {
-  alignas(64) Math line[kStrip];
+  alignas(64) Math line[kStrip], sum[kStrip];
   strips(rows, {0, cols}, [&](int64_t m, int64_t col, int64_t width) LK_LAMBDA {
     read(line, p.z, m, col, width);
     for (int64_t k = 0; k < width; ++k) line[k] *= p.scale[col + k];
     for (int64_t k = 0; k < width && p.bias; ++k) line[k] += p.bias[col + k];
+    if (p.accumulate) {
+      read(sum, p.y, m, col, width);
+      for (int64_t k = 0; k < width; ++k) line[k] += sum[k];
+    }
     write(p.y, m, col, width, line);
   });
 }

@@ -21,13 +21,14 @@ struct Keep {
   double scale;
 };
 
-// y = z * scale + bias, by column; a null bias is zero. y may be z.
+// y = z * scale + bias, by column, or y += that; a null bias is zero. y may be z.
 template <typename Math>
 struct Scaling {
   Matrix z;
   const Math* scale;
   const Math* bias;
   Matrix y;
+  bool accumulate = false;
 };
 
 // scaled = dy * factor, and sums[k] = sum_m dy[m, k] z[m, k]; either may be null.

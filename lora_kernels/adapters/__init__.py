@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .base import METHODS, Adapter, Factors, make, register
 from .config import LoRAConfig
+from .dora import DoRA
 from .dylora import DyLoRA
 from .lora import LoRA
 from .lora_fa import LoRAFA
@@ -13,6 +14,7 @@ from .sora import SoRA
 __all__ = [
     "METHODS",
     "Adapter",
+    "DoRA",
     "DyLoRA",
     "Factors",
     "LoRA",

@@ -9,17 +9,24 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..ops.dora_linear import output_scale
+
 if TYPE_CHECKING:
     from .config import LoRAConfig
 
 
 class Factors(NamedTuple):
-    """s · (B ⊙ g) A, as :func:`lora_kernels.lora_linear` takes it."""
+    """s · (B ⊙ g) A, as :func:`lora_kernels.lora_linear` takes it.
+
+    With a magnitude m the adapted weight is m ⊙ (W + s B A) / ‖W + s B A‖ by row, as
+    :func:`lora_kernels.dora_linear` takes it; there is no gate beside it.
+    """
 
     lora_a: Tensor
     lora_b: Tensor
     scaling: float
     gate: Tensor | None = None
+    magnitude: Tensor | None = None
 
 
 class Adapter(nn.Module):
@@ -87,10 +94,23 @@ class Adapter(nn.Module):
 
     def delta(self, dtype: torch.dtype | None = None) -> Tensor:
         """ΔW = s · (B ⊙ g) A, ``[out, in]``, computed in ``dtype`` (by default the parameters')."""
-        lora_a, lora_b, scaling, gate = self.lower()
+        lora_a, lora_b, scaling, gate, _ = self.lower()
         if gate is not None:
             lora_b = lora_b.to(dtype) * gate.to(dtype)
         return scaling * (lora_b.to(dtype) @ lora_a.to(dtype))
+
+    def merged(self, weight: Tensor, base: Tensor) -> Tensor:
+        """W + ΔW in the dtype of ``weight``, or what else the method makes of the two.
+
+        Args:
+            weight: W, or what the active adapters before this one made of it.
+            base: W itself, whose norms DoRA takes.
+        """
+        total = weight + self.delta(weight.dtype)
+        lora_a, lora_b, scaling, _, magnitude = self.lower()
+        if magnitude is None:
+            return total
+        return output_scale(base, lora_a, lora_b, magnitude, scaling).to(total.dtype)[:, None] * total
 
     def scaling_at(self, rank: int) -> float:
         """s: alpha/rank, or alpha/√rank for rsLoRA (Kalajdzievski, 2023, arXiv 2312.03732)."""

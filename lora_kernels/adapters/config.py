@@ -32,6 +32,7 @@ class LoRAConfig:
             ``False`` (both random).
         rank_pattern: expression for the end of a dotted name -> r.
         alpha_pattern: expression for the end of a dotted name -> lora_alpha.
+        use_dora: DoRA, the same as ``method="dora"``.
         method: which parametrisation of A and B; see ``lora_kernels.adapters.METHODS``.
         method_options: options of that method.
 
@@ -51,6 +52,7 @@ class LoRAConfig:
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_dora: bool = False
     method: str = "lora"
     method_options: dict[str, Any] = field(default_factory=dict)
 
@@ -72,7 +74,15 @@ class LoRAConfig:
         self.modules_to_save = _names("modules_to_save", self.modules_to_save)  # type: ignore[assignment]
         _check_pattern("rank_pattern", self.rank_pattern, _check_rank)
         _check_pattern("alpha_pattern", self.alpha_pattern, _check_number)
+        self._settle_method()
         self._check_options()
+
+    def _settle_method(self) -> None:
+        """``use_dora`` and ``method`` say the same."""
+        if self.use_dora and self.method not in ("lora", "dora"):
+            raise ValueError(f"use_dora: expected False for the method {self.method!r}, got True")
+        self.method = "dora" if self.use_dora else self.method
+        self.use_dora = self.method == "dora"
 
     def _check_options(self) -> None:
         known = find_method(self.method).options

@@ -1,7 +1,7 @@
 """Adapters on disk in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Methods that are plain A and B (`lora`, `lora_fa`, `dylora`) are written so that PEFT reads them. Others
-carry a peft_type that PEFT refuses, since it would load only half of them.
+Methods that are plain A and B (`lora`, `lora_fa`, `dylora`), and `dora`, are written so that PEFT reads
+them. Others carry a peft_type that PEFT refuses, since it would load only half of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..nn.apply import apply_lora, lora_configs, lora_layers, lora_state_dict, p
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_PLAIN_METHODS = ("lora", "lora_fa", "dylora")
+_PLAIN_METHODS = ("lora", "lora_fa", "dylora", "dora")
 _OWN_TYPE = "LORA_KERNELS"
 _FIELDS = (
     "r",
@@ -37,12 +37,12 @@ _FIELDS = (
     "modules_to_save",
     "rank_pattern",
     "alpha_pattern",
+    "use_dora",
 )
 # Initialisers that leave the base weight alone: what they drew is in the checkpoint anyway.
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")
 # Options of PEFT that change the function computed; a checkpoint that sets one is refused.
 _REFUSED = (
-    "use_dora",
     "lora_bias",
     "fan_in_fan_out",
     "layers_to_transform",
@@ -222,10 +222,11 @@ def read_config(path: Path) -> LoRAConfig:
 
 def _config_from(values: dict[str, Any], path: Path) -> LoRAConfig:
     ours = values.get("lora_kernels") or {}
+    method = "dora" if values.get("use_dora") else "lora"
     fields = {name: values[name] for name in _FIELDS if values.get(name) is not None}
     try:
         return LoRAConfig(
-            **fields, method=ours.get("method", "lora"), method_options=ours.get("method_options", {})
+            **fields, method=ours.get("method", method), method_options=ours.get("method_options", {})
         )
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error

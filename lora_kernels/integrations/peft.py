@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
+from ..ops.dora_linear import fused_dora
 from ..ops.lora_linear import fused
 
 _DROPOUTS = (nn.Identity, nn.Dropout)
@@ -30,8 +32,10 @@ class Report:
 class FusedLoraLinear(PeftLinear):
     """PEFT's LoRA ``Linear`` with another forward; everything else, state included, is PEFT's.
 
-    y = x Wᵀ + b + Σ_i s_i · (drop_i(x) A_iᵀ) B_iᵀ over the active adapters i. Calls that the fused op does
-    not cover (mixed batches, merged, disabled, a layer changed since) go to PEFT's own forward.
+    y = x Wᵀ + b + Σ_i s_i · (drop_i(x) A_iᵀ) B_iᵀ over the active adapters i; for one adapter with DoRA
+    :func:`lora_kernels.dora_linear`. W of a Transformers ``Conv1D`` is a transposed view. Calls that the
+    fused ops do not cover (mixed batches, merged, disabled, a layer changed since, several adapters with
+    DoRA among them) go to PEFT's own forward.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -42,9 +46,12 @@ class FusedLoraLinear(PeftLinear):
         base = self._modules["base_layer"]
         if not names or (x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type)):
             return super().forward(x)
+        weight = base.weight.T if self.fan_in_fan_out else base.weight
+        if self.lora_variant and any(name in self.lora_variant for name in names):
+            return super().forward(x) if len(names) > 1 else _dora(self, names[0], x, weight, base.bias)
         if len(names) > 1 and not any(_dropout(self, name) for name in names):
-            return fused(x, base.weight, *_stacked(self, names, base.bias))
-        y = _branch(self, names[0], x, base.weight, base.bias)
+            return fused(x, weight, *_stacked(self, names, base.bias))
+        y = _branch(self, names[0], x, weight, base.bias)
         for name in names[1:]:
             y = y + _branch(self, name, x, None, None)
         return y
@@ -61,6 +68,12 @@ def _branch(layer: PeftLinear, name: str, x: Tensor, weight: Tensor | None, bias
     return fused(x, weight, lora_a, lora_b, bias, None, None, layer.scaling[name], _dropout(layer, name))
 
 
+def _dora(layer: PeftLinear, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    magnitude = layer.lora_magnitude_vector[name].weight
+    return fused_dora(x, weight, lora_a, lora_b, magnitude, bias, layer.scaling[name], _dropout(layer, name))
+
+
 def _stacked(layer: PeftLinear, names: list[str], bias: Tensor | None) -> tuple[Any, ...]:
     """The arguments of one call for several adapters: ranks side by side, their scales in the gate."""
     lora_a = torch.cat([layer.lora_A[name].weight for name in names])
@@ -74,13 +87,23 @@ def _unsupported_now(layer: PeftLinear) -> bool:
     modules = layer._modules
     variants = layer.lora_variant
     for name in layer.active_adapters:
-        if name in variants or type(modules["lora_dropout"]._modules.get(name, _IDENTITY)) not in _DROPOUTS:
+        if name in variants and not _plain_dora(layer, name):
+            return True
+        if type(modules["lora_dropout"]._modules.get(name, _IDENTITY)) not in _DROPOUTS:
             return True
         for part in ("lora_A", "lora_B"):
             module = modules[part]._modules.get(name)
             if module is not None and (_hooked(module) or module.bias is not None):
                 return True
     return _hooked(modules["base_layer"])
+
+
+def _plain_dora(layer: PeftLinear, name: str) -> bool:
+    """Whether a variant is DoRA, its magnitude beside the weight and without hooks."""
+    if type(layer.lora_variant[name]) is not DoraLinearVariant:
+        return False
+    module: Any = layer.lora_magnitude_vector[name]
+    return not _hooked(module) and module.weight.device == layer.base_layer.weight.device
 
 
 _IDENTITY = nn.Identity()
@@ -102,20 +125,26 @@ def _why_not(layer: nn.Module) -> str | None:
     if type(layer) is not PeftLinear:
         return f"{type(layer).__module__}.{type(layer).__name__} is not PEFT's LoRA Linear"
     base = layer.base_layer
-    if type(base) is not nn.Linear:
-        return f"its base layer is a {type(base).__name__}, not nn.Linear"
+    if type(base) is not nn.Linear and not _is_conv1d(base):
+        return f"its base layer is a {type(base).__name__}, not nn.Linear or Transformers' Conv1D"
     if not base.weight.is_floating_point():
         return f"its base weight is {base.weight.dtype}"
-    if layer.fan_in_fan_out:
-        return "fan_in_fan_out is set"
+    if layer.fan_in_fan_out != _is_conv1d(base):
+        return f"fan_in_fan_out is {layer.fan_in_fan_out} for a {type(base).__name__}"
     if "forward" in vars(layer):
         return "its forward was replaced"
     return _why_not_adapters(layer)
 
 
+def _is_conv1d(base: nn.Module) -> bool:
+    """Whether ``base`` is GPT-2's linear, whose weight is [in, out]."""
+    kind = type(base)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
 def _why_not_adapters(layer: PeftLinear) -> str | None:
     for name in layer.active_adapters:
-        if name in layer.lora_variant:
+        if name in layer.lora_variant and type(layer.lora_variant[name]) is not DoraLinearVariant:
             return f"adapter {name!r} uses {type(layer.lora_variant[name]).__name__}"
         if name in layer.lora_B and layer.lora_B[name].bias is not None:
             return f"adapter {name!r} has lora_bias"

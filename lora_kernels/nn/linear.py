@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import Adapter, Factors, LoRAConfig, make
+from ..ops.dora_linear import fused_dora, output_scale
 from ..ops.lora_linear import fused
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -28,6 +29,8 @@ class _Adapters(nn.ModuleDict):
 
 class LoRALinear(nn.Linear):
     """y = x Wᵀ + b + Σ_i s_i · (drop_i(x) A_iᵀ ⊙ g_i) B_iᵀ over the active adapters i
+
+    and for DoRA :func:`lora_kernels.dora_linear`.
 
     An ``nn.Linear`` (it is one: same ``weight`` and ``bias``) whose forward is one fused call. Several
     active adapters are one call too, their ranks stacked; only where dropout is on, in training, has each
@@ -147,8 +150,10 @@ class LoRALinear(nn.Linear):
             return self._forward_general(x)
         # Inline, and past ModuleDict's lookup: at small sizes each of these microseconds shows.
         adapter: Any = self.adapters._modules[self._single]
-        lora_a, lora_b, scaling, gate = adapter.lower()
+        lora_a, lora_b, scaling, gate, magnitude = adapter.lower()
         p = adapter.lora_dropout if self.training else 0.0
+        if magnitude is not None:
+            return fused_dora(x, weight, lora_a, lora_b, magnitude, self.bias, scaling, p)
         return fused(x, weight, lora_a, lora_b, self.bias, gate, None, scaling, p)
 
     def _check_input(self, x: Tensor) -> None:
@@ -165,8 +170,10 @@ class LoRALinear(nn.Linear):
         if self.merged or not self.active:
             return F.linear(x, self.weight, self.bias)
         active = [self.adapters[name] for name in self.active]
+        if any(adapter.lower().magnitude is not None for adapter in active):
+            return self._forward_scaled(x, active)
         if not self.training or not any(adapter.lora_dropout for adapter in active):
-            lora_a, lora_b, scaling, gate = stack([adapter.lower() for adapter in active])
+            lora_a, lora_b, scaling, gate, _ = stack([adapter.lower() for adapter in active])
             return fused(x, self.weight, lora_a, lora_b, self.bias, gate, None, scaling, 0.0)
         first, *others = active
         y = self._call(x, first, self.weight, self.bias)
@@ -175,9 +182,28 @@ class LoRALinear(nn.Linear):
         return y
 
     def _call(self, x: Tensor, adapter: Adapter, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        lora_a, lora_b, scaling, gate = adapter.lower()
+        lora_a, lora_b, scaling, gate, _ = adapter.lower()
         p = adapter.lora_dropout if self.training else 0.0
         return fused(x, weight, lora_a, lora_b, bias, gate, None, scaling, p)
+
+    def _forward_scaled(self, x: Tensor, active: list[Adapter]) -> Tensor:
+        """Several adapters with DoRA among them, as PEFT adds them up.
+
+        One after the other, each scales what those before it gave; its norms are those of W with itself
+        alone. Under its dropout it adds to that instead.
+        """
+        y = F.linear(x, self.weight)
+        for adapter in active:
+            lora_a, lora_b, scaling, _, magnitude = adapter.lower()
+            p = adapter.lora_dropout if self.training else 0.0
+            if magnitude is None:
+                y = y + self._call(x, adapter, None, None)
+                continue
+            scale = output_scale(self.weight, lora_a, lora_b, magnitude, scaling).to(y.dtype)
+            d = F.dropout(x, p) if p else x
+            branch = fused(d, None, lora_a, lora_b, None, None, None, scaling, 0.0)
+            y = y + (scale - 1) * (F.linear(d, self.weight) if p else y) + scale * branch
+        return y if self.bias is None else y + self.bias
 
     def _refresh(self) -> None:
         plain = self.enabled and not self.merged and len(self.active) == 1
@@ -260,12 +286,15 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W + Σ ΔW_i over the active adapters, summed in at least float32 and rounded once."""
+        """W + Σ ΔW_i over the active adapters, or what else their methods make of W.
+
+        Computed in at least float32 and rounded once.
+        """
         weight = self.base_weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         total = weight.to(wide, copy=True)
         for name in self.active:
-            total += self.adapters[name].delta(wide)
+            total = self.adapters[name].merged(total, weight)
         return total.to(weight.dtype)
 
     def merge(self) -> None:

@@ -35,7 +35,10 @@ def shake(layer: LoRALinear) -> LoRALinear:
 
 
 def dense(layer: LoRALinear, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, layer.weight + sum(a.delta() for a in layer.adapters.values()), layer.bias)
+    weight = layer.weight
+    for adapter in layer.adapters.values():
+        weight = adapter.merged(weight, layer.weight)
+    return F.linear(x, weight, layer.bias)
 
 
 @every_method
@@ -146,7 +149,7 @@ def test_a_method_is_one_short_file(method):
 
 
 def test_unknown_method_lists_those_there_are():
-    with pytest.raises(ValueError, match=r"method: expected one of dylora, lora, .*'nope'"):
+    with pytest.raises(ValueError, match=r"method: expected one of dora, dylora, lora, .*'nope'"):
         LoRAConfig(method="nope")
 
 
@@ -195,6 +198,52 @@ def test_a_frozen_down_projection_saves_no_input(method, saves_x):
     assert (rows, RANK) in saved.shapes
     y.sum().backward()
     assert layer.adapters["default"].lora_B.grad is not None
+
+
+def test_dora_scales_rows_of_the_sum():
+    layer = shake(new_layer("dora"))
+    adapter = layer.adapters["default"]
+    total = layer.weight + adapter.delta()
+    want = adapter.lora_magnitude_vector[:, None] * total / total.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(layer.merged_weight(), want)
+    torch.testing.assert_close(layer.merged_weight().norm(dim=1), adapter.lora_magnitude_vector.abs())
+
+
+def test_dora_by_either_name():
+    for config in (LoRAConfig(use_dora=True), LoRAConfig(method="dora")):
+        assert config.method == "dora" and config.use_dora
+    assert not LoRAConfig().use_dora
+    with pytest.raises(ValueError, match="use_dora: expected False for the method 'sora'"):
+        LoRAConfig(use_dora=True, method="sora")
+
+
+@pytest.mark.parametrize("init", [True, False])
+def test_dora_magnitude_starts_at_the_norms(init):
+    layer = new_layer("dora", init_lora_weights=init)
+    adapter = layer.adapters["default"]
+    norms = (layer.weight + adapter.delta()).norm(dim=1)
+    torch.testing.assert_close(adapter.lora_magnitude_vector, norms)
+    assert torch.equal(make(3, 2, LoRAConfig(r=1, use_dora=True)).lora_magnitude_vector, torch.ones(2))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_two_dora_adapters_scale_one_after_the_other(training):
+    """PEFT's way; with the first one's dropout on, what it does adds to the base."""
+    layer = new_layer("dora", lora_dropout=0.0)
+    layer.add_adapter("second", LoRAConfig(r=3, use_dora=True, lora_dropout=0.3))
+    layer.set_adapter(["default", "second"])
+    shake(layer).train(training)
+    x = torch.randn(4, IN, dtype=torch.float64)
+    torch.manual_seed(3)
+    y = layer(x)
+    if not training:
+        torch.testing.assert_close(y, F.linear(x, layer.merged_weight(), layer.bias))
+        return
+    torch.manual_seed(3)
+    d, base, (first, second) = F.dropout(x, 0.3), layer.weight, layer.adapters.values()
+    low = first.merged(base, base)
+    want = F.linear(x, low, layer.bias) + F.linear(d, second.merged(base, base) - base)
+    torch.testing.assert_close(y, want)
 
 
 @pytest.mark.parametrize("width", [(12, 10), (24, 20)])

@@ -26,5 +26,26 @@ def bert():
 
 
 @pytest.fixture
+def gpt2():
+    """Makes the same tiny decoder, whose linears are Conv1D, at every call."""
+
+    def make(dtype=torch.float32):
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(
+            vocab_size=50,
+            n_positions=16,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+        return transformers.GPT2Model(config).to(dtype)
+
+    return make
+
+
+@pytest.fixture
 def tokens():
     return torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(1))

@@ -80,6 +80,41 @@ def test_the_fused_op_is_what_runs(bert, tokens, monkeypatch):
     assert len(calls) == 10
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dora_is_pefts(bert, tokens, dropout, monkeypatch):
+    import lora_kernels.integrations.peft as module
+
+    calls, real = [], module.fused_dora
+    monkeypatch.setattr(module, "fused_dora", lambda *args: (calls.append(1), real(*args))[1])
+    model = wrap(bert(), use_dora=True, lora_dropout=dropout).eval()
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= torch.linspace(0.5, 1.5, len(parameter))
+    assert len(accelerate(model).accelerated) == 10
+    assert_same_as_peft(model, tokens)
+    assert len(calls) == 10
+
+
+def test_two_adapters_with_dora_stay_pefts(bert, tokens):
+    model = wrap(bert(), use_dora=True)
+    model.add_adapter("other", LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS))
+    randomise(model)
+    model.base_model.set_adapter(["default", "other"])
+    before = run(model, tokens)
+    accelerate(model)
+    after = run(model, tokens)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_conv1d_of_gpt2(gpt2, tokens, use_dora):
+    options = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": use_dora}
+    model = wrap(gpt2(), **options)
+    report = accelerate(model)
+    assert len(report.accelerated) == 4 and not report.skipped
+    assert_same_as_peft(model, tokens)
+
+
 def test_two_active_adapters_are_one_call(bert, tokens):
     model = wrap(bert())
     model.add_adapter("other", LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS))
@@ -170,9 +205,8 @@ def test_gradient_checkpointing(bert, tokens):
         torch.testing.assert_close(checkpointed[name], plain[name])
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=str)
-def test_what_is_unsupported_stays_pefts(bert, tokens, options):
-    model = wrap(bert(), **options)
+def test_what_is_unsupported_stays_pefts(bert, tokens):
+    model = wrap(bert(), lora_bias=True)
     before = run(model, tokens)
     report = accelerate(model)
     assert not report.accelerated and len(report.skipped) == 10

@@ -236,3 +236,28 @@ def test_bad_arguments(change, error, match):
     inputs = {**dora_inputs(LoraCase()), "scaling": 0.75, "dropout_p": 0.0, **change}
     with pytest.raises(error, match=match):
         dora_linear(**inputs)
+
+
+@pytest.mark.parametrize("cols,out", [(128, 64), (300, 70), (1, 129), (513, 5)])
+@pytest.mark.parametrize("dropout_p", [0.01, 0.1, 0.2])
+def test_sparse_second_product(dropout_p, cols, out):
+    """From 32 rows on and for a small p the C++ kernels multiply only what was dropped."""
+    case = LoraCase(lead=(33,), cols=cols, out=out, rank=3, bias=True, dropout_p=dropout_p)
+    check("cpp", case, torch.device("cpu"), ulps=4.0)
+    check("cpp", replace(case, lead=(530,)), torch.device("cpu"), ulps=4.0)
+
+
+def test_sparse_product_does_not_depend_on_the_threads():
+    case, found = LoraCase(lead=(70,), cols=200, out=300, dropout_p=0.1), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)
+            inputs = leaves(dora_inputs(case), ("x", "lora_a", "lora_b", "magnitude"))
+            y = call("cpp", inputs, case)
+            y.sum().backward()
+            found.append([y, inputs["magnitude"].grad, inputs["lora_a"].grad, inputs["lora_b"].grad])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
