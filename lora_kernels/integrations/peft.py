@@ -124,7 +124,7 @@ def _why_not(layer: nn.Module) -> str | None:
         return None
     if type(layer) is not PeftLinear:
         return f"{type(layer).__module__}.{type(layer).__name__} is not PEFT's LoRA Linear"
-    base = layer.base_layer
+    base: Any = layer.base_layer
     if type(base) is not nn.Linear and not _is_conv1d(base):
         return f"its base layer is a {type(base).__name__}, not nn.Linear or Transformers' Conv1D"
     if not base.weight.is_floating_point():
