@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: ``auto``, ``reference``, ``triton`` or ``cpp``.
+"""Which implementation of an op runs: ``auto``, ``reference``, ``triton``, ``cpp`` or ``cuda``.
 
 Each backend has one function per op of ``_ops.py``. ``auto`` picks by device and dtype and never fails
 where the reference would work; a backend that was asked for by name raises :class:`BackendError` when
@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 
-from . import _extension, _settings
+from . import _extension, _ops, _settings
 
-BACKENDS = ("auto", "reference", "triton", "cpp")
+BACKENDS = ("auto", "reference", "triton", "cpp", "cuda")
 TRITON_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 CPP_DTYPES = TRITON_DTYPES | {torch.float64}
 # A wider rank is a dense GEMM, for which the vendor's library is the right tool.
 TRITON_MAX_RANK = 512
+CUDA_DTYPES = frozenset({torch.float16, torch.bfloat16})
+CUDA_MAX_RANK = 256
 
 
 class BackendError(RuntimeError):
@@ -51,7 +53,7 @@ def use_backend(name: str) -> Iterator[None]:
     the backend of its forward pass.
 
     Args:
-        name: ``auto``, ``reference``, ``triton`` or ``cpp``.
+        name: ``auto``, ``reference``, ``triton``, ``cpp`` or ``cuda``.
 
     Raises:
         ValueError: the name is not a backend.
@@ -84,6 +86,8 @@ def unavailable(name: str, device_type: str, dtype: torch.dtype, rank: int) -> s
         return _triton_unavailable(device_type, dtype, rank)
     if name == "cpp":
         return _cpp_unavailable(device_type, dtype)
+    if name == "cuda":
+        return _cuda_unavailable(device_type, dtype, rank)
     return None
 
 
@@ -103,6 +107,16 @@ def _cpp_unavailable(device_type: str, dtype: torch.dtype) -> str | None:
     if dtype not in CPP_DTYPES:
         return f"it takes float16, bfloat16, float32 and float64, not {dtype}"
     return _extension.load()
+
+
+def _cuda_unavailable(device_type: str, dtype: torch.dtype, rank: int) -> str | None:
+    if device_type != "cuda":
+        return f"it runs on CUDA cards, and the tensors are on {device_type}"
+    if dtype not in CUDA_DTYPES:
+        return f"its kernels take float16 and bfloat16, not {dtype}"
+    if not 1 <= rank <= CUDA_MAX_RANK:
+        return f"its kernels take rank 1 to {CUDA_MAX_RANK}, not {rank}"
+    return _extension.load() or _extension.cuda_missing()
 
 
 def resolve(device_type: str, dtype: torch.dtype, rank: int) -> str:
@@ -127,10 +141,13 @@ def _resolve(name: str, device_type: str, dtype: torch.dtype, rank: int) -> str:
 
 @functools.cache
 def implementation(backend: str, op: str) -> Callable[..., Any]:
-    """The function of ``backend`` that computes ``op`` (a stem of ``_ops.py``)."""
-    if backend == "cpp":
-        return getattr(torch.ops.lora_kernels, f"cpp_{op}").default
-    package = {"reference": "reference", "triton": "kernels"}[backend]
+    """The function of ``backend`` that computes ``op`` (a stem of ``_ops.py``).
+
+    ``cuda`` has forward kernels, with the data of Triton's: a backward pass that follows one is Triton's.
+    """
+    if backend == "cpp" or (backend == "cuda" and op in _ops.CUDA_OPS):
+        return getattr(torch.ops.lora_kernels, f"{backend}_{op}").default
+    package = {"reference": "reference", "triton": "kernels", "cuda": "kernels"}[backend]
     stem = "dropout" if "dropout" in op else op.removesuffix("_backward")
     return getattr(importlib.import_module(f"{__package__}.{package}.{stem}"), op)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 
-from . import _settings
+import torch
+
+from . import _ops, _settings
 
 
 @functools.cache
@@ -20,3 +22,12 @@ def load() -> str | None:
     except ImportError as error:
         return f"the extension does not load, rebuild it against this torch: {error}"
     return None
+
+
+@functools.cache
+def cuda_missing() -> str | None:
+    """Why the loaded extension has no CUDA kernels, or ``None``."""
+    op = f"{_ops.NAMESPACE}::cuda_{_ops.CUDA_OPS[0]}"
+    if torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA"):
+        return None
+    return "the extension was built without its CUDA kernels (no nvcc, or a torch without CUDA)"

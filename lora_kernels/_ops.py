@@ -1,7 +1,8 @@
 """Every op's schema and fake kernel: the machine surface of the package.
 
 ``lora_kernels::<op>`` is opaque to tracers; which backend computes it is decided when it runs.
-``lora_kernels::cpp_<op>`` has the same schema and is implemented in ``csrc/``.
+``lora_kernels::cpp_<op>`` and ``lora_kernels::cuda_<op>`` have the same schema and are implemented in
+``csrc/``.
 
 Shapes: M rows (tokens), K in features, N out features, R rank.
 """
@@ -77,6 +78,14 @@ CPP_OPS = (
     "row_dropout_mask",
     "multi_lora_linear",
     "multi_lora_linear_backward",
+)
+# Ops that csrc/cuda implements, under the name `cuda_<op>`.
+CUDA_OPS = ("multi_lora_linear",)
+# With the base product in the same launch: what an eager call on a card runs for a few rows.
+CUDA_FUSED = (
+    "cuda_multi_lora_linear_fused(Tensor x, Tensor weight, Tensor? bias, Tensor a_pages, Tensor b_pages,"
+    " Tensor pages, Tensor spans, Tensor coef, Tensor order, Tensor offsets, Tensor tiles,"
+    " SymInt max_rank) -> Tensor"
 )
 # Differentiable in C++: what an eager call on the CPU runs. It decomposes, so it has no fake.
 CPP_AUTOGRAD = (
@@ -253,3 +262,6 @@ for _op, _schema in SCHEMAS.items():
 for _op in CPP_OPS:
     _define(f"cpp_{_op}", SCHEMAS[_op], _FAKES[_op])
 _library.define(CPP_AUTOGRAD)
+for _op in CUDA_OPS:
+    _define(f"cuda_{_op}", SCHEMAS[_op], _FAKES[_op])
+_library.define(CUDA_FUSED)

@@ -16,7 +16,7 @@ def _flag(name: str) -> bool:
 class Settings:
     """A snapshot of the environment; the comments are the documentation of each variable."""
 
-    # LORA_KERNELS_BACKEND: auto | reference | triton | cpp; the backend outside `use_backend`.
+    # LORA_KERNELS_BACKEND: auto | reference | triton | cpp | cuda; the backend outside `use_backend`.
     backend: str
     # LORA_KERNELS_SKIP_EXTENSION: 1 leaves the compiled extension unloaded, as if it were not built.
     skip_extension: bool

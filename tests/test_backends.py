@@ -60,15 +60,17 @@ def test_an_error_in_the_block_restores():
     assert active_backend() == before
 
 
-@pytest.mark.parametrize("name", ("cuda", "", "Reference", None, 3))
+@pytest.mark.parametrize("name", ("gpu", "", "Reference", None, 3))
 def test_unknown_name(name):
     before = active_backend()
-    with pytest.raises(ValueError, match=r"^backend: expected one of auto, reference, triton, cpp, got "):
+    with pytest.raises(
+        ValueError, match=r"^backend: expected one of auto, reference, triton, cpp, cuda, got "
+    ):
         use_backend(name).__enter__()
     assert active_backend() == before
 
 
-@pytest.mark.parametrize("name", ("auto", "reference", "triton", "cpp"))
+@pytest.mark.parametrize("name", ("auto", "reference", "triton", "cpp", "cuda"))
 def test_environment_variable(name):
     done = python("import lora_kernels; print(lora_kernels.active_backend())", LORA_KERNELS_BACKEND=name)
     assert done.stdout.strip() == name, done.stderr
@@ -77,7 +79,7 @@ def test_environment_variable(name):
 def test_wrong_environment_variable():
     done = python("import lora_kernels", LORA_KERNELS_BACKEND="fastest")
     assert done.returncode != 0
-    assert "backend: expected one of auto, reference, triton, cpp, got 'fastest'" in done.stderr
+    assert "backend: expected one of auto, reference, triton, cpp, cuda, got 'fastest'" in done.stderr
 
 
 FORCED = """
@@ -95,6 +97,7 @@ except lk.BackendError as error:
     (
         ("cpp", {"LORA_KERNELS_SKIP_EXTENSION": "1"}, "LORA_KERNELS_SKIP_EXTENSION is set"),
         ("triton", {}, "the tensors are on cpu and TRITON_INTERPRET is not set"),
+        ("cuda", {}, "it runs on CUDA cards, and the tensors are on cpu"),
     ),
 )
 def test_forced_backend_says_why_it_cannot_run(name, environment, why):

@@ -53,7 +53,8 @@ def _state(name: str, device: str) -> str:
     from .. import _backend
 
     kind = "cpu" if name == "cpp" else device
-    reason = _backend.unavailable(name, kind, torch.float32, 8)
+    dtype = torch.bfloat16 if name == "cuda" else torch.float32
+    reason = _backend.unavailable(name, kind, dtype, 8)
     return f"on, for {kind} tensors" if reason is None else f"off: {reason}"
 
 

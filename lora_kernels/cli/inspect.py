@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if reason is not None:
         print(f"inspect: the kernels cannot be compiled: {reason}")
         return 1
-    from ..kernels import aot
+    from ..kernels import aot, cuda_static
 
     targets = [f"sm_{name}" if name.isdigit() else name for name in args.target or aot.TARGETS]
     if unknown := set(targets) - set(aot.TARGETS):
@@ -52,4 +52,6 @@ def run(args: argparse.Namespace) -> int:
                 print(json.dumps(row), flush=True)
             else:
                 print("  ".join(f"{row[name]!s:>10}" for name in COLUMNS), flush=True)
+    if not args.rank and not args.dtype:  # the CUDA kernels have neither
+        cuda_static.print_table(args.target, args.json)
     return 0

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import _backend, _ops
+from . import _decode
 
 _PLAIN = (Tensor, Parameter)
 # The rank that each op works with, from its arguments.
@@ -38,6 +39,13 @@ def _choose(op: str, args: tuple[Any, ...]) -> str:
         return _backend.resolve(lead.device.type, torch.float32, 1)
     if lead.shape[0] == 0:  # nothing to launch a kernel for
         return "reference"
+    active = _backend.active_backend()
+    if active == "cuda" or (active == "auto" and op in _ops.CUDA_OPS and lead.device.type == "cuda"):
+        reason = _decode.misfit(op, args)
+        if reason is None:
+            return "cuda"
+        if active == "cuda":
+            raise _backend.BackendError(f"backend 'cuda' cannot run: {reason}")
     return _backend.resolve(lead.device.type, lead.dtype, _RANKS[op](args))
 
 
@@ -61,6 +69,11 @@ def sharded(*tensors: Tensor) -> bool:
 def functorch_active() -> bool:
     """Whether a transform of ``torch.func`` (grad, vjp, jvp, vmap, …) is at work."""
     return torch._C._are_functorch_transforms_active()
+
+
+def fused_decode(x: Tensor, weight: Tensor | None, bias: Tensor | None, layout: tuple[Any, ...]) -> Any:
+    """Base product and delta in one launch, or ``None`` where none fits."""
+    return None if _opaque(x) else _decode.fused(x, weight, bias, layout)
 
 
 def eager_cpp(x: Tensor, rank: int) -> bool:

@@ -174,6 +174,12 @@ def multi_lora_linear(
     coef = scalings[plan.ids]
     coef = coef if weights is None else coef * weights.reshape(-1).to(coef.dtype)
     ps = _slot_ps(dropout_ps, len(adapters), plan) if training and dropout_ps is not None else None
+    if ps is None:
+        factors = (adapters.a_pages, adapters.b_pages, adapters.pages, adapters.spans)
+        layout = (*factors, coef, plan.order, plan.offsets, plan.tiles, adapters.max_rank)
+        y = _dispatch.fused_decode(x, weight, bias, layout)
+        if y is not None:
+            return y
     return _MultiLoRALinear.apply(
         *(x, weight, bias, adapters.a_pages, adapters.b_pages, coef, adapters.pages, adapters.spans),
         *(plan, ps, adapters.max_rank),
