@@ -9,6 +9,7 @@
 #include "cpu/lora_linear_autograd.h"
 #include "cpu/low_rank_norm.h"
 #include "cpu/multi_lora_linear.h"
+#include "cpu/stacked_lora.h"
 
 TORCH_LIBRARY_IMPL(lora_kernels, CPU, library) {
   library.impl("cpp_low_rank_norm", lora_kernels::low_rank_norm);
@@ -18,6 +19,9 @@ TORCH_LIBRARY_IMPL(lora_kernels, CPU, library) {
   library.impl("cpp_row_dropout_mask", lora_kernels::row_dropout_mask);
   library.impl("cpp_multi_lora_linear", lora_kernels::multi_lora_linear);
   library.impl("cpp_multi_lora_linear_backward", lora_kernels::multi_lora_linear_backward);
+  library.impl("cpp_stacked_lora_shrink", lora_kernels::stacked_lora_shrink);
+  library.impl("cpp_stacked_lora_expand", lora_kernels::stacked_lora_expand);
+  library.impl("cpp_stacked_lora_linear", lora_kernels::stacked_lora_linear);
   library.impl("cpp_lora_linear", lora_kernels::lora_linear);
   library.impl("cpp_lora_linear_backward", lora_kernels::lora_linear_backward);
 }

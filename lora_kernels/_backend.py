@@ -148,8 +148,16 @@ def implementation(backend: str, op: str) -> Callable[..., Any]:
     if backend == "cpp" or (backend == "cuda" and op in _ops.CUDA_OPS):
         return getattr(torch.ops.lora_kernels, f"{backend}_{op}").default
     package = {"reference": "reference", "triton": "kernels", "cuda": "kernels"}[backend]
-    stem = "dropout" if "dropout" in op else op.removesuffix("_backward")
+    stem = _stem(op)
     return getattr(importlib.import_module(f"{__package__}.{package}.{stem}"), op)
+
+
+def _stem(op: str) -> str:
+    """The file that has the op, in each backend's package."""
+    for family in ("dropout", "stacked_lora"):
+        if family in op:
+            return family
+    return op.removesuffix("_backward")
 
 
 def automatic(device_type: str) -> str:

@@ -67,6 +67,26 @@ SCHEMAS = {
         " Tensor? h, Tensor? mask, float scaling, float dropout_p, bool[4] needs) -> Tensor[]"
     ),
 }
+# Ops that write into their last argument, of a server's stacks [adapters, *, *], one a slice. Segment i
+# is the rows `order[starts[i]:starts[i] + counts[i]]` of adapter `ids[i]`, none where that is negative.
+IN_PLACE = {
+    # h [slices, M, max_rank]; `mapping` [M] is negative for a row without an adapter, whose h is zero.
+    "stacked_lora_shrink": (
+        "(Tensor x, Tensor[] lora_a, Tensor order, Tensor starts, Tensor counts, Tensor ids,"
+        " Tensor mapping, float scaling, Tensor(a!) h) -> ()"
+    ),
+    # The slices' columns of y from `offset` on are set, or added to; other rows and columns stay.
+    "stacked_lora_expand": (
+        "(Tensor h, Tensor[] lora_b, Tensor order, Tensor starts, Tensor counts, Tensor ids,"
+        " SymInt offset, bool add, Tensor(a!) y) -> ()"
+    ),
+    # Both. With `ranks` there is one `lora_a`, which has the slices one after the other by that rank.
+    "stacked_lora_linear": (
+        "(Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor? order, Tensor starts, Tensor counts,"
+        " Tensor ids, Tensor? ranks, Tensor? scalings, float scaling, SymInt offset, bool add,"
+        " Tensor(a!) y) -> ()"
+    ),
+}
 # Ops that csrc/ implements too, under the name `cpp_<op>`.
 CPP_OPS = (
     "dora_linear",
@@ -232,6 +252,10 @@ def _fake_dora_linear_backward(
     return [g.new_empty(g.shape) for g, needed in zip(grads, needs, strict=True) if needed]
 
 
+def _fake_in_place(*args: object) -> None:
+    """Nothing is returned, and what is written keeps its shape."""
+
+
 def register(op: str, function: Callable[..., object]) -> None:
     """Makes ``function`` the kernel of ``lora_kernels::<op>`` on every device."""
     _library.impl(op, function, "CompositeExplicitAutograd")
@@ -261,6 +285,9 @@ for _op, _schema in SCHEMAS.items():
     _define(_op, _schema, _FAKES[_op])
 for _op in CPP_OPS:
     _define(f"cpp_{_op}", SCHEMAS[_op], _FAKES[_op])
+for _op, _schema in IN_PLACE.items():
+    _define(_op, _schema, _fake_in_place)
+    _define(f"cpp_{_op}", _schema, _fake_in_place)
 _library.define(CPP_AUTOGRAD)
 for _op in CUDA_OPS:
     _define(f"cuda_{_op}", SCHEMAS[_op], _FAKES[_op])

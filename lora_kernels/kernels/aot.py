@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import beta, dora_linear, dropout, kext, low_rank_norm, multi_lora_linear, single
+from . import beta, dora_linear, dropout, kext, low_rank_norm, multi_lora_linear, single, stacked_lora
 from .config import (
     GemmTile,
     Tile,
@@ -99,6 +99,7 @@ def specs(dtypes: tuple[str, ...] = ("bf16",), ranks: tuple[int, ...] = RANKS) -
             yield from _strategy_specs(dtype, rank)
             yield from _multi_specs(dtype, rank)
             yield from _dora_specs(dtype, rank)
+            yield from _stacked_specs(dtype, rank)
         yield from _elementwise_specs(dtype)
     yield Spec("sum_parts", "", "fp32", 0, beta.sum_parts_kernel, {"BLOCK": 1024}, None, {"out_ptr": "*bf16"})
     pointers = {"mask_ptr": "*u8", "seed_ptr": "*i64", "limit_ptr": "*i64"}
@@ -197,6 +198,35 @@ def _multi_specs(dtype: str, rank: int) -> Iterator[Spec]:
             yield Spec(kernel, variant, dtype, rank, fn, constants, tile, types)
 
 
+def _stacked_specs(dtype: str, rank: int) -> Iterator[Spec]:
+    """A server's stacks: vLLM's with several slices, SGLang's with each adapter's own rank."""
+    if rank > 64:
+        return
+    integers = dict.fromkeys(("order_ptr", "starts_ptr", "counts_ptr", "ids_ptr", "ranks_ptr"), "*i32")
+    data = dict.fromkeys(("x_ptr", "stack_ptr", "out_ptr"), f"*{dtype}")
+    types = {**integers, **data, "places_ptr": "*i64", "mapping_ptr": "*i32"}
+    tile = page_tile(4096, rank, _ITEMSIZE[dtype])
+    for variant, own in (("padded", False), ("ranks", True)):
+        flags = {"HAS_ORDER": True, "HAS_RANKS": own, "ALIGN": 8, "SEGMENTS": 64, "PRECISION": "tf32"}
+        expand = {**flags, "HAS_SCALINGS": own, "ADD": True, "EIGHTS": own}
+        yield Spec(
+            "stacked_shrink", variant, dtype, rank, stacked_lora.stacked_shrink_kernel, flags, tile, types
+        )
+        yield Spec(
+            "stacked_expand", variant, dtype, rank, stacked_lora.stacked_expand_kernel, expand, tile, types
+        )
+    yield Spec(
+        "stacked_sum",
+        "",
+        dtype,
+        rank,
+        stacked_lora.stacked_sum_kernel,
+        {"BLOCK": rank},
+        None,
+        types | {"out_ptr": "*fp32"},
+    )
+
+
 _POINTERS = (
     *("a_ptr", "b_ptr", "c_ptr", "w_ptr", "bias_ptr", "branch_ptr"),
     *("x_ptr", "h_ptr", "y_ptr", "out_ptr", "dy_ptr", "dh_ptr", "dx_ptr"),
@@ -214,6 +244,8 @@ _UNSPECIALISED = (
     "adapters",
     "per_row",
     "splits",
+    "segments",
+    "slices",
 )
 
 

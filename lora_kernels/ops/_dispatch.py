@@ -26,6 +26,10 @@ _RANKS: dict[str, Callable[[tuple[Any, ...]], int]] = {
     "dora_linear_backward": lambda args: args[3].shape[0],
     "multi_lora_linear": lambda args: args[-2],
     "multi_lora_linear_backward": lambda args: args[-2],
+    # A stack's ranks: an A has them as rows, a B as columns.
+    "stacked_lora_shrink": lambda args: args[1][0].shape[-2],
+    "stacked_lora_expand": lambda args: args[1][0].shape[-1],
+    "stacked_lora_linear": lambda args: args[2][0].shape[-1],
 }
 
 
@@ -99,5 +103,5 @@ def _kernel(op: str) -> Callable[..., Any]:
     return run
 
 
-for _op in _ops.SCHEMAS:
+for _op in (*_ops.SCHEMAS, *_ops.IN_PLACE):
     _ops.register(_op, _dropout_seed if _op == "dropout_seed" else _kernel(_op))
