@@ -51,20 +51,34 @@ LK_INLINE void scale(const Scaling<Math>& p, Range rows, int64_t cols) {
   });
 }
 
+// Rows whose products are summed by themselves first: a long sum in float32 would lose digits.
+constexpr int64_t kSumRows = 32;
+
 template <typename Math>
-LK_INLINE void unscale(const Unscaling<Math>& p, Range rows, Range cols) {
-  alignas(64) Math dy[kStrip], other[kStrip];
-  strips(rows, cols, [&](int64_t m, int64_t col, int64_t width) LK_LAMBDA {
+LK_INLINE void unscale_rows(const Unscaling<Math>& p, Range rows, int64_t col, int64_t width) {
+  alignas(64) Math dy[kStrip], other[kStrip], sums[kStrip] = {};
+  for (int64_t m = rows.begin; m < rows.end; ++m) {
     read(dy, p.dy, m, col, width);
     if (p.sums) {
       read(other, p.z, m, col, width);
-      for (int64_t k = 0; k < width; ++k) p.sums[col + k] += dy[k] * other[k];
+      for (int64_t k = 0; k < width; ++k) sums[k] += dy[k] * other[k];
     }
     if (p.scaled.data) {
       for (int64_t k = 0; k < width; ++k) other[k] = dy[k] * p.factor[col + k];
       write(p.scaled, m, col, width, other);
     }
-  });
+  }
+  for (int64_t k = 0; k < width && p.sums; ++k) p.sums[col + k] += sums[k];
+}
+
+template <typename Math>
+LK_INLINE void unscale(const Unscaling<Math>& p, Range rows, Range cols) {
+  for (int64_t col = cols.begin; col < cols.end; col += kStrip) {
+    for (int64_t m = rows.begin; m < rows.end; m += kSumRows) {
+      const Range block = {m, std::min(m + kSumRows, rows.end)};
+      unscale_rows(p, block, col, std::min(kStrip, cols.end - col));
+    }
+  }
 }
 
 template <typename Math>

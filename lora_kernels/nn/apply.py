@@ -11,7 +11,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..adapters import Adapter, LoRAConfig
-from .linear import LoRALinear, _check_name
+from .adapter_layer import _check_name
+from .linear import LoRALinear
 
 ALL_LINEAR = "all-linear"
 _CONFIGS = "_lora_configs"

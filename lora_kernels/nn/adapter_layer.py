@@ -1,0 +1,263 @@
+"""What every drop-in layer shares: named adapters on a base layer that it is itself."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import ItemsView, Iterable, Iterator, ValuesView
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Adapter, LoRAConfig, make
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class _Adapters(nn.ModuleDict):
+    """Adapters by name."""
+
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: str) -> Adapter: ...
+        def values(self) -> ValuesView[Adapter]: ...
+        def items(self) -> ItemsView[str, Adapter]: ...
+
+
+class AdapterLayer(nn.Module):
+    """Adapters by name, and which of them are active, merged or off; mixed into a layer of ``base_type``.
+
+    A subclass is its base layer too: the same parameters under the same names, and any method of it. It
+    writes the forward pass, and where its weight is not [out, in] ``_matrix`` and ``_unmatrix``.
+    """
+
+    base_type: ClassVar[type[nn.Module]]
+    weight: Tensor
+    adapters: _Adapters
+    _unmerged: Tensor | None
+
+    @classmethod
+    def _share(cls, base: nn.Module) -> Self:
+        """A layer without adapters on the very parameters of ``base``."""
+        kind = cls.base_type
+        if type(base) is not kind or "forward" in vars(base):
+            what = "one whose forward was replaced" if type(base) is kind else type(base).__name__
+            noun = kind.__name__.lower()
+            raise TypeError(f"{noun}: expected an nn.{kind.__name__}, got {what}")
+        layer = cls.__new__(cls)
+        state = dict(vars(base))
+        for name in ("_parameters", "_buffers", "_modules"):
+            state[name] = dict(state[name])
+        layer.__dict__.update(state)
+        layer._start()
+        return layer
+
+    @classmethod
+    def _wrap(cls, base: nn.Module, config: LoRAConfig | None, adapter_name: str, options: Any) -> Self:
+        """:meth:`_share` with one adapter, from a config or from its fields."""
+        if config is not None and options:
+            raise TypeError(f"config: expected either a config or keywords, got both ({', '.join(options)})")
+        layer = cls._share(base)
+        layer.add_adapter(adapter_name, config if config is not None else LoRAConfig(**options))
+        return layer
+
+    def _start(self) -> None:
+        self.adapters = _Adapters()
+        self.active: tuple[str, ...] = ()
+        self.merged: tuple[str, ...] = ()
+        self.enabled = True
+        # The name of the one adapter that a plain fused call serves, for the shortest way through forward.
+        self._single: str | None = None
+        self.register_buffer("_unmerged", None, persistent=False)
+        for parameter in (self.weight, getattr(self, "bias", None)):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        """Draws W and b anew, as the base layer does, and then every adapter."""
+        super().reset_parameters()  # type: ignore[misc]
+        adapters = self._modules.get("adapters")  # absent while the base layer builds itself
+        for adapter in adapters.values() if isinstance(adapters, _Adapters) else ():
+            self._draw(adapter)
+
+    def _refresh(self) -> None:
+        plain = self.enabled and not self.merged and len(self.active) == 1
+        self._single = self.active[0] if plain else None
+
+    def make_adapter(self, config: LoRAConfig) -> Adapter:
+        """An adapter that fits this layer; :meth:`add_adapter` adds it."""
+        weight = self.base_weight
+        if not weight.is_floating_point():
+            raise TypeError(f"weight: expected a floating dtype, got {weight.dtype}")
+        dtype = torch.float32 if weight.dtype in _HALF else weight.dtype
+        matrix = self._matrix(weight)
+        out_features, in_features = matrix.shape
+        return make(in_features, out_features, config, weight=matrix, device=weight.device, dtype=dtype)
+
+    def _draw(self, adapter: Adapter) -> None:
+        """Draws the parameters of an adapter anew."""
+        adapter.reset_parameters(self._matrix(self.base_weight))
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """A tensor of the weight's shape as the [out, in] that adapters change; a view."""
+        return weight
+
+    def _unmatrix(self, matrix: Tensor) -> Tensor:
+        """Undoes :meth:`_matrix`."""
+        return matrix
+
+    def add_adapter(self, name: str, config: LoRAConfig | Adapter, *, activate: bool | None = None) -> None:
+        """Adds an adapter; the first one becomes active, a later one waits for :meth:`set_adapter`.
+
+        Args:
+            name: a new name, without dots.
+            config: what it is, or an adapter of :meth:`make_adapter`.
+            activate: whether to make it the active one, whatever it is the first or not.
+
+        Raises:
+            ValueError: the name is taken, or no name.
+        """
+        _check_name(name, self.adapters)
+        adapter = config if isinstance(config, Adapter) else self.make_adapter(config)
+        adapter.train(self.training)
+        activate = not self.adapters if activate is None else activate
+        if activate:
+            self._must_be_unmerged("add an active adapter")
+        self.adapters[name] = adapter
+        adapter.set_trainable(False)
+        if activate:
+            self.set_adapter(name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Forgets the adapter ``name``; if it was active, the others that were remain so."""
+        self._check_known((name,))
+        if name in self.merged:
+            self._must_be_unmerged(f"delete {name!r}")
+        del self.adapters[name]
+        self.active = tuple(other for other in self.active if other != name)
+        self._refresh()
+
+    def set_adapter(self, names: str | Iterable[str]) -> None:
+        """Makes these adapters the active ones, which add up, and trains them alone.
+
+        Raises:
+            ValueError: an unknown name.
+            RuntimeError: the layer is merged.
+        """
+        names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+        self._check_known(names)
+        self._must_be_unmerged("choose other adapters")
+        self.active = names
+        for name, adapter in self.adapters.items():
+            adapter.set_trainable(name in names)
+        self._refresh()
+
+    def enable_adapters(self, flag: bool = True) -> None:
+        """Switches all adapters on or off; off, the layer is its base even while merged."""
+        self.enabled = bool(flag)
+        self._refresh()
+
+    @contextlib.contextmanager
+    def disable_adapters(self) -> Iterator[None]:
+        """Inside the ``with`` block the layer is its base."""
+        before = self.enabled
+        self.enable_adapters(False)
+        try:
+            yield
+        finally:
+            self.enable_adapters(before)
+
+    @property
+    def base_weight(self) -> Tensor:
+        """W, also while ``weight`` holds W + Σ ΔW_i."""
+        return self.weight if self._unmerged is None else self._unmerged
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + Σ ΔW_i over the active adapters, or what else their methods make of W.
+
+        Computed in at least float32 and rounded once.
+        """
+        weight = self.base_weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        total = self._matrix(weight.to(wide, copy=True))
+        for name in self.active:
+            total = self.adapters[name].merged(total, self._matrix(weight))
+        return self._unmatrix(total).to(weight.dtype)
+
+    def merge(self) -> None:
+        """Folds the active adapters into ``weight``; a no-op where that is done or nothing is active.
+
+        The base weight is kept beside it: :meth:`unmerge` gives back the same parameter, bit for bit, and
+        a weight that is tied to another module is left alone.
+        """
+        if self.merged or not self.active:
+            return
+        merged = self.merged_weight()
+        base = self.weight
+        # Not by attribute: a module files a Parameter as a parameter, also under the name of a buffer.
+        self._buffers["_unmerged"] = base
+        self.weight = nn.Parameter(merged, requires_grad=False)
+        self.merged = self.active
+        self._refresh()
+
+    def unmerge(self) -> None:
+        """Undoes :meth:`merge`."""
+        if not self.merged:
+            return
+        base = self.base_weight
+        self._unmerged = None
+        # A move between devices or dtypes while merged leaves a plain tensor in the buffer.
+        self.weight = base if isinstance(base, nn.Parameter) else nn.Parameter(base, requires_grad=False)
+        self.merged = ()
+        self._refresh()
+
+    def to_base(self, *, merge: bool = False) -> nn.Module:
+        """The layer this was, or with ``merge`` the one it has become."""
+        weight = nn.Parameter(self.merged_weight(), requires_grad=False) if merge else self.base_weight
+        base = self.base_type.__new__(self.base_type)
+        own = ("adapters", "active", "merged", "enabled", "_single")
+        state = {key: value for key, value in vars(self).items() if key not in own}
+        state["_modules"], state["_buffers"] = {}, {}
+        state["_parameters"] = {**self._parameters, "weight": weight}
+        state["_non_persistent_buffers_set"] = set()
+        base.__dict__.update(state)
+        return base
+
+    def _must_be_unmerged(self, what: str) -> None:
+        if self.merged:
+            raise RuntimeError(
+                f"cannot {what} while {', '.join(self.merged)} is merged; call unmerge() first"
+            )
+
+    def _check_known(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self.adapters:
+                known = ", ".join(self.adapters) or "none"
+                raise ValueError(f"adapter: expected one of {known}, got {name!r}")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """A state dict always holds the base weight: its adapters come separately."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = self.base_weight
+        destination[prefix + "weight"] = weight if keep_vars else weight.detach()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """What is loaded is a base weight, so a merged layer comes apart first."""
+        self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """The linear's, and which adapters act."""
+        state = "" if self.enabled else ", disabled"
+        state += f", merged={list(self.merged)}" if self.merged else ""
+        return f"{super().extra_repr()}, active={list(self.active)}{state}"
+
+
+def _check_name(name: str, taken: Iterable[str]) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name: expected str, got {type(name).__name__}")
+    if not name or "." in name:
+        raise ValueError(f"adapter_name: expected a name without dots, got {name!r}")
+    if name in taken or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"adapter_name: {name!r} is taken")
