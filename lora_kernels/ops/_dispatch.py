@@ -88,7 +88,10 @@ def eager_cpp(x: Tensor, rank: int) -> bool:
 def draw_seed(like: Tensor) -> Tensor:
     """One int64 from torch's generator of the device of ``like``, left on that device."""
     if _opaque(like):
-        return torch.ops.lora_kernels.dropout_seed.default(like)
+        # Its argument is new memory: a compiler that finds equal expressions never takes two of those for
+        # one, but would make one draw, so one mask, of all that share an x.
+        fresh = torch.empty(0, dtype=like.dtype, device=like.device)
+        return torch.ops.lora_kernels.dropout_seed.default(fresh)
     return _dropout_seed(like)
 
 
