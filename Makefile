@@ -3,9 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+NATIVE := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := setup.py pyproject.toml constraints.txt $(filter csrc/%,$(NATIVE))
+# What clang-tidy reads: the sources with no torch header, which take seconds.
+TIDY := $(wildcard csrc/cpu/*_pass.cpp) $(wildcard tests/csrc/*.cpp)
 
-.PHONY: demo test lint format bench inspect install clean
+.PHONY: demo test lint format bench inspect install wheel sanitize clean
 
 install: $(VENV)/.installed
 
@@ -25,19 +28,48 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	$(BIN)/clang-tidy --quiet $(TIDY) -- -std=c++20
 	$(BIN)/mypy
 
 format: install
 	$(BIN)/ruff check --fix . || true
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format -i $(NATIVE)
 
 bench: install
 	$(BIN)/python -m benchmarks
 
 inspect: install
 	$(BIN)/python -m lora_kernels.cli inspect
+
+# A wheel, in a virtual environment that has nothing else but sees this one's torch.
+wheel: install
+	rm -rf build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" LORA_KERNELS_FORCE_BUILD=1 \
+		$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet --no-deps build/wheel/*.whl
+	$(BIN)/python -c "import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])" \
+		> "$$(echo build/wheel/venv/lib/python*/site-packages)/torch.pth"
+	cd build/wheel && venv/bin/python ../../tests/wheel_check.py
+
+# The C++ code under AddressSanitizer and UBSan: the op tests on its backend, and the decode kernels' loops;
+# those also under ThreadSanitizer, which sees a barrier that is missing.
+SANITIZED := build/sanitized
+SIMULATION := tests/csrc/decode_race_check.cpp tests/csrc/decode_simulation.cpp
+SANITIZE_SIMULATION := -std=c++20 -O1 -g -pthread -Wall -Wextra -Werror -Wno-tsan -fno-sanitize-recover=all
+sanitize: install
+	mkdir -p $(SANITIZED)
+	$(CXX) $(SANITIZE_SIMULATION) -fsanitize=thread $(SIMULATION) -o $(SANITIZED)/race_check
+	$(SANITIZED)/race_check
+	$(CXX) $(SANITIZE_SIMULATION) -fsanitize=address,undefined $(SIMULATION) -o $(SANITIZED)/memory_check
+	$(SANITIZED)/memory_check
+	PATH="$(CURDIR)/$(BIN):$$PATH" LORA_KERNELS_FORCE_BUILD=1 LORA_KERNELS_SANITIZE=1 \
+		$(BIN)/python setup.py -q build --build-base $(SANITIZED)/objects --build-lib $(SANITIZED)/package
+	cd $(SANITIZED)/package && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(CURDIR)/$(BIN)/python -m pytest -p no:xdist -k "cpp or cpu" $(CURDIR)/tests/ops
 
 clean:
 	rm -rf $(VENV) build *.egg-info lora_kernels/_C*.so demo_output

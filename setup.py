@@ -4,6 +4,7 @@ It has the CPU kernels, and the CUDA kernels where there are nvcc and a torch wi
 
 LORA_KERNELS_FORCE_BUILD=1   a build that fails is an error
 LORA_KERNELS_SKIP_BUILD=1    no build is tried
+LORA_KERNELS_SANITIZE=1      with AddressSanitizer and UBSan; `make sanitize` runs the tests on that
 TORCH_CUDA_ARCH_LIST         the cards to compile for, as for any extension of torch; where no card is
                              visible either, CUDA_ARCHITECTURES below
 """
@@ -24,6 +25,8 @@ FORCE = os.environ.get("LORA_KERNELS_FORCE_BUILD") == "1"
 SKIP = os.environ.get("LORA_KERNELS_SKIP_BUILD") == "1"
 # Without this at::parallel_for runs on one thread; the runtime is the one that torch loaded.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
+SANITIZE = SANITIZERS if os.environ.get("LORA_KERNELS_SANITIZE") == "1" else []
 # torch's own headers do not pass -Wunused-parameter.
 COMPILE_FLAGS = [
     "-O3",
@@ -34,6 +37,8 @@ COMPILE_FLAGS = [
     "-Werror",
     "-Wno-unused-parameter",
     *OPENMP,
+    # Sanitised code is larger, and looks to the compiler as if it read what was not written.
+    *(["-O1", "-g", "-fno-omit-frame-pointer", "-Wno-maybe-uninitialized", *SANITIZE] if SANITIZE else []),
 ]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--Werror=all-warnings", "-Xcompiler=-Wall,-Wextra"]
 # One launch with clusters from 9.0 on, two launches before; newer cards compile the last one's PTX.
@@ -85,7 +90,9 @@ def extension(cuda: bool) -> Extension:
     kind, flags = CppExtension, {"cxx": COMPILE_FLAGS}
     if cuda:
         kind, flags = CUDAExtension, {"cxx": COMPILE_FLAGS, "nvcc": NVCC_FLAGS}
-    return kind("lora_kernels._C", sources(cuda), extra_compile_args=flags, extra_link_args=OPENMP)
+    return kind(
+        "lora_kernels._C", sources(cuda), extra_compile_args=flags, extra_link_args=[*OPENMP, *SANITIZE]
+    )
 
 
 def prepare_cuda() -> None:

@@ -42,3 +42,42 @@ def test_the_build_can_be_skipped(tmp_path):
     done = build(tmp_path, LORA_KERNELS_SKIP_BUILD="1")
     assert done.returncode == 0, done.stderr
     assert "without its C++ extension" not in done.stderr
+
+
+def settings(code):
+    """Runs ``code`` with the names of setup.py in ``s``, without a build."""
+    start = "import runpy, setuptools\nsetuptools.setup = lambda **k: None\ns = runpy.run_path('setup.py')\n"
+    bare = {k: v for k, v in os.environ.items() if k != "TORCH_CUDA_ARCH_LIST"}
+    done = subprocess.run(
+        [sys.executable, "-c", start + code], cwd=ROOT, env=bare, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_cuda_sources_are_compiled_with_cuda_alone():
+    cpu, cuda = (settings(f"print(*s['sources']({flag}))") for flag in (False, True))
+    assert "csrc/registration.cpp" in cpu and not any("cuda" in name for name in cpu)
+    assert set(cuda) - set(cpu) == {name for name in cuda if name.startswith("csrc/cuda/")}
+    assert {Path(name).suffix for name in cuda} == {".cpp", ".cu"}
+
+
+@pytest.mark.parametrize(
+    ("version", "nvcc", "reason"),
+    [
+        ("None", "True", "this torch was built without CUDA"),
+        ("'13.0'", "None", "nvcc was not found"),
+        ("'13.0'", "True", "None"),
+    ],
+)
+def test_why_there_are_no_cuda_kernels(version, nvcc, reason):
+    code = f"import torch; torch.version.cuda = {version}\n"
+    code += f"f = s['cuda_missing']; f.__globals__['cuda_home'] = lambda: {nvcc}; print(f())"
+    assert " ".join(settings(code)) == reason
+
+
+def test_what_is_compiled_for_where_no_card_is_visible():
+    code = "import os, torch; torch.cuda.is_available = lambda: False\n"
+    code += "s['prepare_cuda'](); print(os.environ['TORCH_CUDA_ARCH_LIST'])\n"
+    assert settings(code) == ["8.0;9.0+PTX"]
+    assert settings("import os; os.environ['TORCH_CUDA_ARCH_LIST'] = '9.0a'\n" + code) == ["9.0a"]

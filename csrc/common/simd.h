@@ -6,7 +6,9 @@
 #include <type_traits>
 
 // One binary for every x86: the loader picks the widest clone of a function that the machine runs.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// A sanitizer is not there yet when the loader picks.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__)
 #define LK_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define LK_SIMD

@@ -13,6 +13,7 @@ void run_grid(const DecodeProblem& p, int parts, Run run) {
     for (int part = 0; part < parts; ++part) {
       HostCluster cluster(bytes);
       std::vector<std::thread> warps;
+      warps.reserve(kCluster * (kWarps + 1));
       for (int i = 0; i < kCluster * (kWarps + 1); ++i) {
         warps.emplace_back([&, i] {
           using Block = HostCta<Element>;

@@ -112,7 +112,7 @@ class HostCta {
   void sync_compute() const { block_.compute.arrive_and_wait(); }
   void cluster_arrive() { token_.emplace(cluster_.all.arrive()); }
   void cluster_wait() {
-    cluster_.all.wait(std::move(*token_));
+    cluster_.all.wait(std::move(token_).value());
     token_.reset();
   }
 
