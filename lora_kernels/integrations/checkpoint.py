@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..nn.apply import apply_lora, lora_configs, lora_layers, lora_state_dict, p
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PLAIN_METHODS = ("lora", "lora_fa", "dylora", "dora")
 _OWN_TYPE = "LORA_KERNELS"
 _FIELDS = (
@@ -79,10 +80,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         )
     config = configs[adapter_name]
     state, layers = lora_state_dict(model, adapter_name), lora_layers(model)
-    tensors = {
-        _to_peft(key, adapter_name, layers): _whole(value.detach()).cpu().contiguous()
-        for key, value in state.items()
-    }
+    embeddings, shapes = _embeddings(model), _peft_shapes(model, state, adapter_name)
+    tensors = {}
+    for key, value in state.items():
+        name = _to_peft(key, adapter_name, layers, embeddings)
+        tensors[name] = _whole(value.detach()).cpu().contiguous().view(shapes[key])
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
@@ -109,15 +111,43 @@ def _config_dict(config: LoRAConfig) -> dict[str, Any]:
     return {**values, "peft_type": "LORA" if plain else _OWN_TYPE, "lora_kernels": ours}
 
 
-def _to_peft(key: str, adapter_name: str, layers: Container[str]) -> str:
+def _embeddings(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+
+
+def _peft_shapes(
+    model: nn.Module, tensors: Mapping[str, Tensor | torch.Size], adapter_name: str
+) -> dict[str, torch.Size]:
+    """Key -> shape in PEFT, which keeps the factors of a convolution as convolutions."""
+    shapes = {}
+    for key, given in tensors.items():
+        shape = given if isinstance(given, torch.Size) else given.shape
+        layer, separator, parameter = key.partition(f".adapters.{adapter_name}.")
+        module = model.get_submodule(layer) if separator else None
+        if isinstance(module, _CONVS):
+            kernel, ones = module.weight.shape[1:], [1] * (module.weight.dim() - 2)
+            if parameter == "lora_A":
+                shape = torch.Size([shape[0], *kernel])
+            elif parameter == "lora_B":
+                shape = torch.Size([*shape, *ones])
+            elif parameter == "lora_magnitude_vector":
+                shape = torch.Size([1, *shape, *ones])
+        shapes[key] = shape
+    return shapes
+
+
+def _to_peft(key: str, adapter_name: str, layers: Container[str], embeddings: Container[str]) -> str:
     """``<layer>.adapters.<name>.lora_A`` -> ``base_model.model.<layer>.lora_A.weight``.
 
-    The bias of one of the adapted ``layers`` is its base layer's in PEFT.
+    The bias of one of the adapted ``layers`` is its base layer's in PEFT, and the factors of one of the
+    ``embeddings`` have a name of their own.
     """
     layer, separator, parameter = key.partition(f".adapters.{adapter_name}.")
     if not separator:  # a trained bias, or part of a module saved whole
         owner, _, name = key.rpartition(".")
         return f"{_PREFIX}{owner}.base_layer.{name}" if owner in layers else _PREFIX + key
+    if layer in embeddings and parameter in ("lora_A", "lora_B"):
+        return f"{_PREFIX}{layer}.lora_embedding_{parameter[-1]}"
     return f"{_PREFIX}{layer}.{parameter}" + (".weight" if parameter in ("lora_A", "lora_B") else "")
 
 
@@ -149,14 +179,15 @@ def load_adapter(
         expected = {key: value.shape for key, value in lora_state_dict(model, adapter_name).items()}
     else:
         layers, expected = _planned(model, config, adapter_name)
-    by_key = {_to_peft(key, adapter_name, layers): key for key in expected}
-    _check_fit(tensors, {name: expected[key] for name, key in by_key.items()})
+    embeddings, shapes = _embeddings(model), _peft_shapes(model, expected, adapter_name)
+    by_key = {_to_peft(key, adapter_name, layers, embeddings): key for key in expected}
+    _check_fit(tensors, {name: shapes[key] for name, key in by_key.items()})
     if not known:
         apply_lora(model, config, adapter_name)
     targets = model.state_dict(keep_vars=True)
     with torch.no_grad():
         for name, tensor in tensors.items():
-            _fill(targets[by_key[name]], tensor)
+            _fill(targets[by_key[name]], tensor.view(expected[by_key[name]]))
     return model
 
 

@@ -17,10 +17,16 @@ from .apply import (
     set_adapter,
     unmerge_adapters,
 )
+from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
+from .embedding import LoRAEmbedding
 from .linear import LoRALinear
 
 __all__ = [
     "LoRAConfig",
+    "LoRAConv1d",
+    "LoRAConv2d",
+    "LoRAConv3d",
+    "LoRAEmbedding",
     "LoRALinear",
     "apply_lora",
     "count_parameters",

@@ -11,29 +11,37 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..adapters import Adapter, LoRAConfig
-from .adapter_layer import _check_name
+from .adapter_layer import AdapterLayer, _check_name
+from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
+from .embedding import LoRAEmbedding
 from .linear import LoRALinear
 
 ALL_LINEAR = "all-linear"
 _CONFIGS = "_lora_configs"
+# The drop-in layer of each base layer.
+LAYERS: dict[type[nn.Module], type[AdapterLayer]] = {
+    cls.base_type: cls for cls in (LoRALinear, LoRAEmbedding, LoRAConv1d, LoRAConv2d, LoRAConv3d)
+}
 
 
 class Site(NamedTuple):
-    """One linear of a model: every (parent, attribute) that holds it, and its first dotted name."""
+    """One layer of a model: every (parent, attribute) that holds it, and its first dotted name."""
 
     name: str
-    linear: nn.Linear
+    linear: nn.Module
     places: list[tuple[nn.Module, str]]
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") -> nn.Module:
-    """Replaces the targeted linears of ``model`` in place by :class:`LoRALinear` and freezes the rest.
+    """Replaces the targeted layers of ``model`` in place by ones with adapters and freezes the rest.
 
-    A linear that is shared by several parents is replaced once, in all of them. A second call with another
-    ``adapter_name`` adds an adapter to the layers, inactive until :func:`set_adapter`.
+    A target is an ``nn.Linear``, ``nn.Embedding`` or ``nn.Conv1d``, ``2d`` or ``3d``; it becomes a
+    :class:`LoRALinear`, :class:`LoRAEmbedding`, … on the same parameters. A layer that is shared by several
+    parents is replaced once, in all of them. A second call with another ``adapter_name`` adds an adapter to
+    the layers, inactive until :func:`set_adapter`.
 
     Args:
-        model: any module that contains ``nn.Linear``s.
+        model: any module that contains such layers.
         config: what to adapt and how.
         adapter_name: name of the new adapter.
 
@@ -42,7 +50,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, adapter_name: str = "defaul
 
     Raises:
         TypeError: not a module, or not a config.
-        ValueError: no linear matches ``target_modules``, a match cannot be adapted, or the name is taken.
+        ValueError: no layer matches ``target_modules``, a match cannot be adapted, or the name is taken.
             The model is then as it was.
     """
     _check_types(model, config)
@@ -75,9 +83,9 @@ def lora_configs(model: nn.Module) -> dict[str, LoRAConfig]:
     return dict(vars(model).get(_CONFIGS, {}))
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def lora_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """Dotted name -> layer, each layer once."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, AdapterLayer)}
 
 
 def _check_types(model: nn.Module, config: LoRAConfig) -> None:
@@ -87,20 +95,20 @@ def _check_types(model: nn.Module, config: LoRAConfig) -> None:
         raise TypeError(f"config: expected a LoRAConfig, got {type(config).__name__}")
 
 
-def _prepare(site: Site, config: LoRAConfig, adapter_name: str) -> tuple[LoRALinear, Adapter]:
+def _prepare(site: Site, config: LoRAConfig, adapter_name: str) -> tuple[AdapterLayer, Adapter]:
     """The layer for ``site`` and its new adapter, nothing yet changed."""
     layer = site.linear
-    if isinstance(layer, LoRALinear):
+    if isinstance(layer, AdapterLayer):
         _check_name(adapter_name, layer.adapters)
     else:
         trained = [p for p in layer.parameters() if p.requires_grad]
-        layer = LoRALinear._share(layer)
+        layer = LAYERS[type(layer)]._share(layer)
         for parameter in trained:  # frozen once everything is known to fit
             parameter.requires_grad_(True)
     return layer, layer.make_adapter(config.for_module(site.name))
 
 
-def _install(site: Site, layer: LoRALinear) -> None:
+def _install(site: Site, layer: AdapterLayer) -> None:
     for parent, attribute in site.places:
         parent._modules[attribute] = layer
         if isinstance(parent, nn.TransformerEncoderLayer) and not layer._forward_pre_hooks:
@@ -119,11 +127,13 @@ def _drop_hook(module: nn.Module) -> None:
             del module._forward_pre_hooks[key]
 
 
-def find_sites(model: nn.Module, config: LoRAConfig) -> list[Site]:
-    """The linears that ``config`` targets.
+def find_sites(
+    model: nn.Module, config: LoRAConfig, kinds: tuple[type[nn.Module], ...] = tuple(LAYERS)
+) -> list[Site]:
+    """The layers that ``config`` targets: linears alone where it says "all-linear", else any of ``kinds``.
 
     Raises:
-        ValueError: there are none, or a named target is no plain ``nn.Linear``.
+        ValueError: there are none, or a named target is not plainly of one of ``kinds``.
     """
     if config.target_modules is None:
         raise ValueError(f"target_modules: expected names, an expression or {ALL_LINEAR!r}, got None")
@@ -133,17 +143,23 @@ def find_sites(model: nn.Module, config: LoRAConfig) -> list[Site]:
     for name, module in model.named_modules(remove_duplicate=False):
         if not name or module is skipped or _inside_adapters(name) or not _targets(config, name):
             continue
-        if type(module) in (nn.Linear, LoRALinear):
+        if _adaptable(module, (nn.Linear,) if everything else kinds):
             site = sites.setdefault(id(module), Site(name, module, []))
             parent, _, attribute = name.rpartition(".")
             site.places.append((model.get_submodule(parent), attribute))
         elif isinstance(config.target_modules, list):
             kind = type(module).__name__
-            raise ValueError(f"target_modules: {name!r} is of type {kind}, not a plain nn.Linear")
+            want = " or ".join(f"nn.{one.__name__}" for one in kinds)
+            raise ValueError(f"target_modules: {name!r} is of type {kind}, not a plain {want}")
     if not sites:
         raise ValueError(_no_match(model, config))
     _warn_of_strays(config, [site.name for site in sites.values()])
     return list(sites.values())
+
+
+def _adaptable(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether ``module`` is plainly of one of ``kinds``, or that with adapters."""
+    return type(module) in kinds or (isinstance(module, AdapterLayer) and module.base_type in kinds)
 
 
 def _inside_adapters(name: str) -> bool:
@@ -225,8 +241,9 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     for layer in lora_layers(model).values():
         for name, adapter in layer.adapters.items():
             adapter.set_trainable(name in layer.active)
-        if bias == "lora_only" and layer.bias is not None:
-            layer.bias.requires_grad_(True)
+        own_bias = getattr(layer, "bias", None)
+        if bias == "lora_only" and own_bias is not None:
+            own_bias.requires_grad_(True)
     for name, parameter in model.named_parameters():
         if bias == "all" and name.rpartition(".")[2] == "bias" and not _inside_adapters(name):
             parameter.requires_grad_(True)
@@ -278,7 +295,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
     print(f"trainable parameters: {trainable:,} of {total:,} ({share:.4f}%)")
 
 
-def _check_adapters(layers: dict[str, LoRALinear], names: Iterable[str]) -> None:
+def _check_adapters(layers: dict[str, AdapterLayer], names: Iterable[str]) -> None:
     known = dict.fromkeys(name for layer in layers.values() for name in layer.adapters)
     for name in names:
         if name not in known:
@@ -323,17 +340,17 @@ def unmerge_adapters(model: nn.Module) -> None:
 
 
 def remove_lora(model: nn.Module, *, merge: bool = False) -> nn.Module:
-    """Puts an ``nn.Linear`` back wherever there is a :class:`LoRALinear`.
+    """Puts the base layer back wherever there is one with adapters.
 
-    The base parameters are the original ones and stay frozen. With ``merge`` the linears carry the active
+    The base parameters are the original ones and stay frozen. With ``merge`` the layers carry the active
     adapters in new weights.
     """
-    plain: dict[int, nn.Linear] = {}
+    plain: dict[int, nn.Module] = {}
     for parent in list(model.modules()):
         for attribute, child in parent._modules.items():
-            if isinstance(child, LoRALinear):
+            if isinstance(child, AdapterLayer):
                 if id(child) not in plain:
-                    plain[id(child)] = child.to_linear(merge=merge)
+                    plain[id(child)] = child.to_base(merge=merge)
                     _drop_hook(plain[id(child)])
                 parent._modules[attribute] = plain[id(child)]
     model.__dict__.pop(_CONFIGS, None)

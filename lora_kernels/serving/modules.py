@@ -97,8 +97,9 @@ def pool_linears(model: nn.Module, target_modules: list[str] | str) -> dict[str,
     Raises:
         ValueError: nothing matches, or a named target is no plain ``nn.Linear``.
     """
-    sites = find_sites(model, LoRAConfig(target_modules=target_modules))
-    return {site.name: (site.linear.in_features, site.linear.out_features) for site in sites}
+    sites = find_sites(model, LoRAConfig(target_modules=target_modules), (nn.Linear,))
+    linears: dict[str, Any] = {site.name: site.linear for site in sites}
+    return {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
 
 
 def apply_multi_lora(model: nn.Module, pool: AdapterPool) -> nn.Module:

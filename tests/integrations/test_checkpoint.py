@@ -22,7 +22,7 @@ def randomise(model):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
         if "magnitude" in name:
-            parameter.data *= torch.linspace(0.5, 1.5, len(parameter))
+            parameter.data *= torch.linspace(0.5, 1.5, parameter.numel()).view(parameter.shape)
     return model
 
 
@@ -54,6 +54,48 @@ def test_we_read_what_peft_writes(bert, tokens, tmp_path, options):
     peft.save_pretrained(tmp_path)
     model = load_adapter(bert().eval(), tmp_path)
     torch.testing.assert_close(output(model, tokens), output(peft, tokens), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_embeddings_go_both_ways(bert, tokens, tmp_path, use_dora):
+    options = {**OPTIONS, "target_modules": ["word_embeddings", "query"], "use_dora": use_dora}
+    model = randomise_all(apply_lora(bert(), LoRAConfig(**options)).eval())
+    save_adapter(model, tmp_path / "ours")
+    peft = PeftModel.from_pretrained(bert(), tmp_path / "ours").eval()
+    torch.testing.assert_close(output(peft, tokens), output(model, tokens), rtol=0, atol=1e-5)
+
+    theirs = randomise_all(get_peft_model(bert(), LoraConfig(**options)).eval())
+    theirs.save_pretrained(tmp_path / "peft")
+    loaded = load_adapter(bert().eval(), tmp_path / "peft")
+    torch.testing.assert_close(output(loaded, tokens), output(theirs, tokens), rtol=0, atol=1e-5)
+
+
+def convolutions():
+    torch.manual_seed(0)
+    layers = (torch.nn.Conv2d(3, 6, 3, stride=2, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(6, 4, 1))
+    return torch.nn.Sequential(*layers).eval()
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_convolutions_go_both_ways(tmp_path, use_dora):
+    x = torch.randn(2, 3, 8, 8)
+    options = {"r": 4, "lora_alpha": 6, "target_modules": ["0", "2"], "use_dora": use_dora}
+    model = randomise_all(apply_lora(convolutions(), LoRAConfig(**options)))
+    save_adapter(model, tmp_path / "ours")
+    peft = PeftModel.from_pretrained(convolutions(), tmp_path / "ours").eval()
+    torch.testing.assert_close(peft(x), model(x), rtol=1e-4, atol=1e-4)
+
+    theirs = randomise_all(get_peft_model(convolutions(), LoraConfig(**options)).eval())
+    theirs.save_pretrained(tmp_path / "peft")
+    loaded = load_adapter(convolutions(), tmp_path / "peft")
+    torch.testing.assert_close(loaded(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+def randomise_all(model):
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return randomise(model)
 
 
 def random_biases(model):

@@ -137,7 +137,7 @@ def test_patterns_set_rank_and_alpha(model):
         ({"target_modules": ["nope"]}, r"target_modules: \['nope'\] matches no nn.Linear.*layers.0.q"),
         ({"target_modules": "nope.*"}, "target_modules"),
         ({"target_modules": None}, "target_modules"),
-        ({"target_modules": ["q", "embed"]}, "target_modules: 'embed' is of type Embedding"),
+        ({"target_modules": ["q", "norm"]}, "target_modules: 'layers.0.norm' is of type LayerNorm"),
         ({"target_modules": ["q"], "modules_to_save": ["nope"]}, "modules_to_save"),
         ({"target_modules": ["q", "head"], "r": 9, "method": "lora_xs"}, "r: lora_xs"),
     ],

@@ -1,0 +1,190 @@
+"""The drop-in modules: ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` with named adapters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapters import Adapter, LoRAConfig
+from ..ops.dora_linear import fused_dora, output_scale
+from ..ops.lora_linear import fused
+from .adapter_layer import AdapterLayer
+
+if TYPE_CHECKING:
+    _Conv = nn.Conv2d
+else:
+    _Conv = object
+
+
+class _LoRAConv(AdapterLayer, _Conv):
+    """y = W ∗ x + b + Σ_i s_i · B_i (A_i ∗ drop_i(x)) over the active adapters i
+
+    A convolution (it is one: same ``weight`` and ``bias``). The weight as a matrix is [out, in · kernel];
+    A ``[r, in · kernel]`` convolves like W, B ``[out, r]`` maps channels, which is added in one pass. So
+    ΔW = s B A, reshaped. A kernel of one element without stride or padding on channels-last memory is a
+    linear on rows, and runs as one fused call. DoRA takes the norm of each output channel.
+
+    x is ``[batch, in, *size]`` or ``[in, *size]`` of W's dtype. Adapters are float32 on a half-precision
+    base.
+
+    Args:
+        in_channels: channels of x.
+        out_channels: channels of y.
+        kernel_size: as in torch.
+        r: rank of the first adapter.
+        lora_alpha: numerator of its scale.
+        lora_dropout: probability in [0, 1) on the branch's input.
+        method: a name in ``lora_kernels.adapters.METHODS``.
+        adapter_name: name of the first adapter.
+        stride: as in torch; and so are padding, dilation, bias, padding_mode, device and dtype.
+        padding: as in torch.
+        dilation: as in torch.
+        bias: whether there is a b.
+        padding_mode: as in torch.
+        device: of all parameters.
+        dtype: of W and b.
+        options: further fields of :class:`LoRAConfig`.
+
+    Raises:
+        TypeError: an option of the wrong type.
+        ValueError: an option out of range.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        method: str = "lora",
+        adapter_name: str = "default",
+        *,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        bias: bool = True,
+        padding_mode: Any = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        config = LoRAConfig(r, lora_alpha, lora_dropout=lora_dropout, method=method, **options)
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        layout: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+        super().__init__(
+            in_channels, out_channels, kernel_size, bias=bias, padding_mode=padding_mode, **layout, **where
+        )
+        self._start()
+        self.add_adapter(adapter_name, config)
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Module,
+        config: LoRAConfig | None = None,
+        *,
+        adapter_name: str = "default",
+        **options: Any,
+    ) -> _LoRAConv:
+        """The same on the very parameters of ``conv``, which become frozen.
+
+        Args:
+            conv: a convolution of this class's dimension, without groups.
+            config: what the adapter is; or its fields as keywords.
+            adapter_name: the adapter's name.
+            options: fields of :class:`LoRAConfig`, where no config is given.
+
+        Raises:
+            TypeError: another type of module, or both a config and options were given.
+            ValueError: ``conv`` has groups.
+        """
+        return cls._wrap(conv, config, adapter_name, options)
+
+    def make_adapter(self, config: LoRAConfig) -> Adapter:
+        """An adapter that fits this layer; :meth:`add_adapter` adds it."""
+        if self.groups != 1:
+            raise ValueError(f"groups: expected 1 for an adapter of a convolution, got {self.groups}")
+        return super().make_adapter(config)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """y for x ``[batch, in, *size]`` or ``[in, *size]``."""
+        if not self.enabled:
+            return self._conv_forward(input, self.base_weight, self.bias)
+        if self.merged or not self.active:
+            return self._conv_forward(input, self.weight, self.bias)
+        if input.dim() == self.weight.dim() - 1:
+            return self.forward(input[None])[0]
+        if len(self.active) == 1 and self._is_linear(input):
+            return self._as_linear(input, self.adapters[self.active[0]])
+        active = [self.adapters[name] for name in self.active]
+        scaled = any(adapter.lower().magnitude is not None for adapter in active)
+        y = self._conv_forward(input, self.weight, None if scaled else self.bias)
+        for adapter in active:
+            y = self._adapted(y, input, adapter)
+        if not scaled or self.bias is None:
+            return y
+        return y + self._by_channel(self.bias)
+
+    def _adapted(self, y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
+        """y with what one adapter adds to it or makes of it; with DoRA y is without the bias."""
+        lora_a, lora_b, scaling, gate, magnitude = adapter.lower()
+        p = adapter.lora_dropout if self.training else 0.0
+        d = F.dropout(x, p) if p else x
+        down = lora_a.to(self.weight.dtype).view(-1, *self.weight.shape[1:])
+        up = (lora_b if gate is None else lora_b * gate).to(self.weight.dtype)
+        h = self._conv_forward(d, down, None).flatten(2)
+        up = up.expand(len(h), -1, -1)
+        if magnitude is None:
+            return torch.baddbmm(y.flatten(2), up, h, alpha=scaling).view_as(y)
+        scale = self._by_channel(
+            output_scale(self._matrix(self.weight), lora_a, lora_b, magnitude, scaling).to(y.dtype)
+        )
+        low = self._conv_forward(d, self.weight, None) if p else y
+        changed = scale * torch.baddbmm(low.flatten(2), up, h, alpha=scaling).view_as(y)
+        return y + (changed - low) if p else changed
+
+    def _by_channel(self, vector: Tensor) -> Tensor:
+        return vector.view(-1, *[1] * (self.weight.dim() - 2))
+
+    def _is_linear(self, x: Tensor) -> bool:
+        """Whether this is a linear on rows of x, which lie in memory one after the other."""
+        dims = self.weight.dim() - 2
+        plain = self.kernel_size == self.stride == (1,) * dims and self.padding == (0,) * dims
+        rows = x.movedim(1, -1)
+        return plain and rows.is_contiguous()
+
+    def _as_linear(self, x: Tensor, adapter: Adapter) -> Tensor:
+        lora_a, lora_b, scaling, gate, magnitude = adapter.lower()
+        p = adapter.lora_dropout if self.training else 0.0
+        rows, weight = x.movedim(1, -1), self._matrix(self.weight)
+        if magnitude is None:
+            y = fused(rows, weight, lora_a, lora_b, self.bias, gate, None, scaling, p)
+        else:
+            y = fused_dora(rows, weight, lora_a, lora_b, magnitude, self.bias, scaling, p)
+        return y.movedim(-1, 1)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def _unmatrix(self, matrix: Tensor) -> Tensor:
+        return matrix.view(self.weight.shape)
+
+
+class LoRAConv1d(_LoRAConv, nn.Conv1d):  # type: ignore[misc]
+    __doc__ = _LoRAConv.__doc__
+    base_type = nn.Conv1d
+
+
+class LoRAConv2d(_LoRAConv, nn.Conv2d):
+    __doc__ = _LoRAConv.__doc__
+    base_type = nn.Conv2d
+
+
+class LoRAConv3d(_LoRAConv, nn.Conv3d):  # type: ignore[misc]
+    __doc__ = _LoRAConv.__doc__
+    base_type = nn.Conv3d

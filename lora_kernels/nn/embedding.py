@@ -1,0 +1,132 @@
+"""The drop-in module: an ``nn.Embedding`` with named adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapters import Adapter, LoRAConfig
+from ..ops.dora_linear import output_scale
+from .adapter_layer import AdapterLayer
+
+
+class LoRAEmbedding(AdapterLayer, nn.Embedding):
+    """y_t = E[t] + Σ_i s_i · (A_i[:, t]ᵀ ⊙ g_i) B_iᵀ over the active adapters i, for each token t
+
+    An ``nn.Embedding`` (it is one: same ``weight`` E) whose adapters change Eᵀ: A is ``[r, num_embeddings]``
+    and B ``[embedding_dim, r]``. h is looked up like E itself, with ``padding_idx``, ``max_norm`` (which
+    shortens columns of A in place) and ``scale_grad_by_freq``; h Bᵀ is added to what was looked up in place.
+    ``sparse`` is E's alone: A is [r, tokens], and torch has no sparse gradient for that. As in PEFT, A
+    starts at zero and B is random, and ``lora_dropout`` does nothing. DoRA scales by the norm of each of the
+    ``embedding_dim`` rows of Eᵀ + s B A.
+
+    Token numbers are integers of any shape; y is ``[..., embedding_dim]`` of E's dtype. Adapters are
+    float32 on a half-precision E.
+
+    Args:
+        num_embeddings: rows of E.
+        embedding_dim: columns of E.
+        r: rank of the first adapter.
+        lora_alpha: numerator of its scale.
+        method: a name in ``lora_kernels.adapters.METHODS``.
+        adapter_name: name of the first adapter.
+        padding_idx: as in ``nn.Embedding``; its rows of E and columns of A get no gradient.
+        device: of all parameters.
+        dtype: of E.
+        options: further fields of :class:`LoRAConfig`.
+
+    Raises:
+        TypeError: an option of the wrong type.
+        ValueError: an option out of range.
+    """
+
+    base_type = nn.Embedding
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        r: int = 8,
+        lora_alpha: float = 8,
+        method: str = "lora",
+        adapter_name: str = "default",
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        config = LoRAConfig(r, lora_alpha, method=method, **options)
+        super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        self._start()
+        self.add_adapter(adapter_name, config)
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Embedding,
+        config: LoRAConfig | None = None,
+        *,
+        adapter_name: str = "default",
+        **options: Any,
+    ) -> LoRAEmbedding:
+        """A LoRAEmbedding on the very weight of ``embedding``, which becomes frozen.
+
+        Args:
+            embedding: an ``nn.Embedding``; its weight is shared, not copied.
+            config: what the adapter is; or its fields as keywords.
+            adapter_name: the adapter's name.
+            options: fields of :class:`LoRAConfig`, where no config is given.
+
+        Raises:
+            TypeError: not a plain ``nn.Embedding``, or both a config and options were given.
+        """
+        return cls._wrap(embedding, config, adapter_name, options)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """y for token numbers of any shape."""
+        tokens = input.reshape(-1)
+        y = self._look_up(tokens, self.weight if self.enabled else self.base_weight, self.sparse)
+        for name in self.active if self.enabled and not self.merged else ():
+            y = self._adapted(y, tokens, self.adapters[name])
+        return y.view(*input.shape, self.embedding_dim)
+
+    def _adapted(self, y: Tensor, tokens: Tensor, adapter: Adapter) -> Tensor:
+        """y, its memory reused, with what one adapter adds or makes of it."""
+        lora_a, lora_b, scaling, gate, magnitude = adapter.lower()
+        h = self._look_up(tokens, lora_a.T, sparse=False)
+        h = h if gate is None else h * gate
+        y = y.addmm_(h.to(y.dtype), lora_b.T.to(y.dtype), alpha=scaling)
+        if magnitude is None:
+            return y
+        return y * output_scale(self._matrix(self.weight), lora_a, lora_b, magnitude, scaling).to(y.dtype)
+
+    def _look_up(self, tokens: Tensor, weight: Tensor, sparse: bool) -> Tensor:
+        options = (self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, sparse)
+        return F.embedding(tokens, weight, *options)
+
+    def make_adapter(self, config: LoRAConfig) -> Adapter:
+        """An adapter that fits this layer; :meth:`add_adapter` adds it."""
+        adapter = super().make_adapter(config)
+        _swap_starts(adapter)
+        return adapter
+
+    def _draw(self, adapter: Adapter) -> None:
+        super()._draw(adapter)
+        _swap_starts(adapter)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def _unmatrix(self, matrix: Tensor) -> Tensor:
+        return matrix.T.contiguous()
+
+
+@torch.no_grad()
+def _swap_starts(adapter: Adapter) -> None:
+    """Zero A and normal B where both train: a token that never came keeps its embedding."""
+    if adapter.init_lora_weights is not False and adapter.zero_start and not adapter.frozen:
+        nn.init.zeros_(adapter.lora_A)
+        nn.init.normal_(adapter.lora_B)
