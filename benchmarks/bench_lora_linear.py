@@ -46,12 +46,9 @@ LLAMA_3_8B = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
 SQUARES = ((5120, 5120), (8192, 8192))
 # Compiling takes half a minute a case, and its figure moves little with the shape.
 SLOW = frozenset({"peft_compiled"})
-# Beside the baselines, who is measured at every point of the grid.
-MAIN = frozenset(
-    p.name
-    for p in PROVIDERS
-    if p.name.startswith("ours_triton") or p.name in ("recomputing_function", "lorafusion", "ours_module")
-)
+# Beside the baselines: who is measured at every point of the grid, and who at r=16.
+FEW = frozenset({"recomputing_function", "lorafusion", "ours_module"})
+MAIN = FEW | {p.name for p in PROVIDERS if p.name.startswith("ours_triton")}
 ALL_BUT_SLOW = frozenset(p.name for p in PROVIDERS) - SLOW
 
 
@@ -81,7 +78,8 @@ def _headline(case: Case) -> list[Plan]:
 def _grid_point(case: Case, most_rows: int) -> list[Plan]:
     usual = case.rank == 16
     first = (2 if case.rows == most_rows else 4) if usual else 5
-    plans = [Plan(case, BOTH.name, ALL_BUT_SLOW if first == 2 else MAIN, usual, first)]
+    who = {2: ALL_BUT_SLOW, 4: MAIN, 5: FEW}[first]
+    plans = [Plan(case, BOTH.name, who, usual, first)]
     if usual and case.dropout_p:
         others = (FORWARD.name, BACKWARD.name, PEAK_MEMORY.name)
         plans += [Plan(case, mode, MAIN, plotted=False, priority=6) for mode in others]

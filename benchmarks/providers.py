@@ -8,6 +8,7 @@ A provider that cannot run says why; one that runs is checked before it is timed
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -292,15 +293,19 @@ def _ours_in_peft(problem: Problem) -> Runner:
     return Runner(layer, _peft_factors(layer))
 
 
-def needs(module: str) -> Callable[[Case, str], str | None]:
-    def missing(case: Case, mode: str) -> str | None:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            return f"{module} does not import: {error}"
-        return None
+@functools.cache
+def _import_problem(module: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a rival may refuse a card or a version in its own way
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        return f"{module} does not import: {kind}{error}"
+    return None
 
-    return missing
+
+def needs(module: str) -> Callable[[Any, str], str | None]:
+    """Why a provider that imports ``module`` is missing."""
+    return lambda case, mode: _import_problem(module)
 
 
 def first_reason(*checks: Callable[[Case, str], str | None]) -> Callable[[Case, str], str | None]:

@@ -144,6 +144,14 @@ def test_a_layer_with_wrong_dropout_is_found_out(p, why):
     assert why in llama.check(Provider("suspect", build), replace(TINY, dropout_p=0.25))
 
 
+@pytest.mark.parametrize("name", [name for name in LINEAR if name.startswith("ours_triton")])
+def test_every_strategy_is_right(name, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("benchmarks.checks.PROBE", 16)
+    case = Case(12, 32, 24, rank=4, dropout_p=0.25, device="cuda" if torch.cuda.is_available() else "cpu")
+    assert check(LINEAR[name], case) is None
+
+
 def test_layers_share_one_frozen_set_of_weights():
     problem = llama.make_problem(TINY)
     for name in ("frozen", "peft", "ours_apply_lora"):
@@ -181,7 +189,17 @@ def test_floor_bytes_of_a_pass():
     assert passes.floor_bytes("x_pass", case) == 4 * m * k + m * k // 8 + 2 * (2 * r * k + m * r)
     row = Row("copy", Plan(case, "pass"), Summary(100.0, 90.0, 110.0), ratios={"copy": 1.0})
     assert passes.over_floor(row) == 1.0
+    assert passes.moved_over_floor(row) is None  # not a kernel of ours
     assert passes.gigabytes_per_second(row) == pytest.approx(4 * m * k / 100e-6 / 1e9)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["branch_pass", "dy_pass", "x_pass"])
+def test_what_a_launch_moves_is_near_the_floor(name, dropout_p):
+    pytest.importorskip("lora_kernels.kernels.traffic")
+    case = Case(8192, 4096, 4096, rank=16, dtype=torch.bfloat16, dropout_p=dropout_p)
+    row = Row(name, Plan(case, "pass"), Summary(100.0, 90.0, 110.0))
+    assert 0.99 <= passes.moved_over_floor(row) <= 1.3
 
 
 def test_a_provider_that_fails_while_it_is_measured_leaves_the_others():
