@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ..ops.dora_linear import fused_dora
 from ..ops.lora_linear import fused
+from .peft_layers import FUSED as OTHERS
+from .peft_layers import why_not as why_not_other
 
 _DROPOUTS = (nn.Identity, nn.Dropout)
 
@@ -55,6 +57,10 @@ class FusedLoraLinear(PeftLinear):
         for name in names[1:]:
             y = y + _branch(self, name, x, None, None)
         return y
+
+
+# The class that takes over each of PEFT's.
+FUSED: dict[type[nn.Module], type[nn.Module]] = {PeftLinear: FusedLoraLinear, **OTHERS}
 
 
 def _dropout(layer: PeftLinear, name: str) -> float:
@@ -120,8 +126,10 @@ def _hooked(module: nn.Module) -> bool:
 
 def _why_not(layer: nn.Module) -> str | None:
     """Why ``layer`` stays PEFT's, or ``None``."""
-    if type(layer) is FusedLoraLinear:
+    if type(layer) in FUSED.values():
         return None
+    if type(layer) in OTHERS:
+        return why_not_other(layer)
     if type(layer) is not PeftLinear:
         return f"{type(layer).__module__}.{type(layer).__name__} is not PEFT's LoRA Linear"
     base: Any = layer.base_layer
@@ -152,7 +160,9 @@ def _why_not_adapters(layer: PeftLinear) -> str | None:
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Makes the LoRA ``Linear`` layers of a PEFT model compute with the fused op, in place.
+    """Makes the LoRA layers of a PEFT model compute with the fused ops, in place.
+
+    That is ``Linear`` (also on a Transformers ``Conv1D``), ``Embedding`` and the convolutions, with DoRA too.
 
     PEFT's API goes on working (``set_adapter``, ``disable_adapter``, ``merge_and_unload``,
     ``save_pretrained``), and so do pickling and copying. :func:`decelerate` reverses it.
@@ -171,7 +181,7 @@ def accelerate(model: nn.Module) -> Report:
     for name, layer in _lora_layers(model):
         reason = _why_not(layer)
         if reason is None:
-            layer.__class__ = FusedLoraLinear
+            layer.__class__ = FUSED.get(type(layer), type(layer))
             report.accelerated.append(name)
         else:
             report.skipped.append((name, reason))
@@ -180,9 +190,10 @@ def accelerate(model: nn.Module) -> Report:
 
 def decelerate(model: nn.Module) -> int:
     """Gives every layer back to PEFT; returns how many there were."""
-    layers = [layer for _, layer in _lora_layers(model) if type(layer) is FusedLoraLinear]
+    plain = {fused_type: peft_type for peft_type, fused_type in FUSED.items()}
+    layers = [layer for _, layer in _lora_layers(model) if type(layer) in plain]
     for layer in layers:
-        layer.__class__ = PeftLinear
+        layer.__class__ = plain[type(layer)]
     return len(layers)
 
 

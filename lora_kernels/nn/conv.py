@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters import Adapter, LoRAConfig
+from ..adapters import Adapter, Factors, LoRAConfig
 from ..ops.dora_linear import fused_dora, output_scale
 from ..ops.lora_linear import fused
 from .adapter_layer import AdapterLayer
@@ -117,62 +117,65 @@ class _LoRAConv(AdapterLayer, _Conv):
             return self._conv_forward(input, self.base_weight, self.bias)
         if self.merged or not self.active:
             return self._conv_forward(input, self.weight, self.bias)
-        if input.dim() == self.weight.dim() - 1:
-            return self.forward(input[None])[0]
-        if len(self.active) == 1 and self._is_linear(input):
-            return self._as_linear(input, self.adapters[self.active[0]])
         active = [self.adapters[name] for name in self.active]
-        scaled = any(adapter.lower().magnitude is not None for adapter in active)
-        y = self._conv_forward(input, self.weight, None if scaled else self.bias)
-        for adapter in active:
-            y = self._adapted(y, input, adapter)
-        if not scaled or self.bias is None:
-            return y
-        return y + self._by_channel(self.bias)
-
-    def _adapted(self, y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
-        """y with what one adapter adds to it or makes of it; with DoRA y is without the bias."""
-        lora_a, lora_b, scaling, gate, magnitude = adapter.lower()
-        p = adapter.lora_dropout if self.training else 0.0
-        d = F.dropout(x, p) if p else x
-        down = lora_a.to(self.weight.dtype).view(-1, *self.weight.shape[1:])
-        up = (lora_b if gate is None else lora_b * gate).to(self.weight.dtype)
-        h = self._conv_forward(d, down, None).flatten(2)
-        up = up.expand(len(h), -1, -1)
-        if magnitude is None:
-            return torch.baddbmm(y.flatten(2), up, h, alpha=scaling).view_as(y)
-        scale = self._by_channel(
-            output_scale(self._matrix(self.weight), lora_a, lora_b, magnitude, scaling).to(y.dtype)
-        )
-        low = self._conv_forward(d, self.weight, None) if p else y
-        changed = scale * torch.baddbmm(low.flatten(2), up, h, alpha=scaling).view_as(y)
-        return y + (changed - low) if p else changed
-
-    def _by_channel(self, vector: Tensor) -> Tensor:
-        return vector.view(-1, *[1] * (self.weight.dim() - 2))
-
-    def _is_linear(self, x: Tensor) -> bool:
-        """Whether this is a linear on rows of x, which lie in memory one after the other."""
-        dims = self.weight.dim() - 2
-        plain = self.kernel_size == self.stride == (1,) * dims and self.padding == (0,) * dims
-        rows = x.movedim(1, -1)
-        return plain and rows.is_contiguous()
-
-    def _as_linear(self, x: Tensor, adapter: Adapter) -> Tensor:
-        lora_a, lora_b, scaling, gate, magnitude = adapter.lower()
-        p = adapter.lora_dropout if self.training else 0.0
-        rows, weight = x.movedim(1, -1), self._matrix(self.weight)
-        if magnitude is None:
-            y = fused(rows, weight, lora_a, lora_b, self.bias, gate, None, scaling, p)
-        else:
-            y = fused_dora(rows, weight, lora_a, lora_b, magnitude, self.bias, scaling, p)
-        return y.movedim(-1, 1)
+        return convolve(self, input, [(a.lower(), a.lora_dropout if self.training else 0.0) for a in active])
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
 
     def _unmatrix(self, matrix: Tensor) -> Tensor:
         return matrix.view(self.weight.shape)
+
+
+def convolve(conv: Any, x: Tensor, adapters: list[tuple[Factors, float]]) -> Tensor:
+    """y of ``conv`` with adapters of its weight as a matrix, and the dropout of each one's input."""
+    if x.dim() == conv.weight.dim() - 1:
+        return convolve(conv, x[None], adapters)[0]
+    if len(adapters) == 1 and _is_linear(conv, x):
+        return _as_linear(conv, x, *adapters[0])
+    scaled = any(factors.magnitude is not None for factors, _ in adapters)
+    y = conv._conv_forward(x, conv.weight, None if scaled else conv.bias)
+    for factors, p in adapters:
+        y = _adapted(conv, y, x, factors, p)
+    return y + _by_channel(conv, conv.bias) if scaled and conv.bias is not None else y
+
+
+def _adapted(conv: Any, y: Tensor, x: Tensor, factors: Factors, p: float) -> Tensor:
+    """y with what one adapter adds to it or makes of it; with DoRA y is without the bias."""
+    lora_a, lora_b, scaling, gate, magnitude = factors
+    d = F.dropout(x, p) if p else x
+    down = lora_a.to(conv.weight.dtype).view(-1, *conv.weight.shape[1:])
+    up = (lora_b if gate is None else lora_b * gate).to(conv.weight.dtype)
+    h = conv._conv_forward(d, down, None).flatten(2)
+    up = up.expand(len(h), -1, -1)
+    if magnitude is None:
+        return torch.baddbmm(y.flatten(2), up, h, alpha=scaling).view_as(y)
+    scale = output_scale(conv.weight.flatten(1), lora_a, lora_b, magnitude, scaling)
+    low = conv._conv_forward(d, conv.weight, None) if p else y
+    changed = torch.baddbmm(low.flatten(2), up, h, alpha=scaling).view_as(y)
+    changed = _by_channel(conv, scale.to(y.dtype)) * changed
+    return y + (changed - low) if p else changed
+
+
+def _by_channel(conv: Any, vector: Tensor) -> Tensor:
+    return vector.view(-1, *[1] * (conv.weight.dim() - 2))
+
+
+def _is_linear(conv: Any, x: Tensor) -> bool:
+    """Whether this is a linear on rows of x, which lie in memory one after the other."""
+    dims = conv.weight.dim() - 2
+    plain = conv.kernel_size == conv.stride == (1,) * dims and conv.padding == (0,) * dims
+    return plain and x.movedim(1, -1).is_contiguous()
+
+
+def _as_linear(conv: Any, x: Tensor, factors: Factors, p: float) -> Tensor:
+    lora_a, lora_b, scaling, gate, magnitude = factors
+    rows, weight = x.movedim(1, -1), conv.weight.flatten(1)
+    if magnitude is None:
+        y = fused(rows, weight, lora_a, lora_b, conv.bias, gate, None, scaling, p)
+    else:
+        y = fused_dora(rows, weight, lora_a, lora_b, magnitude, conv.bias, scaling, p)
+    return y.movedim(-1, 1)
 
 
 class LoRAConv1d(_LoRAConv, nn.Conv1d):  # type: ignore[misc]

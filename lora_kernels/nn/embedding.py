@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters import Adapter, LoRAConfig
+from ..adapters import Adapter, Factors, LoRAConfig
 from ..ops.dora_linear import output_scale
 from .adapter_layer import AdapterLayer
 
@@ -87,25 +88,10 @@ class LoRAEmbedding(AdapterLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """y for token numbers of any shape."""
-        tokens = input.reshape(-1)
-        y = self._look_up(tokens, self.weight if self.enabled else self.base_weight, self.sparse)
-        for name in self.active if self.enabled and not self.merged else ():
-            y = self._adapted(y, tokens, self.adapters[name])
-        return y.view(*input.shape, self.embedding_dim)
-
-    def _adapted(self, y: Tensor, tokens: Tensor, adapter: Adapter) -> Tensor:
-        """y, its memory reused, with what one adapter adds or makes of it."""
-        lora_a, lora_b, scaling, gate, magnitude = adapter.lower()
-        h = self._look_up(tokens, lora_a.T, sparse=False)
-        h = h if gate is None else h * gate
-        y = y.addmm_(h.to(y.dtype), lora_b.T.to(y.dtype), alpha=scaling)
-        if magnitude is None:
-            return y
-        return y * output_scale(self._matrix(self.weight), lora_a, lora_b, magnitude, scaling).to(y.dtype)
-
-    def _look_up(self, tokens: Tensor, weight: Tensor, sparse: bool) -> Tensor:
-        options = (self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, sparse)
-        return F.embedding(tokens, weight, *options)
+        if not self.enabled:
+            return look_up(self, input, self.base_weight)
+        active = self.active if not self.merged else ()
+        return embed(self, input, [self.adapters[name].lower() for name in active])
 
     def make_adapter(self, config: LoRAConfig) -> Adapter:
         """An adapter that fits this layer; :meth:`add_adapter` adds it."""
@@ -122,6 +108,25 @@ class LoRAEmbedding(AdapterLayer, nn.Embedding):
 
     def _unmatrix(self, matrix: Tensor) -> Tensor:
         return matrix.T.contiguous()
+
+
+def embed(base: nn.Embedding, input: Tensor, adapters: Iterable[Factors]) -> Tensor:
+    """What ``base`` looks up, with what each adapter of its transposed weight adds or makes of it."""
+    tokens = input.reshape(-1)
+    y = look_up(base, tokens, base.weight, base.sparse)
+    for lora_a, lora_b, scaling, gate, magnitude in adapters:
+        h = look_up(base, tokens, lora_a.T)
+        h = h if gate is None else h * gate
+        y = y.addmm_(h.to(y.dtype), lora_b.T.to(y.dtype), alpha=scaling)
+        if magnitude is not None:
+            y = y * output_scale(base.weight.T, lora_a, lora_b, magnitude, scaling).to(y.dtype)
+    return y.view(*input.shape, base.embedding_dim)
+
+
+def look_up(base: nn.Embedding, tokens: Tensor, weight: Tensor, sparse: bool = False) -> Tensor:
+    """Rows of ``weight``, by the options of ``base``."""
+    options = (base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq, sparse)
+    return F.embedding(tokens, weight, *options)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,11 +216,61 @@ def test_what_is_unsupported_stays_pefts(bert, tokens):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_embeddings_are_reported(bert):
-    model = wrap(bert(), target_modules=["word_embeddings", "query"])
+def randomise_all(model):
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+        if "magnitude" in name:
+            parameter.data *= torch.linspace(0.5, 1.5, parameter.numel()).view(parameter.shape)
+    return model
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_embeddings_are_pefts(bert, tokens, use_dora):
+    options = {"target_modules": ["word_embeddings", "query"], "use_dora": use_dora}
+    model = randomise_all(wrap(bert(), **options))
     report = accelerate(model)
-    assert len(report.accelerated) == 2
-    assert "Embedding" in report.skipped[0][1] and "word_embeddings" in str(report)
+    assert len(report.accelerated) == 3 and not report.skipped
+    assert_same_as_peft(model, tokens)
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["word_embeddings"]))
+    randomise_all(model)
+    model.base_model.set_adapter(["default", "other"])
+    assert_same_as_peft(model, tokens)
+
+
+class Convolutions(nn.Module):
+    """Like a model that takes ``input_ids`` and has a hidden state, as the checks here want it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.conv2 = nn.Conv1d(7, 6, 3, stride=2, padding=1), nn.Conv2d(1, 4, (2, 3))
+        self.conv3, self.grouped = nn.Conv3d(1, 2, (2, 2, 1)), nn.Conv1d(6, 6, 1, groups=2)
+
+    def forward(self, input_ids):
+        x = torch.sin(input_ids[..., None] * torch.arange(1, 9)).to(self.conv1.weight.dtype)
+        y = self.conv3(self.conv2(self.grouped(self.conv1(x))[:, None])[:, None])
+        return SimpleNamespace(last_hidden_state=y)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_convolutions_are_pefts(tokens, use_dora):
+    options = {"target_modules": ["conv1", "conv2", "conv3"], "use_dora": use_dora, "r": 4}
+    model = randomise_all(get_peft_model(Convolutions(), LoraConfig(**options)))
+    report = accelerate(model)
+    assert len(report.accelerated) == 3 and not report.skipped
+    assert_same_as_peft(model, tokens)
+    before = [type(module) for module in model.modules()]
+    assert decelerate(model) == 3
+    accelerate(model)
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_convolutions_with_groups_stay_pefts(tokens):
+    model = get_peft_model(Convolutions(), LoraConfig(r=4, target_modules=["conv1", "grouped"]))
+    report = accelerate(model)
+    assert len(report.accelerated) == 1 and "groups" in report.skipped[0][1]
+    model(input_ids=tokens)
 
 
 def test_hooks_inside_send_a_call_to_peft(bert, tokens):

@@ -1,0 +1,119 @@
+"""PEFT's LoRA ``Embedding`` and convolutions with a forward of fewer passes; see :mod:`.peft`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora.layer import Conv1d as PeftConv1d
+from peft.tuners.lora.layer import Conv2d as PeftConv2d
+from peft.tuners.lora.layer import Conv3d as PeftConv3d
+from peft.tuners.lora.layer import Embedding as PeftEmbedding
+from peft.tuners.lora.variants import (
+    DoraConv1dVariant,
+    DoraConv2dVariant,
+    DoraConv3dVariant,
+    DoraEmbeddingVariant,
+)
+from torch import Tensor, nn
+
+from ..adapters import Factors
+from ..nn.conv import convolve
+from ..nn.embedding import embed
+
+_DORA = (DoraEmbeddingVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
+_BASES = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class FusedLoraEmbedding(PeftEmbedding):
+    """PEFT's LoRA ``Embedding``; what the adapters add goes straight into what was looked up."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y, or PEFT's forward where this call is none of ours."""
+        if args or kwargs or self.disable_adapters or self.merged or _changed(self):
+            return super().forward(x, *args, **kwargs)
+        names = [name for name in self.active_adapters if name in self.lora_embedding_A]
+        base: Any = self.base_layer
+        return embed(base, x, [_embedding_factors(self, name) for name in names])
+
+
+def _embedding_factors(layer: Any, name: str) -> Factors:
+    factors = (layer.lora_embedding_A[name], layer.lora_embedding_B[name], layer.scaling[name])
+    return Factors(*factors, None, _magnitude(layer, name))
+
+
+class _FusedLoraConv:
+    """PEFT's LoRA convolution; the map from ranks to channels adds to the base's output as it runs."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y, or PEFT's forward where this call is none of ours."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        base = self.base_layer
+        ours = names and not (args or kwargs or self.disable_adapters or self.merged or _changed(self))
+        if not ours or x.dtype != base.weight.dtype:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return convolve(base, x, [(_conv_factors(self, name), _dropout(self, name)) for name in names])
+
+
+def _conv_factors(layer: Any, name: str) -> Factors:
+    lora_a, lora_b = (part[name].weight.flatten(1) for part in (layer.lora_A, layer.lora_B))
+    magnitude = _magnitude(layer, name)
+    flat = None if magnitude is None else magnitude.flatten()
+    return Factors(lora_a, lora_b, layer.scaling[name], None, flat)
+
+
+def _dropout(layer: Any, name: str) -> float:
+    module = layer.lora_dropout[name]
+    return module.p if module.training and isinstance(module, nn.Dropout) else 0.0
+
+
+def _magnitude(layer: Any, name: str) -> Tensor | None:
+    return layer.lora_magnitude_vector[name].weight if name in layer.lora_variant else None
+
+
+class FusedLoraConv1d(_FusedLoraConv, PeftConv1d):
+    __doc__ = _FusedLoraConv.__doc__
+
+
+class FusedLoraConv2d(_FusedLoraConv, PeftConv2d):
+    __doc__ = _FusedLoraConv.__doc__
+
+
+class FusedLoraConv3d(_FusedLoraConv, PeftConv3d):
+    __doc__ = _FusedLoraConv.__doc__
+
+
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    PeftEmbedding: FusedLoraEmbedding,
+    PeftConv1d: FusedLoraConv1d,
+    PeftConv2d: FusedLoraConv2d,
+    PeftConv3d: FusedLoraConv3d,
+}
+
+
+def _changed(layer: Any) -> bool:
+    """What may change after ``accelerate``: a variant other than DoRA, a bias of B, hooks inside."""
+    for name in layer.active_adapters:
+        variant = layer.lora_variant.get(name)
+        if variant is not None and type(variant) not in _DORA:
+            return True
+        if layer.lora_bias.get(name) or type(layer.lora_dropout[name]) not in (nn.Identity, nn.Dropout):
+            return True
+    return any(_hooked(module) for module in layer.modules() if module is not layer)
+
+
+def _hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    return any(hooks) or bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def why_not(layer: Any) -> str | None:
+    """Why a layer of :data:`FUSED` stays PEFT's, or ``None``."""
+    base = layer.base_layer
+    if type(base) not in _BASES or "forward" in vars(base) or "forward" in vars(layer):
+        return f"its base layer is a {type(base).__name__}, not a plain one of torch's"
+    if not isinstance(base, nn.Embedding):
+        if base.groups != 1 or base.padding_mode != "zeros" or any(d != 1 for d in base.dilation):
+            return "its convolution has groups, dilation or a padding mode"
+    elif getattr(layer, "tp_layer", None) is not None:
+        return "its embedding is split over processes"
+    return "it has another variant, lora_bias, another dropout, or hooks inside" if _changed(layer) else None
