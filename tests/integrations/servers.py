@@ -58,7 +58,7 @@ def vllm_meta(mapping, max_loras):
     none = torch.tensor([bool((mapping == -1).all())])
     order = mapping.sort(stable=True).indices.int()
     assert len(order) == tokens
-    return mapping.int(), order, per_lora, starts, active, none, torch.tensor([max_loras + 1])
+    return mapping.int(), order, per_lora, starts, active, none, torch.tensor([len(ids)])
 
 
 def vllm_batch(batches, num_loras, rank, hidden, slices, dtype, seq_length, widths=None):

@@ -211,7 +211,9 @@ def test_stacks_of_several_dtypes_are_named():
         )
 
 
-# Beside vLLM's own kernels, where they are: in the interpreter, which multiplies float16 rightly.
+# Beside vLLM's own kernels, where they are: in the interpreter, which multiplies float16 rightly. Their tile
+# sizes, which vLLM takes from a configuration, are such that the interpreter has few programs to run.
+TILES = {"shrink": {"split_k": 4, "block_n": 64}, "expand": {"block_n": 256, "block_k": 64}}
 BESIDE = [
     *(("general", n) for n in range(len(GENERAL)) if GENERAL[n][1] <= 32 and GENERAL[n][0] <= 16),
     *(("hidden", (hidden, slices)) for hidden in HIDDEN for slices in (1, 2, 3) if hidden <= 2300),
@@ -219,13 +221,18 @@ BESIDE = [
 
 
 @pytest.mark.parametrize(("kind", "what"), BESIDE)
-def test_beside_the_kernels_of_vllm(kind, what, record_property):
+def test_beside_the_kernels_of_vllm(kind, what, record_property, monkeypatch):
     if reason := peers_missing():
         pytest.skip(reason)
     need("triton")
     from vllm.lora.ops import triton_ops
-    from vllm.lora.ops.triton_ops import utils
+    from vllm.lora.ops.triton_ops import lora_expand_op, lora_shrink_op, utils
 
+    def tiles(op_type, **options):
+        return utils.get_lora_op_configs(op_type, **options) | TILES[op_type]
+
+    for module in (lora_shrink_op, lora_expand_op):
+        monkeypatch.setattr(module, "get_lora_op_configs", tiles)
     if kind == "hidden":
         batch = hidden_case(*what, torch.float16)
     else:
