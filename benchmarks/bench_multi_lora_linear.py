@@ -36,7 +36,6 @@ def _in_a_row(runner: Runner, problem: ServingProblem) -> tuple[Prepare, Run]:
     return lambda: None, run
 
 
-
 # On CUDA one replay of a graph after the L2 cache was overwritten; on a CPU as it comes.
 DELTA = Mode("delta", "timed", work=_once)
 # Ten calls in one graph, of which nine find in L2 what fits there.
@@ -65,14 +64,19 @@ def cpu_plans(quick: bool) -> list[Plan]:
     small = [(1, 1, "identical", 16), (8, 2, "uniform", 16), (8, 8, "distinct", 16), (8, 8, "distinct", 0)]
     shared = [(32, 1, "identical", 16), (32, 1, "identical", 64), (256, 1, "identical", 16)]
     spread = [(32, 8, pattern, 16) for pattern in SPREAD] + [(32, 8, "zipf", 8), (32, 8, "zipf", 0)]
-    many = [(64, 64, "distinct", 16), (128, 128, "distinct", 16), (256, 64, "zipf", 16), (128, 32, "zipf", 64)]
+    many = [
+        (64, 64, "distinct", 16),
+        (128, 128, "distinct", 16),
+        (256, 64, "zipf", 16),
+        (128, 32, "zipf", 64),
+    ]
     cases = [ServingCase(*cell) for cell in (*first, *small, *shared, *spread, *many)]
     cases += [ServingCase(32, 8, "zipf", 16, outs=outs) for outs in (QKV, (14336,))]
     return [Plan(case, DELTA.name, priority=0 if i < len(first) else 1) for i, case in enumerate(cases)]
 
 
 def cuda_plans(quick: bool) -> list[Plan]:
-    """The whole grid in bf16. By priority: r=16 on 4096², the other rank and width, slices, the other ranks."""
+    """The whole grid in bf16. By priority: r=16 on 4096², r=64 and the wide one, slices, other ranks."""
     plans = []
     for rows in (8,) if quick else ROWS:
         for adapters, pattern in _grid(rows):
@@ -103,14 +107,13 @@ def _reference(case: ServingCase) -> tuple[ServingProblem, Tensor, float]:
 def check(provider: Provider, case: ServingCase) -> str | None:
     """Why the provider's y is wrong, or ``None``: no further from fp64 than twice the loop over adapters.
 
-    A row of a rival may round differently once more: half a unit in the last place of the largest value is
-    allowed on top.
+    Where the loop happens to be (nearly) exact, a few roundings are still no mistake.
     """
     problem, want, loop = _reference(case)
     runner = provider.build(problem)
     with runner.context():
         got = runner.call(problem.x)
-    return judge((got,), (want,), [max(2 * loop, torch.finfo(case.dtype).eps)])
+    return judge((got,), (want,), [max(2 * loop, 4 * torch.finfo(case.dtype).eps)])
 
 
 @functools.cache

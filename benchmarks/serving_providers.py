@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import plan_batch, stack_adapters, use_backend
+from lora_kernels import multi_lora_linear, plan_batch, stack_adapters, use_backend
 from lora_kernels._backend import unavailable
 from lora_kernels.integrations import sglang as sglang_bridge
 from lora_kernels.integrations import vllm as vllm_bridge
-from lora_kernels.ops.multi_lora_linear import add_multi_lora_, slice_adapters
 
 from .suites import Provider, Runner
 
@@ -73,7 +72,11 @@ class ServingCase:
     @property
     def columns(self) -> dict[str, object]:
         values = {"rows": self.rows, "adapters": self.adapters, "pattern": self.pattern, "shape": self.shape}
-        return values | {"rank": self.rank or "mixed", "dtype": self.dtype_name, "bytes_floor": floor_bytes(self)}
+        return values | {
+            "rank": self.rank or "mixed",
+            "dtype": self.dtype_name,
+            "bytes_floor": floor_bytes(self),
+        }
 
 
 @functools.lru_cache(maxsize=4096)
@@ -130,7 +133,7 @@ class ServingProblem:
         return stacks_a, stacks_b
 
     def packed(self) -> tuple[Tensor, Tensor]:
-        """SGLang's: A [D, linears · r_max, K] with the linears one after the other by rank, B [D, ΣN, r_max]."""
+        """SGLang's: A [D, linears · r_max, K], side by side at the live rank, and B [D, ΣN, r_max]."""
         case, most = self.case, max(self.case.ranks)
         options = {"dtype": case.dtype, "device": case.device}
         stack_a = torch.zeros(case.adapters, len(case.outs) * most, case.cols, **options)
@@ -305,7 +308,12 @@ def _sglang_batch(problem: ServingProblem) -> SglangBatch:
     counts = torch.tensor(lens, dtype=torch.int32)
     starts = torch.cat([torch.zeros(1, dtype=torch.int32), counts.cumsum(0).int()])
     return SglangBatch(
-        *(len(lens), starts.to(device), torch.tensor(owners, dtype=torch.int32).to(device), counts.to(device)),
+        *(
+            len(lens),
+            starts.to(device),
+            torch.tensor(owners, dtype=torch.int32).to(device),
+            counts.to(device),
+        ),
         problem.ids.sort(stable=True).indices.int(),
         torch.tensor(case.ranks, dtype=torch.int32, device=device),
         torch.ones(case.adapters, device=device),
@@ -332,7 +340,7 @@ def _sglang_csgmv(split_k: int | None) -> Callable[[ServingProblem], Runner]:
 
 
 def _sglang_triton_v2(problem: ServingProblem) -> Runner:
-    """The plan that SGLang's table of the card has for the shape; its A on the same stream: no base GEMM here."""
+    """The plan of SGLang's table for the card and shape, on one stream: there is no base GEMM to overlap."""
     runner_module = importlib.import_module("sglang.srt.lora.dense.runner")
     plan_module = importlib.import_module("sglang.srt.lora.dense.plan")
     workspace = importlib.import_module("sglang.srt.lora.workspace").LoraWorkspace()
@@ -370,13 +378,15 @@ def _sglang_bridge(problem: ServingProblem) -> Runner:
 
 def _ours(backend: str) -> Callable[[ServingProblem], Runner]:
     def build(problem: ServingProblem) -> Runner:
-        stacks = [
-            stack_adapters([a for a, _ in pairs], [b for _, b in pairs]) for pairs in problem.factors
-        ]
-        adapters = stacks[0] if len(stacks) == 1 else slice_adapters(*stacks)
+        stacks = [stack_adapters([a for a, _ in pairs], [b for _, b in pairs]) for pairs in problem.factors]
         plan = plan_batch(problem.ids, problem.case.adapters)
         ids = problem.ids
-        return _runner(problem, lambda y: add_multi_lora_(y, problem.x, adapters, ids, plan=plan), backend)
+
+        def add(y: Tensor) -> None:
+            for view, stack in zip(y.split(problem.case.outs, 1), stacks, strict=True):
+                view += multi_lora_linear(problem.x, None, stack, ids, plan=plan)
+
+        return _runner(problem, add, backend)
 
     return build
 
@@ -423,7 +433,9 @@ PROVIDERS = (
     Provider("peft", _peft, _host_only),
     Provider("vllm_torch", _vllm_torch),
     Provider("vllm_triton", _vllm_triton, _cuda_rival("vllm.lora.ops.triton_ops")),
-    Provider("sglang_csgmv", _sglang_csgmv(None), _cuda_rival("sglang.kernels.ops.lora.dense.chunked_sgmv_shrink")),
+    Provider(
+        "sglang_csgmv", _sglang_csgmv(None), _cuda_rival("sglang.kernels.ops.lora.dense.chunked_sgmv_shrink")
+    ),
     Provider(
         "sglang_csgmv_split",
         _sglang_csgmv(8),

@@ -45,8 +45,14 @@ from torch import Tensor
 from lora_kernels.testing.timers import Prepare, Run, Summary
 
 # One line a benchmark, in the order of the report.
-MODULES = ("bench_lora_linear", "bench_dora_linear", "bench_llama_layer", "bench_beta_passes")
-DEFAULT, TRAINING = "default", "training"
+MODULES = (
+    "bench_lora_linear",
+    "bench_dora_linear",
+    "bench_llama_layer",
+    "bench_beta_passes",
+    "bench_multi_lora_linear",
+)
+DEFAULT, TRAINING, SERVING = "default", "training", "serving"
 
 
 class Case(Hashable, Protocol):

@@ -9,8 +9,9 @@ import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this command's options: all of them belong to ``python -m benchmarks``."""
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="as for python -m benchmarks")
+    """Adds no option: what is given goes to ``python -m benchmarks`` as it stands."""
+    parser.usage = "lora-kernels bench [options of python -m benchmarks]"
+    parser.set_defaults(passes_on=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -19,6 +20,6 @@ def run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("benchmarks") is None:
         print("bench: the benchmarks are part of the source checkout; run this from its root folder")
         return 1
-    sys.argv = ["benchmarks", *args.options]
+    sys.argv = ["benchmarks", *args.rest]
     runpy.run_module("benchmarks", run_name="__main__")
     return 0

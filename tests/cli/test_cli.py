@@ -17,3 +17,9 @@ def test_env_says_why_each_backend_is_on_or_off(capsys):
 def test_unknown_command():
     with pytest.raises(SystemExit):
         main(["nonsense"])
+
+
+def test_only_bench_passes_options_on(capsys):
+    with pytest.raises(SystemExit):
+        main(["env", "--nonsense"])
+    assert "unrecognized arguments: --nonsense" in capsys.readouterr().err
