@@ -1,4 +1,6 @@
-// Both products are dots of rows with rows: a rank of A lies along x, a row of B along h.
+// A rank of A lies along x: a dot. B's ranks lie side by side: a block of it is turned in a buffer,
+// and its columns are added up rank by rank, so that a row's sum does not depend on how many rows
+// there are.
 #include "stacked_lora.h"
 
 #include <ATen/Parallel.h>
@@ -14,7 +16,7 @@ namespace {
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
-// Rows of a stack that one task multiplies with: few long ones of A, many short ones of B.
+// Rows of a stack that one task works on: few long ones of A, many short ones of B.
 constexpr int64_t kRanks = 4, kColumns = 256;
 
 bool has(const OptTensor& tensor) { return tensor.has_value() && tensor->defined(); }
@@ -67,23 +69,48 @@ void for_pieces(const Segments& segments, int64_t size, Extent extent, Run run) 
   });
 }
 
-// out[row, j] = rows[row] . stack[adapter, skip + j, :cols], for j < count.
+// One product of the rows of each segment with its adapter's part of a stack.
 struct Product {
   const Tensor &rows, &stack, &out;
-  int64_t skip, cols, count;
+
+  const void* part(int64_t adapter, int64_t skip) const {
+    const int64_t begin = adapter * stack.stride(0) + skip * stack.stride(1);
+    return static_cast<const char*>(stack.const_data_ptr()) + begin * stack.element_size();
+  }
+  Storage storage() const { return storage_of(stack.scalar_type()); }
 };
 
 template <typename Math>
-void multiply(const Segments& segments, int64_t i, const Product& what, const int32_t* index,
-              int64_t first, int64_t last) {
-  const Tensor& stack = what.stack;
-  const int64_t begin = segments.id(i) * stack.stride(0) + what.skip * stack.stride(1);
-  const auto* data = static_cast<const char*>(stack.const_data_ptr());
-  const Pages pages = {data + begin * stack.element_size(), storage_of(stack.scalar_type()),
-                       stack.stride(1), what.cols, index};
-  const Rows<Math> rows = {what.rows.const_data_ptr<Math>(), what.rows.stride(0), segments.slots(i),
-                           segments.count(i), 1};
-  dots(rows, pages, first, last, what.out.mutable_data_ptr<Math>(), what.out.stride(0));
+Rows<Math> rows_of(const Segments& segments, int64_t i, const Tensor& rows) {
+  return {rows.const_data_ptr<Math>(), rows.stride(0), segments.slots(i), segments.count(i), 1};
+}
+
+// out[row, r] = rows[row] . stack[adapter, skip + r] for r in [first, last).
+template <typename Math>
+void multiply(const Segments& segments, int64_t i, const Product& what, int64_t skip,
+              const int32_t* index, int64_t first, int64_t last) {
+  const Pages pages = {what.part(segments.id(i), skip), what.storage(), what.stack.stride(1),
+                       what.stack.size(2), index};
+  dots(rows_of<Math>(segments, i, what.rows), pages, first, last, what.out.mutable_data_ptr<Math>(),
+       what.out.stride(0));
+}
+
+// out[row, n] = sum over r of rows[row, r] stack[adapter, n, r] for n in [first, last).
+template <typename Math>
+void add_up(const Segments& segments, int64_t i, const Product& what, const int32_t* index,
+            int64_t first, int64_t last) {
+  const int64_t width = last - first, rank = segments.rank(i), stride = what.stack.stride(1);
+  std::vector<Math> turned(rank * width);
+  typed<Math>(what.part(segments.id(i), first), what.storage(), [&](const auto* from) {
+    for (int64_t r = 0; r < rank; ++r) {
+      for (int64_t n = 0; n < width; ++n) turned[r * width + n] = widen(from[n * stride + r]);
+    }
+  });
+  const Storage kept = sizeof(Math) == sizeof(double) ? Storage::kDouble : Storage::kFloat;
+  const Pages pages = {turned.data(), kept, width, width, index};
+  const Mix<Math> sum = {what.rows.const_data_ptr<Math>(), what.rows.stride(0), rank,
+                         what.out.mutable_data_ptr<Math>() + first, what.out.stride(0)};
+  mix(rows_of<Math>(segments, i, what.rows), pages, sum, {0, width});
 }
 
 // As the loops read it: the last dimension dense, and of the type that is summed in where that is
@@ -106,10 +133,9 @@ Tensor shrink(const Tensor& x, at::TensorList lora_a, const Segments& segments, 
         segments, kRanks, [&](int64_t i) { return segments.rank(i); },
         [&](int64_t i, int64_t first, int64_t last) {
           const int64_t skip = packed ? s * segments.rank(i) : 0;
-          const Product what = {rows, stack, out, skip, x.size(1), segments.rank(i)};
           in_math(math, [&](auto kind) {
-            multiply<decltype(kind)>(segments, i, what, index.const_data_ptr<int32_t>(), first,
-                                     last);
+            multiply<decltype(kind)>(segments, i, {rows, stack, out}, skip,
+                                     index.const_data_ptr<int32_t>(), first, last);
           });
         });
   }
@@ -135,14 +161,13 @@ void expand(const Tensor& h, at::TensorList lora_b, const Segments& segments, in
     const Tensor stack = readable(lora_b[s], math), rows = h[s];
     const int64_t width = stack.size(1);
     const Tensor delta = at::zeros({h.size(1), width}, h.options());
-    const Tensor index = counting(width);
+    const Tensor index = counting(segments.max_rank);
     for_pieces(
         segments, kColumns, [&](int64_t) { return width; },
         [&](int64_t i, int64_t first, int64_t last) {
-          const Product what = {rows, stack, delta, 0, segments.rank(i), width};
           in_math(math, [&](auto kind) {
-            multiply<decltype(kind)>(segments, i, what, index.const_data_ptr<int32_t>(), first,
-                                     last);
+            add_up<decltype(kind)>(segments, i, {rows, stack, delta},
+                                   index.const_data_ptr<int32_t>(), first, last);
           });
         });
     Tensor part = y.narrow(1, offset, width);
