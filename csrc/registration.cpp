@@ -3,8 +3,10 @@
 #include <Python.h>
 #include <torch/library.h>
 
+#include "cpu/batch_plan.h"
 #include "cpu/dora_linear.h"
 #include "cpu/dropout.h"
+#include "cpu/invariant_linear.h"
 #include "cpu/lora_linear.h"
 #include "cpu/lora_linear_autograd.h"
 #include "cpu/low_rank_norm.h"
@@ -22,6 +24,9 @@ TORCH_LIBRARY_IMPL(lora_kernels, CPU, library) {
   library.impl("cpp_stacked_lora_shrink", lora_kernels::stacked_lora_shrink);
   library.impl("cpp_stacked_lora_expand", lora_kernels::stacked_lora_expand);
   library.impl("cpp_stacked_lora_linear", lora_kernels::stacked_lora_linear);
+  library.impl("cpp_multi_lora_linear_add", lora_kernels::multi_lora_linear_add);
+  library.impl("cpp_batch_plan", lora_kernels::batch_plan);
+  library.impl("cpp_invariant_linear", lora_kernels::invariant_linear);
   library.impl("cpp_lora_linear", lora_kernels::lora_linear);
   library.impl("cpp_lora_linear_backward", lora_kernels::lora_linear_backward);
 }

@@ -15,39 +15,58 @@ if TYPE_CHECKING:
     from .integrations.checkpoint import load_adapter, save_adapter
     from .integrations.peft import accelerate, decelerate
     from .nn import LoRALinear, apply_lora
-    from .ops.multi_lora_linear import AdapterStack, multi_lora_linear, plan_batch, stack_adapters
+    from .ops.batch_plan import BatchPlan, plan_batch
+    from .ops.multi_lora_linear import (
+        AdapterSlices,
+        AdapterStack,
+        add_multi_lora_,
+        multi_lora_linear,
+        multi_lora_linear_slices,
+        slice_adapters,
+        stack_adapters,
+    )
 
 # Imported on first use, so that `import lora_kernels` needs torch alone.
 _LAZY = {
+    "AdapterSlices": "ops.multi_lora_linear",
     "AdapterStack": "ops.multi_lora_linear",
+    "BatchPlan": "ops.batch_plan",
     "LoRAConfig": "adapters",
     "LoRALinear": "nn",
     "accelerate": "integrations.peft",
+    "add_multi_lora_": "ops.multi_lora_linear",
     "apply_lora": "nn",
     "decelerate": "integrations.peft",
     "load_adapter": "integrations.checkpoint",
     "multi_lora_linear": "ops.multi_lora_linear",
-    "plan_batch": "ops.multi_lora_linear",
+    "multi_lora_linear_slices": "ops.multi_lora_linear",
+    "plan_batch": "ops.batch_plan",
     "save_adapter": "integrations.checkpoint",
+    "slice_adapters": "ops.multi_lora_linear",
     "stack_adapters": "ops.multi_lora_linear",
 }
 
 __all__ = [
+    "AdapterSlices",
     "AdapterStack",
     "BackendError",
+    "BatchPlan",
     "LoRAConfig",
     "LoRALinear",
     "__version__",
     "accelerate",
     "active_backend",
+    "add_multi_lora_",
     "apply_lora",
     "decelerate",
     "dora_linear",
     "load_adapter",
     "lora_linear",
     "multi_lora_linear",
+    "multi_lora_linear_slices",
     "plan_batch",
     "save_adapter",
+    "slice_adapters",
     "stack_adapters",
     "use_backend",
 ]

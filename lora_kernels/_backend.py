@@ -157,7 +157,7 @@ def _stem(op: str) -> str:
     for family in ("dropout", "stacked_lora"):
         if family in op:
             return family
-    return op.removesuffix("_backward")
+    return op.removesuffix("_backward").removesuffix("_add")
 
 
 def automatic(device_type: str) -> str:

@@ -16,6 +16,12 @@ from torch import Tensor
 
 NAMESPACE = "lora_kernels"
 
+# Slots of one adapter that one tile of a plan has.
+TILE_SLOTS = 16
+# What `multi_lora_linear_add` knows of each linear in its table: the addresses of A's and B's pages, of
+# pages, spans and scalings; the row strides of A's and B's pages; N; the first column in y.
+TABLE_WIDTH = 9
+
 # The gradients that `lora_linear_backward` can return; its `needs` has one flag for each.
 GRADS = ("x", "lora_a", "lora_b", "gate", "x_lora")
 
@@ -66,10 +72,26 @@ SCHEMAS = {
         "(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scale, Tensor? z,"
         " Tensor? h, Tensor? mask, float scaling, float dropout_p, bool[4] needs) -> Tensor[]"
     ),
+    # y = x Wᵀ whose rows do not depend, bit for bit, on the other rows.
+    "invariant_linear": "(Tensor x, Tensor weight) -> Tensor",
 }
-# Ops that write into their last argument, of a server's stacks [adapters, *, *], one a slice. Segment i
-# is the rows `order[starts[i]:starts[i] + counts[i]]` of adapter `ids[i]`, none where that is negative.
+# Ops that write into their arguments; csrc/ implements them too.
 IN_PLACE = {
+    # Adds the deltas of one or several linears that share x into y [M, ΣN], their columns side by side, in
+    # two launches for all. Entry i of each list is linear i's; `weights` [S] is one factor a slot; `table`
+    # int64 [linears, TABLE_WIDTH] has the addresses and sizes of the lists, where there are several.
+    "multi_lora_linear_add": (
+        "(Tensor(a!) y, Tensor x, Tensor[] a_pages, Tensor[] b_pages, Tensor[] pages, Tensor[] spans,"
+        " Tensor[] scalings, Tensor? weights, Tensor order, Tensor offsets, Tensor tiles, Tensor? table,"
+        " SymInt max_rank) -> ()"
+    ),
+    # Fills the buffers of a BatchPlan: ids int64 [S], order [S], offsets [adapters + 2], tiles [*, 2].
+    "batch_plan": (
+        "(Tensor adapter_ids, SymInt adapters, Tensor(a!) ids, Tensor(b!) order, Tensor(c!) offsets,"
+        " Tensor(d!) tiles) -> ()"
+    ),
+    # The others work on a server's stacks [adapters, *, *], one a slice. Segment i is the rows
+    # `order[starts[i]:starts[i] + counts[i]]` of adapter `ids[i]`, none where that is negative.
     # h [slices, M, max_rank]; `mapping` [M] is negative for a row without an adapter, whose h is zero.
     "stacked_lora_shrink": (
         "(Tensor x, Tensor[] lora_a, Tensor order, Tensor starts, Tensor counts, Tensor ids,"
@@ -98,6 +120,7 @@ CPP_OPS = (
     "row_dropout_mask",
     "multi_lora_linear",
     "multi_lora_linear_backward",
+    "invariant_linear",
 )
 # Ops that csrc/cuda implements, under the name `cuda_<op>`.
 CUDA_OPS = ("multi_lora_linear",)
@@ -252,6 +275,10 @@ def _fake_dora_linear_backward(
     return [g.new_empty(g.shape) for g, needed in zip(grads, needs, strict=True) if needed]
 
 
+def _fake_invariant_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
 def _fake_in_place(*args: object) -> None:
     """Nothing is returned, and what is written keeps its shape."""
 
@@ -279,6 +306,7 @@ _FAKES: dict[str, Callable[..., object]] = {
     "row_dropout_mask": _fake_row_dropout_mask,
     "multi_lora_linear": _fake_multi_lora_linear,
     "multi_lora_linear_backward": _fake_multi_lora_linear_backward,
+    "invariant_linear": _fake_invariant_linear,
 }
 
 for _op, _schema in SCHEMAS.items():

@@ -134,28 +134,62 @@ LK_INLINE void mix_block(Out out_at, In in_at, Factor factor_at, int64_t width) 
   mix_tile<J, I>(out, in, factor, width);
 }
 
+// out(j) = sum over r of vectors[slot m + j, r] page r, for the `height` slots from m on.
+template <typename Math, typename Stored, typename Out>
+LK_INLINE void mix_slots(const Rows<Math>& slots, int64_t m, int64_t height, const Pages& pages,
+                         const Stored* data, const Mix<Math>& mix, Columns columns, Out out) {
+  const int64_t width = columns.end - columns.begin;
+  for (int64_t j = 0; j < height; ++j) std::fill(out(j), out(j) + width, Math(0));
+  for (int64_t r = 0, depth; r < mix.rank; r += depth) {
+    depth = tile_of(mix.rank - r);
+    const auto in = [&](int64_t i) LK_LAMBDA {
+      return data + pages.index[r + i] * pages.stride + columns.begin;
+    };
+    const auto factor = [&](int64_t j, int64_t i) LK_LAMBDA {
+      return mix.vectors[slots.slots[m + j] * mix.vector_stride + r + i];
+    };
+    with_counts(height, depth, [&](auto h, auto d) LK_LAMBDA {
+      mix_block<decltype(h)::value, decltype(d)::value, Math, Stored>(out, in, factor, width);
+    });
+  }
+}
+
 template <typename Math, typename Stored>
 LK_INLINE void mix_typed(const Rows<Math>& slots, const Pages& pages, const Stored* data,
                          const Mix<Math>& mix, Columns columns) {
+  for (int64_t m = 0, height; m < slots.count; m += height) {
+    height = tile_of(slots.count - m);
+    const auto out = [&](int64_t j) LK_LAMBDA {
+      return mix.out + slots.slots[m + j] * mix.out_stride + columns.begin;
+    };
+    mix_slots(slots, m, height, pages, data, mix, columns, out);
+  }
+}
+
+template <typename Math, typename Stored>
+LK_INLINE void add_to(Stored* to, const Math* from, int64_t width) {
+  int64_t k = 0;
+  if constexpr (sizeof(Stored) == sizeof(Math)) {
+    for (; k + kLanes <= width; k += kLanes) vector(to + k) += vector(from + k);
+  }
+  for (; k < width; ++k) narrow(to + k, static_cast<Math>(widen(to[k])) + from[k]);
+}
+
+template <typename Math, typename Stored>
+LK_INLINE void mix_add_typed(const Rows<Math>& slots, const Pages& pages, const Stored* data,
+                             const Mix<Math>& mix, Columns columns, const Target& to) {
   const int64_t width = columns.end - columns.begin;
   for (int64_t m = 0, height; m < slots.count; m += height) {
     height = tile_of(slots.count - m);
-    const auto slot = [&](int64_t j) LK_LAMBDA -> int64_t { return slots.slots[m + j]; };
-    const auto out = [&](int64_t j)
-                         LK_LAMBDA { return mix.out + slot(j) * mix.out_stride + columns.begin; };
-    for (int64_t j = 0; j < height; ++j) std::fill(out(j), out(j) + width, Math(0));
-    for (int64_t r = 0, depth; r < mix.rank; r += depth) {
-      depth = tile_of(mix.rank - r);
-      const auto in = [&](int64_t i) LK_LAMBDA {
-        return data + pages.index[r + i] * pages.stride + columns.begin;
-      };
-      const auto factor = [&](int64_t j, int64_t i) LK_LAMBDA {
-        return mix.vectors[slot(j) * mix.vector_stride + r + i];
-      };
-      with_counts(height, depth, [&](auto h, auto d) LK_LAMBDA {
-        mix_block<decltype(h)::value, decltype(d)::value, Math, Stored>(out, in, factor, width);
-      });
-    }
+    const auto out = [&](int64_t j) LK_LAMBDA { return mix.out + j * width; };
+    mix_slots(slots, m, height, pages, data, mix, columns, out);
+    typed<Math>(to.data, to.storage, [&](const auto* base) LK_LAMBDA {
+      using Element = std::remove_const_t<std::remove_pointer_t<decltype(base)>>;
+      for (int64_t j = 0; j < height; ++j) {
+        const int64_t row = slots.slots[m + j] / slots.slots_per_row;
+        add_to(const_cast<Element*>(base) + row * to.stride + columns.begin, out(j), width);
+      }
+    });
   }
 }
 
@@ -205,6 +239,18 @@ LK_SIMD void mix_f64(const Rows<double>& slots, const Pages& pages, const Mix<do
   mix_typed(slots, pages, static_cast<const double*>(pages.data), mix, columns);
 }
 
+LK_SIMD void mix_add_f32(const Rows<float>& slots, const Pages& pages, const Mix<float>& mix,
+                         Columns columns, const Target& to) {
+  typed<float>(pages.data, pages.storage, [&](const auto* data) LK_LAMBDA {
+    mix_add_typed(slots, pages, data, mix, columns, to);
+  });
+}
+
+LK_SIMD void mix_add_f64(const Rows<double>& slots, const Pages& pages, const Mix<double>& mix,
+                         Columns columns, const Target& to) {
+  mix_add_typed(slots, pages, static_cast<const double*>(pages.data), mix, columns, to);
+}
+
 LK_SIMD void outer_f32(const Rows<float>& rows, const int32_t* index, int64_t first, int64_t last,
                        const Mix<float>& mix, Columns columns) {
   outer_typed(rows, index, first, last, mix, columns);
@@ -233,6 +279,16 @@ void mix(const Rows<float>& slots, const Pages& pages, const Mix<float>& what, C
 
 void mix(const Rows<double>& slots, const Pages& pages, const Mix<double>& what, Columns columns) {
   mix_f64(slots, pages, what, columns);
+}
+
+void mix_add(const Rows<float>& slots, const Pages& pages, const Mix<float>& what, Columns columns,
+             const Target& to) {
+  mix_add_f32(slots, pages, what, columns, to);
+}
+
+void mix_add(const Rows<double>& slots, const Pages& pages, const Mix<double>& what,
+             Columns columns, const Target& to) {
+  mix_add_f64(slots, pages, what, columns, to);
 }
 
 void outer_pages(const Rows<float>& rows, const int32_t* index, int64_t first, int64_t last,

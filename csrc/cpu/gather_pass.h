@@ -56,6 +56,20 @@ struct Mix {
 void mix(const Rows<float>& slots, const Pages& pages, const Mix<float>& mix, Columns columns);
 void mix(const Rows<double>& slots, const Pages& pages, const Mix<double>& mix, Columns columns);
 
+// A matrix of any storage type whose columns have unit stride.
+struct Target {
+  void* data;
+  Storage storage;
+  int64_t stride;
+};
+
+// to[slot / slots_per_row, columns] += what mix() gives, summed first and added once. Here mix.out
+// is memory for kTile rows of `columns`, and its stride is not used.
+void mix_add(const Rows<float>& slots, const Pages& pages, const Mix<float>& mix, Columns columns,
+             const Target& to);
+void mix_add(const Rows<double>& slots, const Pages& pages, const Mix<double>& mix, Columns columns,
+             const Target& to);
+
 // out[page[r], columns] = sum over slots of vectors[slot, r] rows[slot, columns], for r in
 // [first, last).
 void outer_pages(const Rows<float>& rows, const int32_t* index, int64_t first, int64_t last,

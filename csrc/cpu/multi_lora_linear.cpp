@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "dropout.h"
 #include "gather_pass.h"
@@ -46,25 +47,41 @@ struct Batch {
   }
 };
 
+// A part of the work on one linear: some adapters, and some of their pages or columns.
+struct Piece {
+  int64_t linear, first_adapter, last_adapter, first, last;
+};
+
+// Calls run(piece) for all of them on all threads, each thread taking the next when it is free:
+// nothing that is computed depends on who takes what.
+template <typename Run>
+void for_each_piece(const std::vector<Piece>& pieces, Run run) {
+  const int64_t count = pieces.size();
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) run(pieces[i]);
+  });
+}
+
+// Appends pieces of `size` of each adapter that has work in linear `linear`.
+template <typename Extent>
+void add_pieces(std::vector<Piece>& pieces, const Batch& batch, int64_t linear, int64_t size,
+                Extent extent) {
+  for (int64_t adapter = 0; adapter < batch.adapters; ++adapter) {
+    const int64_t end = batch.count(adapter) > 0 ? extent(adapter) : 0;
+    for (int64_t first = 0; first < end; first += size) {
+      pieces.push_back({linear, adapter, adapter + 1, first, std::min(first + size, end)});
+    }
+  }
+}
+
 // Calls run(adapter, first, last) for pieces of `size` of each adapter that has work, on all
 // threads.
 template <typename Extent, typename Run>
 void for_pieces(const Batch& batch, int64_t size, Extent extent, Run run) {
-  struct Piece {
-    int64_t adapter, first, last;
-  };
   std::vector<Piece> pieces;
-  for (int64_t adapter = 0; adapter < batch.adapters; ++adapter) {
-    const int64_t end = batch.count(adapter) > 0 ? extent(adapter) : 0;
-    for (int64_t first = 0; first < end; first += size) {
-      pieces.push_back({adapter, first, std::min(first + size, end)});
-    }
-  }
-  at::parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      run(pieces[i].adapter, pieces[i].first, pieces[i].last);
-    }
-  });
+  add_pieces(pieces, batch, 0, size, extent);
+  for_each_piece(pieces, [&](const Piece& p) { run(p.first_adapter, p.first, p.last); });
 }
 
 Pages pages_of(const Tensor& data, const int32_t* index) {
@@ -163,6 +180,68 @@ Tensor column(const Tensor& per_slot, const Tensor& like) {
   return per_slot.reshape({-1, 1}).to(like.scalar_type());
 }
 
+// One of the linears that share x, for multi_lora_linear_add().
+template <typename Math>
+struct Linear {
+  Batch batch;
+  Tensor a, b;
+  const float *scalings, *weights;
+  Math* h;
+  int64_t max_rank;
+  Target to;
+
+  // h[slot, first:last] = c rows . pages, with c the adapter's scale and the slot's weight.
+  void shrink(const Tensor& rows, int64_t adapter, int64_t first, int64_t last) const {
+    const auto own = batch.rows<Math>(adapter, rows, batch.slots_per_row);
+    dots(own, pages_of(a, batch.own_pages(adapter)), first, last, h, max_rank);
+    for (int64_t i = 0; i < own.count; ++i) {
+      const int64_t slot = own.slots[i];
+      const Math coef = Math(scalings[adapter]) * (weights ? Math(weights[slot]) : Math(1));
+      for (int64_t r = first; r < last; ++r) h[slot * max_rank + r] *= coef;
+    }
+  }
+
+  void expand(int64_t adapter, Columns columns) const {
+    Math sums[kTile * kColumns];
+    const Rows<Math> slots = {h, max_rank, batch.order + batch.offsets[adapter],
+                              batch.count(adapter), batch.slots_per_row};
+    mix_add(slots, pages_of(b, batch.own_pages(adapter)),
+            {h, max_rank, batch.rank(adapter), sums, 0}, columns, to);
+  }
+};
+
+// Two adapters of one row add to the same columns, so there a piece has all adapters.
+template <typename Math>
+void add_expand_pieces(std::vector<Piece>& pieces, const Linear<Math>& linear, int64_t index) {
+  const int64_t cols = linear.b.size(1);
+  if (linear.batch.slots_per_row == 1) {
+    const auto extent = [&](int64_t a) { return linear.batch.rank(a) > 0 ? cols : 0; };
+    return add_pieces(pieces, linear.batch, index, kColumns, extent);
+  }
+  for (int64_t first = 0; first < cols; first += kColumns) {
+    pieces.push_back({index, 0, linear.batch.adapters, first, std::min(first + kColumns, cols)});
+  }
+}
+
+template <typename Math>
+void add_deltas(const Tensor& rows, const std::vector<Linear<Math>>& linears) {
+  std::vector<Piece> pieces;
+  for (size_t i = 0; i < linears.size(); ++i) {
+    const Batch& batch = linears[i].batch;
+    add_pieces(pieces, batch, i, kTile, [&](int64_t a) { return batch.rank(a); });
+  }
+  for_each_piece(pieces, [&](const Piece& p) {
+    linears[p.linear].shrink(rows, p.first_adapter, p.first, p.last);
+  });
+  pieces.clear();
+  for (size_t i = 0; i < linears.size(); ++i) add_expand_pieces(pieces, linears[i], i);
+  for_each_piece(pieces, [&](const Piece& p) {
+    for (int64_t a = p.first_adapter; a < p.last_adapter; ++a) {
+      linears[p.linear].expand(a, {p.first, p.last});
+    }
+  });
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> multi_lora_linear(const Tensor& x, const Tensor& a_pages,
@@ -214,6 +293,36 @@ std::vector<Tensor> multi_lora_linear_backward(
   }
   if (needs_coef) grads.push_back((u * wide_h).sum(1).to(coef.scalar_type()).view_as(coef));
   return grads;
+}
+
+void multi_lora_linear_add(const Tensor& y, const Tensor& x, at::TensorList a_pages,
+                           at::TensorList b_pages, at::TensorList pages, at::TensorList spans,
+                           at::TensorList scalings, const OptTensor& weights, const Tensor& order,
+                           const Tensor& offsets, const Tensor&, const OptTensor&,
+                           int64_t max_rank) {
+  const auto math = math_of(x.scalar_type());
+  const Tensor rows = readable(x.to(math), math);
+  const bool direct = y.stride(1) == 1 || y.size(1) <= 1;
+  const Tensor sums = direct ? y : y.contiguous();
+  const int64_t count = a_pages.size(), slots = order.numel(), itemsize = y.element_size();
+  const Tensor h = at::empty({count, slots, max_rank}, rows.options());
+  const Tensor factors = has(weights) ? weights->to(at::kFloat).contiguous() : Tensor();
+  in_math(math, [&](auto zero) {
+    using Math = decltype(zero);
+    std::vector<Linear<Math>> linears;
+    auto* to = static_cast<char*>(sums.mutable_data_ptr());
+    for (int64_t i = 0; i < count; ++i) {
+      linears.push_back({Batch(pages[i], spans[i], order, offsets, x.size(0)),
+                         readable(a_pages[i], math), readable(b_pages[i], math),
+                         scalings[i].const_data_ptr<float>(),
+                         has(weights) ? factors.const_data_ptr<float>() : nullptr,
+                         h.mutable_data_ptr<Math>() + i * slots * max_rank, max_rank,
+                         Target{to, storage_of(y.scalar_type()), sums.stride(0)}});
+      to += b_pages[i].size(1) * itemsize;
+    }
+    add_deltas(rows, linears);
+  });
+  if (!direct) y.copy_(sums);
 }
 
 }  // namespace lora_kernels

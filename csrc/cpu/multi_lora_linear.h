@@ -25,4 +25,11 @@ std::vector<at::Tensor> multi_lora_linear_backward(
     const std::optional<at::Tensor>& mask, const std::optional<at::Tensor>& keep_scale,
     int64_t max_rank, std::array<bool, 4> needs);
 
+void multi_lora_linear_add(const at::Tensor& y, const at::Tensor& x, at::TensorList a_pages,
+                           at::TensorList b_pages, at::TensorList pages, at::TensorList spans,
+                           at::TensorList scalings, const std::optional<at::Tensor>& weights,
+                           const at::Tensor& order, const at::Tensor& offsets,
+                           const at::Tensor& tiles, const std::optional<at::Tensor>& table,
+                           int64_t max_rank);
+
 }  // namespace lora_kernels

@@ -15,12 +15,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import beta, dora_linear, dropout, kext, low_rank_norm, multi_lora_linear, single, stacked_lora
+from . import batch_plan, beta, dora_linear, dropout, invariant_linear, kext, low_rank_norm, multi_lora_linear, single, stacked_lora
 from .config import (
     GemmTile,
     Tile,
     dy_tile,
     forward_tile,
+    invariant_tile,
     kext_tile,
     norm_tile,
     page_tile,
@@ -101,6 +102,14 @@ def specs(dtypes: tuple[str, ...] = ("bf16",), ranks: tuple[int, ...] = RANKS) -
             yield from _dora_specs(dtype, rank)
             yield from _stacked_specs(dtype, rank)
         yield from _elementwise_specs(dtype)
+        tile, types = (
+            invariant_tile(_ITEMSIZE[dtype]),
+            dict.fromkeys(("x_ptr", "w_ptr", "y_ptr"), f"*{dtype}"),
+        )
+        flags = {"PRECISION": "tf32"}
+        kernel = invariant_linear.invariant_linear_kernel
+        yield Spec("invariant_linear", "", dtype, 0, kernel, flags, tile, types)
+    yield from _batch_specs()
     yield Spec("sum_parts", "", "fp32", 0, beta.sum_parts_kernel, {"BLOCK": 1024}, None, {"out_ptr": "*bf16"})
     pointers = {"mask_ptr": "*u8", "seed_ptr": "*i64", "limit_ptr": "*i64"}
     for variant in ("", "rows"):
@@ -189,13 +198,33 @@ def _multi_specs(dtype: str, rank: int) -> Iterator[Spec]:
     for variant, masked in (("plain", False), ("dropout", True)):
         tile = page_tile(4096, rank, _ITEMSIZE[dtype], masked)
         flags = {"HAS_MASK": masked, "PRECISION": "tf32"}
-        expand = {**flags, "HAS_SCALE": masked, "WRITE_H": True}
+        table = {"SLICED": False, "ALIGNED": False}
+        expand = {**flags, **table, "HAS_COEF": True, "HAS_SCALE": masked, "ADD": False, "WRITE_H": True}
         for kernel, fn, constants in (
-            ("gather_shrink", multi_lora_linear.gather_shrink_kernel, flags),
+            ("gather_shrink", multi_lora_linear.gather_shrink_kernel, {**flags, **table}),
             ("gather_expand", multi_lora_linear.gather_expand_kernel, expand),
             ("page_grad", multi_lora_linear.page_grad_kernel, flags),
         ):
             yield Spec(kernel, variant, dtype, rank, fn, constants, tile, types)
+    yield from _sliced_specs(dtype, rank, types)
+
+
+def _sliced_specs(dtype: str, rank: int, types: dict[str, str]) -> Iterator[Spec]:
+    """The kernels of decode, for several linears in one launch."""
+    tile, types = page_tile(4096, rank, _ITEMSIZE[dtype]), {**types, "table_ptr": "*i64"}
+    flags = {"HAS_MASK": False, "PRECISION": "tf32", "SLICED": True, "ALIGNED": True}
+    expand = {**flags, "HAS_COEF": False, "HAS_SCALE": False, "ADD": True, "WRITE_H": False}
+    shrink_fn, expand_fn = multi_lora_linear.gather_shrink_kernel, multi_lora_linear.gather_expand_kernel
+    yield Spec("gather_shrink", "sliced", dtype, rank, shrink_fn, flags, tile, types)
+    yield Spec("gather_expand", "sliced", dtype, rank, expand_fn, expand, tile, types)
+
+
+def _batch_specs() -> Iterator[Spec]:
+    """The plan of the largest batch."""
+    most = batch_plan.sizes(batch_plan.MAX_SLOTS, batch_plan.MAX_ADAPTERS - 2)
+    integers = dict.fromkeys(("order_ptr", "offsets_ptr", "tiles_ptr"), "*i32")
+    types = {**integers, "given_ptr": "*i64", "ids_ptr": "*i64"}
+    yield Spec("batch_plan", "", "i64", 0, batch_plan.batch_plan_kernel, most, None, types)
 
 
 def _stacked_specs(dtype: str, rank: int) -> Iterator[Spec]:
@@ -246,6 +275,8 @@ _UNSPECIALISED = (
     "splits",
     "segments",
     "slices",
+    "given",
+    "tiles",
 )
 
 

@@ -148,3 +148,8 @@ def single_tile(rows: int, rank: int, itemsize: int) -> GemmTile:
     block_k = 128 if block_r <= 32 else 64 if block_r <= 128 else 32
     stages = 4 if block_r <= 64 else 2
     return GemmTile(block_m, 32, block_r, 4, stages, block_k=_narrow(block_k, itemsize))
+
+
+def invariant_tile(itemsize: int) -> Tile:
+    """For ``invariant_linear``: one shape for every batch. ``block_r`` are columns of y."""
+    return Tile(16, _narrow(128, itemsize), 64)

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import PageTile, page_tile
-from .launch import precision, unit_columns
+from .._ops import TABLE_WIDTH
+from .config import page_tile
+from .launch import blocks, precision, unit_columns
 from .primitives import cast, dot, load_keep
 
 
@@ -46,7 +47,28 @@ def _load(ptr, rows, row_live, cols, n_cols, stride):
     return tl.load(ptr + rows[:, None].to(tl.int64) * stride + cols[None, :], mask=inside, other=0.0)
 
 
-@triton.jit(do_not_specialize=["slots"])
+_WIDTH = tl.constexpr(TABLE_WIDTH)
+
+
+@triton.jit
+def _address(row_ptr, field: tl.constexpr, like, ALIGNED: tl.constexpr):
+    """The pointer that a linear's row of the table holds, of the type of ``like``."""
+    pointer = tl.load(row_ptr + field).to(tl.pointer_type(like.dtype.element_ty))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _size(row_ptr, field: tl.constexpr, ALIGNED: tl.constexpr):
+    """A number that a linear's row of the table holds."""
+    value = tl.load(row_ptr + field)
+    if ALIGNED:
+        value = tl.multiple_of(value, 16)
+    return value
+
+
+@triton.jit(do_not_specialize=["slots", "splits"])
 def gather_shrink_kernel(
     x_ptr,
     page_ptr,
@@ -56,6 +78,7 @@ def gather_shrink_kernel(
     offsets_ptr,
     tiles_ptr,
     mask_ptr,
+    table_ptr,
     part_ptr,
     slots,
     adapters,
@@ -65,19 +88,30 @@ def gather_shrink_kernel(
     stride_page,
     max_rank,
     cols_per_split,
+    splits,
     HAS_MASK: tl.constexpr,
+    SLICED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """part[split, slot, r] = x · page r over this split's columns."""
+    """part[linear, split, slot, r] = x · page r over this split's columns."""
+    split = tl.program_id(2) % splits
+    if SLICED:
+        linear = tl.program_id(2) // splits
+        row_ptr = table_ptr + linear * _WIDTH
+        page_ptr = _address(row_ptr, 0, page_ptr, ALIGNED)
+        pages_ptr = _address(row_ptr, 2, pages_ptr, False)
+        spans_ptr = _address(row_ptr, 3, spans_ptr, False)
+        stride_page = _size(row_ptr, 5, ALIGNED)
+        part_ptr += linear.to(tl.int64) * splits * slots * max_rank
     adapter, slot, live = _slots_of(tiles_ptr, order_ptr, offsets_ptr, BLOCK_M)
     first = tl.program_id(1) * BLOCK_R
     page, has_page = _pages_of(pages_ptr, spans_ptr, adapter, first, adapters, BLOCK_R)
     if tl.sum(has_page.to(tl.int32), 0) == 0:
         return
-    split = tl.program_id(2)
     row = slot // per_row
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     begin = split * cols_per_split
@@ -117,16 +151,23 @@ def gather_expand_kernel(
     tiles_ptr,
     coef_ptr,
     scale_ptr,
+    scaling_ptr,
     mask_ptr,
+    table_ptr,
     h_ptr,
     out_ptr,
     slots,
     adapters,
     N,
     stride_page,
+    stride_out,
     max_rank,
     splits,
+    HAS_COEF: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    ADD: tl.constexpr,
+    SLICED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     HAS_MASK: tl.constexpr,
     WRITE_H: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -134,13 +175,33 @@ def gather_expand_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out[slot] = coef Σ_r h[slot, r] page r, and zero for a slot without an adapter."""
+    """out[slot] = coef Σ_r h[slot, r] page r, and zero for a slot without an adapter.
+
+    With ADD, out += that, times the adapter's scaling, and a slot without an adapter is left alone.
+    """
     adapter, slot, live = _slots_of(tiles_ptr, order_ptr, offsets_ptr, BLOCK_M)
-    if adapter < 0:
+    if adapter < 0 or (ADD and adapter >= adapters):
         return
+    if SLICED:
+        linear = tl.program_id(2)
+        row_ptr = table_ptr + linear * _WIDTH
+        page_ptr = _address(row_ptr, 1, page_ptr, ALIGNED)
+        pages_ptr = _address(row_ptr, 2, pages_ptr, False)
+        spans_ptr = _address(row_ptr, 3, spans_ptr, False)
+        scaling_ptr = _address(row_ptr, 4, scaling_ptr, False)
+        stride_page = _size(row_ptr, 6, ALIGNED)
+        N = _size(row_ptr, 7, ALIGNED)
+        out_ptr += _size(row_ptr, 8, ALIGNED)
+        part_ptr += linear.to(tl.int64) * splits * slots * max_rank
+        if tl.program_id(1) * BLOCK_C >= N:
+            return
     dtype = out_ptr.dtype.element_ty
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    coef = tl.load(coef_ptr + slot, mask=live, other=0.0).to(tl.float32)
+    coef = live.to(tl.float32)
+    if HAS_COEF:
+        coef *= tl.load(coef_ptr + slot, mask=live, other=0.0).to(tl.float32)
+    if ADD:
+        coef *= tl.load(scaling_ptr + adapter)
     rank = tl.load(spans_ptr + 2 * adapter + 1, mask=adapter < adapters, other=0)
 
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -159,7 +220,10 @@ def gather_expand_kernel(
         first_col = tl.program_id(1) * BLOCK_C
         acc = tl.where(load_keep(mask_ptr, slot, first_col, slots, (N + 7) // 8, BLOCK_M, BLOCK_C), acc, 0.0)
     inside = live[:, None] & (cols[None, :] < N)
-    tl.store(out_ptr + slot[:, None].to(tl.int64) * N + cols[None, :], cast(acc, dtype), mask=inside)
+    to = out_ptr + slot[:, None].to(tl.int64) * stride_out + cols[None, :]
+    if ADD:
+        acc += tl.load(to, mask=inside, other=0.0).to(tl.float32)
+    tl.store(to, cast(acc, dtype), mask=inside)
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -216,16 +280,6 @@ def page_grad_kernel(
     tl.store(out_ptr + page[:, None] * C + cols[None, :], cast(acc, out_ptr.dtype.element_ty), mask=inside)
 
 
-def _blocks(tile: PageTile) -> dict[str, int]:
-    return {
-        "BLOCK_M": tile.block_m,
-        "BLOCK_C": tile.block_c,
-        "BLOCK_R": tile.block_r,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
-
-
 def _shrink(
     x: Tensor, page_data: Tensor, layout: tuple[Tensor, ...], mask: Tensor | None, max_rank: int, per_row: int
 ) -> Tensor:
@@ -236,12 +290,14 @@ def _shrink(
     tile = page_tile(cols, max_rank, x.element_size(), mask is not None)
     parts = torch.empty(tile.splits, slots, max_rank, dtype=torch.float32, device=x.device)
     gather_shrink_kernel[(tiles.shape[0], triton.cdiv(max_rank, tile.block_r), tile.splits)](
-        *(x, page_data, pages, spans, order, offsets, tiles, mask, parts),
+        *(x, page_data, pages, spans, order, offsets, tiles, mask, None, parts),
         *(slots, spans.shape[0], per_row, cols, x.stride(0), page_data.stride(0), max_rank),
-        tile.cols_per_split,
+        *(tile.cols_per_split, tile.splits),
         HAS_MASK=mask is not None,
+        SLICED=False,
+        ALIGNED=False,
         PRECISION=precision(x.dtype),
-        **_blocks(tile),
+        **blocks(tile),
     )
     return parts
 
@@ -266,13 +322,17 @@ def _expand(
     h = torch.zeros(slots if keep_h else 0, max_rank, dtype=dtype, device=parts.device)
     out = torch.empty(slots, cols, dtype=dtype, device=parts.device)
     gather_expand_kernel[(tiles.shape[0], triton.cdiv(cols, tile.block_c))](
-        *(parts, page_data, pages, spans, order, offsets, tiles, coef, scale, mask, h, out),
-        *(slots, spans.shape[0], cols, page_data.stride(0), max_rank, splits),
+        *(parts, page_data, pages, spans, order, offsets, tiles, coef, scale, None, mask, None, h, out),
+        *(slots, spans.shape[0], cols, page_data.stride(0), cols, max_rank, splits),
+        HAS_COEF=True,
         HAS_SCALE=scale is not None,
+        ADD=False,
+        SLICED=False,
+        ALIGNED=False,
         HAS_MASK=mask is not None,
         WRITE_H=keep_h,
         PRECISION=precision(dtype),
-        **_blocks(tile),
+        **blocks(tile),
     )
     return (out if per_row == 1 else out.view(-1, per_row, cols).sum(1)), h
 
@@ -298,7 +358,7 @@ def _page_grad(
         *(slots, per_row, cols, x.stride(0), max_rank),
         HAS_MASK=mask is not None,
         PRECISION=precision(x.dtype),
-        **_blocks(tile),
+        **blocks(tile),
     )
     return out
 
@@ -359,3 +419,62 @@ def multi_lora_linear_backward(
         db = _page_grad(h, coef, dy, layout, None, b_pages, per_row)
     grads = (dx, da, db, dcoef)
     return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
+
+
+def _aligned(tensors: Sequence[Tensor]) -> bool:
+    """Whether all rows of all pages, and the columns of y that are theirs, start at 16 bytes."""
+    step = 16
+    return all(t.data_ptr() % 16 == 0 and t.stride(0) % step == 0 and t.shape[1] % step == 0 for t in tensors)
+
+
+def multi_lora_linear_add(
+    y: Tensor,
+    x: Tensor,
+    a_pages: Sequence[Tensor],
+    b_pages: Sequence[Tensor],
+    pages: Sequence[Tensor],
+    spans: Sequence[Tensor],
+    scalings: Sequence[Tensor],
+    weights: Tensor | None,
+    order: Tensor,
+    offsets: Tensor,
+    tiles: Tensor,
+    table: Tensor | None,
+    max_rank: int,
+) -> None:
+    """The op of ``_ops.py`` that adds into y."""
+    per_row, slots, linears = order.shape[0] // x.shape[0], order.shape[0], len(a_pages)
+    direct = per_row == 1 and y.stride(1) == 1
+    out = y if direct else torch.zeros(slots, y.shape[1], dtype=y.dtype, device=y.device)
+    x, sliced = unit_columns(x), linears > 1
+    flags = {
+        "HAS_MASK": False,
+        "PRECISION": precision(x.dtype),
+        "SLICED": sliced,
+        "ALIGNED": sliced and _aligned([*a_pages, *b_pages]),
+    }
+    rows = (order, offsets, tiles)
+    cols, adapters, widest = x.shape[1], spans[0].shape[0], max(b.shape[1] for b in b_pages)
+    a, b = (pages_ if sliced else unit_columns(pages_) for pages_ in (a_pages[0], b_pages[0]))
+    tile = page_tile(cols, max_rank, x.element_size())
+    parts = torch.empty(linears, tile.splits, slots, max_rank, dtype=torch.float32, device=x.device)
+    gather_shrink_kernel[(tiles.shape[0], triton.cdiv(max_rank, tile.block_r), tile.splits * linears)](
+        *(x, a, pages[0], spans[0], *rows, None, table, parts),
+        *(slots, adapters, per_row, cols, x.stride(0), a.stride(0), max_rank, tile.cols_per_split),
+        tile.splits,
+        **flags,
+        **blocks(tile),
+    )
+    splits, tile = tile.splits, page_tile(widest, max_rank, b.element_size())
+    gather_expand_kernel[(tiles.shape[0], triton.cdiv(widest, tile.block_c), linears)](
+        *(parts, b, pages[0], spans[0], *rows, weights, None, scalings[0], None, table, None, out),
+        *(slots, adapters, b.shape[1], b.stride(0), out.stride(0), max_rank, splits),
+        HAS_COEF=weights is not None,
+        HAS_SCALE=False,
+        ADD=True,
+        WRITE_H=False,
+        **flags,
+        **blocks(tile),
+    )
+    if not direct:
+        y += out if per_row == 1 else out.view(-1, per_row, y.shape[1]).sum(1)

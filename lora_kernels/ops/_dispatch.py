@@ -26,6 +26,9 @@ _RANKS: dict[str, Callable[[tuple[Any, ...]], int]] = {
     "dora_linear_backward": lambda args: args[3].shape[0],
     "multi_lora_linear": lambda args: args[-2],
     "multi_lora_linear_backward": lambda args: args[-2],
+    "multi_lora_linear_add": lambda args: args[-1],
+    "invariant_linear": lambda args: 1,
+    "batch_plan": lambda args: 1,
     # A stack's ranks: an A has them as rows, a B as columns.
     "stacked_lora_shrink": lambda args: args[1][0].shape[-2],
     "stacked_lora_expand": lambda args: args[1][0].shape[-1],
@@ -50,7 +53,8 @@ def _choose(op: str, args: tuple[Any, ...]) -> str:
             return "cuda"
         if active == "cuda":
             raise _backend.BackendError(f"backend 'cuda' cannot run: {reason}")
-    return _backend.resolve(lead.device.type, lead.dtype, _RANKS[op](args))
+    dtype = lead.dtype if lead.is_floating_point() else torch.float32
+    return _backend.resolve(lead.device.type, dtype, _RANKS[op](args))
 
 
 def chosen(op: str, *args: Any) -> str | None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .._ops import TABLE_WIDTH
 from . import _dispatch
-
-# Slots of one adapter that a Triton program works on.
-TILE_SLOTS = 16
+from .batch_plan import BatchPlan, plan_batch
+from .invariant_linear import invariant_linear
 
 
 @dataclass(frozen=True)
@@ -88,42 +89,59 @@ def _check_factors(lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor]) -> list
     return [a.shape[0] for a in lora_as]
 
 
-class BatchPlan(NamedTuple):
-    """Which slots are whose; a slot is a row, or one of the k adapters of a row.
+@dataclass(frozen=True)
+class AdapterSlices:
+    """Linears that share x (query, key and value; gate and up), each with its stack of the same D adapters.
 
-    ``order`` has the slots sorted by adapter, those without one last as if they were adapter D's; adapter i
-    has ``order[offsets[i]:offsets[i + 1]]``. ``tiles`` cuts that into programs: (adapter, first place).
+    Of :func:`slice_adapters`. Ranks may differ between the linears, and be 0 where an adapter leaves one out.
     """
 
-    ids: Tensor
-    order: Tensor
-    offsets: Tensor
-    tiles: Tensor
+    stacks: tuple[AdapterStack, ...]
+    table: Tensor | None
+
+    @property
+    def widths(self) -> list[int]:
+        """The out features of each linear."""
+        return [stack.b_pages.shape[1] for stack in self.stacks]
+
+    @property
+    def max_rank(self) -> int:
+        """The widest rank of all."""
+        return max(stack.max_rank for stack in self.stacks)
+
+    def __len__(self) -> int:
+        """The number of adapters, D."""
+        return len(self.stacks[0])
 
 
-def plan_batch(adapter_ids: Tensor, adapters: int) -> BatchPlan:
-    """The plan of one batch, for every layer of a step.
+def slice_adapters(*stacks: AdapterStack) -> AdapterSlices:
+    """Stacks of linears that share x, to be served in one pair of launches.
 
-    Computed on the device of ``adapter_ids``, with no host sync and shapes that depend on the number of
-    slots alone, so that a CUDA graph can hold it.
+    The slices hold the addresses of the stacks: what is written into their tensors later counts.
 
-    Args:
-        adapter_ids: integers of any shape; what is not in [0, adapters) means no adapter.
-        adapters: how many adapters there are.
+    Raises:
+        TypeError: not a stack.
+        ValueError: none, or they differ in K, in the number of adapters, in dtype or in device.
     """
-    flat = adapter_ids.reshape(-1).long()
-    ids = torch.where((flat >= 0) & (flat < adapters), flat, adapters)
-    ordered, order = ids.sort(stable=True)
-    bounds = torch.arange(adapters + 2, device=ids.device)
-    offsets = torch.searchsorted(ordered, bounds)
-    counts = (offsets.diff() + TILE_SLOTS - 1) // TILE_SLOTS
-    ends = counts.cumsum(0)
-    place = torch.arange(flat.numel() // TILE_SLOTS + min(adapters + 1, flat.numel()), device=ids.device)
-    owner = torch.searchsorted(ends, place, right=True)
-    known = owner.clamp(max=adapters)
-    first = offsets[known] + (place - (ends - counts)[known]) * TILE_SLOTS
-    tiles = torch.stack([torch.where(owner > adapters, -1, owner), first], 1)
-    return BatchPlan(ids, order.int(), offsets.int(), tiles.int())
+    for stack in stacks:
+        if not isinstance(stack, AdapterStack):
+            raise TypeError(f"stacks: expected AdapterStacks, got {type(stack).__name__}")
+    kinds = [(s.a_pages.shape[1], len(s), s.a_pages.dtype, s.b_pages.dtype, s.a_pages.device) for s in stacks]
+    if len(set(kinds)) != 1:
+        raise ValueError(f"stacks: expected at least one, alike in (K, D, dtypes, device), got {kinds}")
+    table = None if len(stacks) == 1 else torch.tensor(_table_rows(stacks), device=stacks[0].a_pages.device)
+    return AdapterSlices(stacks, table)
+
+
+def _table_rows(stacks: Sequence[AdapterStack]) -> list[list[int]]:
+    rows, first = [], 0
+    for s in stacks:
+        tensors = (s.a_pages, s.b_pages, s.pages, s.spans, s.scalings)
+        sizes = (s.a_pages.stride(0), s.b_pages.stride(0), s.b_pages.shape[1], first)
+        rows.append([*(t.data_ptr() for t in tensors), *sizes])
+        first += s.b_pages.shape[1]
+    assert all(len(row) == TABLE_WIDTH for row in rows)
+    return rows
 
 
 def multi_lora_linear(
@@ -137,13 +155,15 @@ def multi_lora_linear(
     dropout_ps: Tensor | Sequence[float] | None = None,
     plan: BatchPlan | None = None,
     training: bool = True,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """y_m = x_m Wᵀ + b + Σ_j w_mj s_i · (drop_mj(x_m) A_iᵀ) B_iᵀ with i = ids_mj
 
     Each row of the batch has its own adapter, or k of them with weights (a mixture, Punica, Chen et al.
     2023, arXiv 2310.18547; S-LoRA, Sheng et al. 2023, arXiv 2311.03285). Ranks may differ. The sum over an
     adapter's ranks has an order that depends on that row and adapter alone, so a row's delta is the same,
-    bit for bit, whoever else is in the batch (the base product is the vendor's and promises nothing).
+    bit for bit, whoever else is in the batch, on every backend but the reference. The base product is the
+    vendor's and promises nothing, unless ``batch_invariant`` asks for it.
 
     Shapes: x ``[..., K]``, weight ``[N, K]`` or ``None`` (the delta alone), adapter_ids ``[...]`` as x's
     rows, or x's first dimension (one a sample), or ``[..., k]`` with weights of the same shape; y
@@ -159,6 +179,8 @@ def multi_lora_linear(
         dropout_ps: a probability in [0, 1) for each adapter; each row and adapter has its own mask.
         plan: :func:`plan_batch` of these ids, where several layers share it.
         training: ``False`` switches dropout off.
+        batch_invariant: without gradients, makes all of y the same whoever else is in the batch; see
+            :func:`invariant_linear` for the price. The reference then works on one row at a time.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -166,20 +188,172 @@ def multi_lora_linear(
     """
     _check(x, weight, adapters, adapter_ids, weights, bias)
     ids = _per_row(adapter_ids, x, weights is not None)
-    plan = plan_batch(ids, len(adapters)) if plan is None else plan
+    plan = _plan_of(ids, len(adapters), plan)
+    drops = training and dropout_ps is not None
+    trained = (x, weight, bias, adapters.a_pages, adapters.b_pages, adapters.scalings, weights)
+    if not drops and not _needs_grad(*trained):
+        y = _base(x, weight, bias, adapters.b_pages.shape[1], batch_invariant)
+        _add(y, x, AdapterSlices((adapters,), None), weights, plan, batch_invariant)
+        return y
+    if batch_invariant and weight is not None:
+        base, weight, bias = invariant_linear(x, weight, bias), None, None
+    else:
+        base = None
+    ps = _slot_ps(dropout_ps, len(adapters), plan) if drops else None
+    y = _differentiable(x, weight, adapters, weights, bias, ps, plan)
+    return y if base is None else base + y
+
+
+def add_multi_lora_(
+    y: Tensor,
+    x: Tensor,
+    adapters: AdapterStack | AdapterSlices,
+    adapter_ids: Tensor,
+    weights: Tensor | None = None,
+    *,
+    plan: BatchPlan | None = None,
+) -> Tensor:
+    """y_m += Σ_j w_mj s_i · (x_m A_iᵀ) B_iᵀ with i = ids_mj, in place and for inference only
+
+    Shapes: x ``[..., K]``, y ``[..., N]`` of x's dtype with rows that :meth:`Tensor.view` can flatten (they
+    may be part of a wider matrix's); with :class:`AdapterSlices` N is the sum of theirs, side by side. All
+    else as :func:`multi_lora_linear`, whose delta this adds in two launches.
+
+    Returns:
+        ``y``.
+
+    Raises:
+        RuntimeError: a gradient is wanted.
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape does not fit.
+    """
+    slices = AdapterSlices((adapters,), None) if isinstance(adapters, AdapterStack) else adapters
+    if not isinstance(slices, AdapterSlices):
+        raise TypeError(f"adapters: expected AdapterStack or AdapterSlices, got {type(adapters).__name__}")
+    _check(x, None, slices.stacks[0], adapter_ids, weights, None)
+    _check_target(y, x, sum(slices.widths))
+    pages = [t for s in slices.stacks for t in (s.a_pages, s.b_pages, s.scalings)]
+    if _needs_grad(y, x, weights, *pages):
+        raise RuntimeError("add_multi_lora_: it has no gradient; use multi_lora_linear, or torch.no_grad()")
+    ids = _per_row(adapter_ids, x, weights is not None)
+    _add(y, x, slices, weights, _plan_of(ids, len(slices), plan), False)
+    return y
+
+
+def multi_lora_linear_slices(
+    x: Tensor,
+    base_weights: Sequence[Tensor | None],
+    slices: AdapterSlices,
+    adapter_ids: Tensor,
+    weights: Tensor | None = None,
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    dropout_ps: Tensor | Sequence[float] | None = None,
+    plan: BatchPlan | None = None,
+    training: bool = True,
+) -> tuple[Tensor, ...]:
+    """y_s = multi_lora_linear(x, W_s, stack_s, …) for every linear s that reads x
+
+    Without gradients the deltas of all linears take one pair of launches, and the results are views of one
+    matrix ``[..., ΣN_s]``. With gradients, or dropout (which each linear draws for itself), each linear is a
+    call of its own, on one plan.
+
+    Args:
+        x: the input ``[..., K]``.
+        base_weights: W_s ``[N_s, K]`` each, or ``None`` for the deltas alone.
+        slices: of :func:`slice_adapters`.
+        adapter_ids: as :func:`multi_lora_linear`; so are ``weights``, ``dropout_ps``, ``plan``, ``training``.
+        weights: the weight of each of a row's adapters.
+        biases: b_s ``[N_s]`` each.
+        dropout_ps: a probability for each adapter.
+        plan: of :func:`plan_batch`.
+        training: ``False`` switches dropout off.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape does not fit, or there are not as many weights or biases as linears.
+    """
+    if not isinstance(slices, AdapterSlices):
+        raise TypeError(f"slices: expected AdapterSlices, got {type(slices).__name__}")
+    biases = [None] * len(slices.stacks) if biases is None else biases
+    for name, many in (("base_weights", base_weights), ("biases", biases)):
+        if len(many) != len(slices.stacks):
+            raise ValueError(f"{name}: expected {len(slices.stacks)}, got {len(many)}")
+    for stack, weight, bias in zip(slices.stacks, base_weights, biases, strict=True):
+        _check(x, weight, stack, adapter_ids, weights, bias)
+    ids = _per_row(adapter_ids, x, weights is not None)
+    plan = _plan_of(ids, len(slices), plan)
+    parts = [t for s in slices.stacks for t in (s.a_pages, s.b_pages, s.scalings)]
+    if (training and dropout_ps is not None) or _needs_grad(x, weights, *base_weights, *biases, *parts):
+        options: dict[str, Any] = {"dropout_ps": dropout_ps, "plan": plan, "training": training}
+        return tuple(
+            multi_lora_linear(x, weight, stack, adapter_ids, weights, bias, **options)
+            for stack, weight, bias in zip(slices.stacks, base_weights, biases, strict=True)
+        )
+    y = x.new_empty(*x.shape[:-1], sum(slices.widths))
+    views = y.split(slices.widths, -1)
+    for view, weight, bias in zip(views, base_weights, biases, strict=True):
+        view.copy_(_base(x, weight, bias, view.shape[-1], False))
+    _add(y, x, slices, weights, plan, False)
+    return views
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _plan_of(ids: Tensor, adapters: int, plan: BatchPlan | None) -> BatchPlan:
+    if plan is None:
+        return plan_batch(ids, adapters)
     if plan.ids.shape[0] != ids.numel():
         raise ValueError(f"plan: expected one of {ids.numel()} slots, got {plan.ids.shape[0]}")
+    return plan
+
+
+def _base(x: Tensor, weight: Tensor | None, bias: Tensor | None, out: int, invariant: bool) -> Tensor:
+    """What the delta is added to: new memory."""
+    if weight is None:
+        y = x.new_zeros(*x.shape[:-1], out)
+        return y if bias is None else y.add_(bias)
+    return invariant_linear(x, weight, bias) if invariant else F.linear(x, weight, bias)
+
+
+def _add(
+    y: Tensor, x: Tensor, slices: AdapterSlices, weights: Tensor | None, plan: BatchPlan, one_by_one: bool
+) -> None:
+    target, rows = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+    stacks = slices.stacks
+    lists = [[getattr(s, name) for s in stacks] for name in ("a_pages", "b_pages", "pages", "spans")]
+    lists.append([s.scalings.float() for s in stacks])
+    flat = None if weights is None else weights.reshape(-1).float()
+    last = (slices.table, slices.max_rank)
+    args = (target, rows, *lists, flat, *plan[1:], *last)
+    if not one_by_one or _dispatch.chosen("multi_lora_linear_add", *args) != "reference":
+        _dispatch.call("multi_lora_linear_add", *args)
+        return
+    k = plan.ids.numel() // max(1, len(rows))
+    for m in range(len(rows)):
+        part = slice(m * k, (m + 1) * k)
+        alone = plan_batch(plan.ids[part], len(slices))
+        own = None if flat is None else flat[part]
+        # A copy starts at an aligned address, as that of any other row does.
+        row_args = (target[m : m + 1], rows[m : m + 1].clone(), *lists, own, *alone[1:], *last)
+        _dispatch.call("multi_lora_linear_add", *row_args)
+
+
+def _differentiable(
+    x: Tensor,
+    weight: Tensor | None,
+    adapters: AdapterStack,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    ps: Tensor | None,
+    plan: BatchPlan,
+) -> Tensor:
     # One more, for rows without an adapter.
     scalings = torch.cat([adapters.scalings, adapters.scalings.new_zeros(1)])
     coef = scalings[plan.ids]
     coef = coef if weights is None else coef * weights.reshape(-1).to(coef.dtype)
-    ps = _slot_ps(dropout_ps, len(adapters), plan) if training and dropout_ps is not None else None
-    if ps is None:
-        factors = (adapters.a_pages, adapters.b_pages, adapters.pages, adapters.spans)
-        layout = (*factors, coef, plan.order, plan.offsets, plan.tiles, adapters.max_rank)
-        y = _dispatch.fused_decode(x, weight, bias, layout)
-        if y is not None:
-            return y
     return _MultiLoRALinear.apply(
         *(x, weight, bias, adapters.a_pages, adapters.b_pages, coef, adapters.pages, adapters.spans),
         *(plan, ps, adapters.max_rank),
@@ -228,6 +402,14 @@ def _check(
     if bias is not None and bias.shape != (out,):
         raise ValueError(f"bias: expected shape {(out,)}, got {tuple(bias.shape)}")
     _check_ids(x, ids, weights, len(adapters))
+
+
+def _check_target(y: Tensor, x: Tensor, width: int) -> None:
+    _check_tensor("y", y, x)
+    if y.dtype != x.dtype:
+        raise TypeError(f"y: expected {x.dtype} (x's), got {y.dtype}")
+    if y.shape != (*x.shape[:-1], width):
+        raise ValueError(f"y: expected shape {(*x.shape[:-1], width)}, got {tuple(y.shape)}")
 
 
 def _check_tensor(name: str, tensor: Any, x: Tensor) -> None:

@@ -90,3 +90,32 @@ def multi_lora_linear_backward(
         if needs[3]:
             dcoef[slots] = (u * h[slots, :rank]).sum(1).to(coef.dtype)
     return [grad for grad, needed in zip((dx, da, db, dcoef), needs, strict=True) if needed]
+
+
+def multi_lora_linear_add(
+    y: Tensor,
+    x: Tensor,
+    a_pages: Sequence[Tensor],
+    b_pages: Sequence[Tensor],
+    pages: Sequence[Tensor],
+    spans: Sequence[Tensor],
+    scalings: Sequence[Tensor],
+    weights: Tensor | None,
+    order: Tensor,
+    offsets: Tensor,
+    tiles: Tensor,
+    table: Tensor | None,
+    max_rank: int,
+) -> None:
+    """The op of ``_ops.py`` that adds into y: one linear after the other."""
+    first, counts = 0, offsets.diff().long()
+    for a, b, owned, span, scaling in zip(a_pages, b_pages, pages, spans, scalings, strict=True):
+        coef = torch.empty(len(order), dtype=torch.float32, device=x.device)
+        per_adapter = torch.cat([scaling, scaling.new_zeros(1)])
+        coef[order.long()] = per_adapter.repeat_interleave(counts, output_size=len(order))
+        coef = coef if weights is None else coef * weights
+        delta = multi_lora_linear(
+            x, a, b, owned, span, coef, order, offsets, tiles, *(None, None, max_rank), False
+        )[0]
+        y[:, first : first + b.shape[1]] += delta
+        first += b.shape[1]
