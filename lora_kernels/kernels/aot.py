@@ -102,14 +102,7 @@ def specs(dtypes: tuple[str, ...] = ("bf16",), ranks: tuple[int, ...] = RANKS) -
             yield from _dora_specs(dtype, rank)
             yield from _stacked_specs(dtype, rank)
         yield from _elementwise_specs(dtype)
-        tile, types = (
-            invariant_tile(_ITEMSIZE[dtype]),
-            dict.fromkeys(("x_ptr", "w_ptr", "y_ptr"), f"*{dtype}"),
-        )
-        flags = {"PRECISION": "tf32"}
-        kernel = invariant_linear.invariant_linear_kernel
-        yield Spec("invariant_linear", "", dtype, 0, kernel, flags, tile, types)
-    yield from _batch_specs()
+        yield from _batch_specs(dtype)
     yield Spec("sum_parts", "", "fp32", 0, beta.sum_parts_kernel, {"BLOCK": 1024}, None, {"out_ptr": "*bf16"})
     pointers = {"mask_ptr": "*u8", "seed_ptr": "*i64", "limit_ptr": "*i64"}
     for variant in ("", "rows"):
@@ -219,12 +212,16 @@ def _sliced_specs(dtype: str, rank: int, types: dict[str, str]) -> Iterator[Spec
     yield Spec("gather_expand", "sliced", dtype, rank, expand_fn, expand, tile, types)
 
 
-def _batch_specs() -> Iterator[Spec]:
-    """The plan of the largest batch."""
-    most = batch_plan.sizes(batch_plan.MAX_SLOTS, batch_plan.MAX_ADAPTERS - 2)
+def _batch_specs(dtype: str) -> Iterator[Spec]:
+    """The base product that no batch changes, and the plan of the largest batch."""
+    tile, element = invariant_tile(_ITEMSIZE[dtype]), f"*{dtype}"
+    types = {"x_ptr": element, "w_ptr": element, "y_ptr": element}
+    kernel, flags = invariant_linear.invariant_linear_kernel, {"PRECISION": "tf32"}
+    yield Spec("invariant_linear", "", dtype, 0, kernel, flags, tile, types)
     integers = dict.fromkeys(("order_ptr", "offsets_ptr", "tiles_ptr"), "*i32")
     types = {**integers, "given_ptr": "*i64", "ids_ptr": "*i64"}
-    yield Spec("batch_plan", "", "i64", 0, batch_plan.batch_plan_kernel, most, None, types)
+    most = batch_plan.sizes(batch_plan.MAX_SLOTS, batch_plan.MAX_ADAPTERS - 2)
+    yield Spec("batch_plan", "", dtype, 0, batch_plan.batch_plan_kernel, most, None, types)
 
 
 def _stacked_specs(dtype: str, rank: int) -> Iterator[Spec]:

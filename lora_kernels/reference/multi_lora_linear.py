@@ -114,8 +114,7 @@ def multi_lora_linear_add(
         per_adapter = torch.cat([scaling, scaling.new_zeros(1)])
         coef[order.long()] = per_adapter.repeat_interleave(counts, output_size=len(order))
         coef = coef if weights is None else coef * weights
-        delta = multi_lora_linear(
-            x, a, b, owned, span, coef, order, offsets, tiles, *(None, None, max_rank), False
-        )[0]
+        layout = (a, b, owned, span, coef, order, offsets, tiles)
+        delta, _ = multi_lora_linear(x, *layout, None, None, max_rank, keep_h=False)
         y[:, first : first + b.shape[1]] += delta
         first += b.shape[1]
