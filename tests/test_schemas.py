@@ -124,7 +124,11 @@ SAMPLES = {
         "masked": multi_backward_args((True,) * 4, k=2, masked=True),
         "adapters": multi_backward_args((False, True, True, False)),
     },
-    "multi_lora_linear_add": {"one": multi_add_args(), "two": multi_add_args(2), "mixed": multi_add_args(k=2)},
+    "multi_lora_linear_add": {
+        "one": multi_add_args(),
+        "two": multi_add_args(2),
+        "mixed": multi_add_args(k=2),
+    },
     "batch_plan": {"padded": plan_args(), "exact": plan_args(5)},
     "invariant_linear": {
         "plain": (torch.randn(5, 7), torch.randn(3, 7)),

@@ -48,7 +48,9 @@ def test_gradients_are_the_linears(backend, device):
     dy = torch.randn(6, 5, device=device)
     with use_backend(backend):
         got = torch.autograd.grad(invariant_linear(x, weight, bias), (x, weight, bias), dy)
-    for ours, theirs in zip(got, torch.autograd.grad(F.linear(x, weight, bias), (x, weight, bias), dy), strict=True):
+    for ours, theirs in zip(
+        got, torch.autograd.grad(F.linear(x, weight, bias), (x, weight, bias), dy), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
 
 

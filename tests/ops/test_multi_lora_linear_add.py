@@ -64,7 +64,11 @@ def test_it_adds_what_the_loop_adds(backend, dtype, linears, k, device):
     parts = base.split([WIDTHS[name] for name in linears], 1)
     eager, exact = (
         torch.cat(
-            [added(n, p.to(kind), x.to(kind), ids, weights, dtype) for n, p in zip(linears, parts, strict=True)], 1
+            [
+                added(n, p.to(kind), x.to(kind), ids, weights, dtype)
+                for n, p in zip(linears, parts, strict=True)
+            ],
+            1,
         )
         for kind in (dtype, torch.float64)
     )
@@ -185,5 +189,8 @@ def test_bad_slices():
         slice_adapters(stack("q", torch.float32, "cpu"), other)
     with pytest.raises(ValueError, match="base_weights: expected 1, got 2"):
         multi_lora_linear_slices(
-            torch.randn(1, 72), [None, None], slice_adapters(stack("q", torch.float32, "cpu")), torch.tensor([0])
+            torch.randn(1, 72),
+            [None, None],
+            slice_adapters(stack("q", torch.float32, "cpu")),
+            torch.tensor([0]),
         )
