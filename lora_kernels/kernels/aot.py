@@ -15,7 +15,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import batch_plan, beta, dora_linear, dropout, invariant_linear, kext, low_rank_norm, multi_lora_linear, single, stacked_lora
+from . import (
+    batch_plan,
+    beta,
+    dora_linear,
+    dropout,
+    invariant_linear,
+    kext,
+    low_rank_norm,
+    multi_lora_linear,
+    single,
+    stacked_lora,
+)
 from .config import (
     GemmTile,
     Tile,

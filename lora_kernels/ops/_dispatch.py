@@ -28,7 +28,6 @@ _RANKS: dict[str, Callable[[tuple[Any, ...]], int]] = {
     "multi_lora_linear_backward": lambda args: args[-2],
     "multi_lora_linear_add": lambda args: args[-1],
     "invariant_linear": lambda args: 1,
-    "batch_plan": lambda args: 1,
     # A stack's ranks: an A has them as rows, a B as columns.
     "stacked_lora_shrink": lambda args: args[1][0].shape[-2],
     "stacked_lora_expand": lambda args: args[1][0].shape[-1],
@@ -42,7 +41,7 @@ def _opaque(lead: Tensor) -> bool:
 
 def _choose(op: str, args: tuple[Any, ...]) -> str:
     lead = args[0]
-    if op not in _RANKS:  # a mask: any backend of the device will do
+    if op not in _RANKS:  # a mask or a plan: any backend of the device will do
         return _backend.resolve(lead.device.type, torch.float32, 1)
     if lead.shape[0] == 0:  # nothing to launch a kernel for
         return "reference"
@@ -53,8 +52,7 @@ def _choose(op: str, args: tuple[Any, ...]) -> str:
             return "cuda"
         if active == "cuda":
             raise _backend.BackendError(f"backend 'cuda' cannot run: {reason}")
-    dtype = lead.dtype if lead.is_floating_point() else torch.float32
-    return _backend.resolve(lead.device.type, dtype, _RANKS[op](args))
+    return _backend.resolve(lead.device.type, lead.dtype, _RANKS[op](args))
 
 
 def chosen(op: str, *args: Any) -> str | None:

@@ -33,14 +33,13 @@ class BatchPlan(NamedTuple):
             adapters: how many adapters there are.
             device: where.
         """
-        small = {"dtype": torch.int32, "device": device}
         tiles = slots // TILE_SLOTS + min(adapters + 1, slots)
-        return cls(
-            torch.empty(slots, dtype=torch.long, device=device),
-            torch.empty(slots, **small),
-            torch.empty(adapters + 2, **small),
-            torch.empty(tiles, 2, **small),
-        )
+
+        def small(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.int32, device=device)
+
+        ids = torch.empty(slots, dtype=torch.long, device=device)
+        return cls(ids, small(slots), small(adapters + 2), small(tiles, 2))
 
 
 def plan_batch(adapter_ids: Tensor, adapters: int, *, out: BatchPlan | None = None) -> BatchPlan:

@@ -192,16 +192,35 @@ def multi_lora_linear(
     drops = training and dropout_ps is not None
     trained = (x, weight, bias, adapters.a_pages, adapters.b_pages, adapters.scalings, weights)
     if not drops and not _needs_grad(*trained):
-        y = _base(x, weight, bias, adapters.b_pages.shape[1], batch_invariant)
-        _add(y, x, AdapterSlices((adapters,), None), weights, plan, batch_invariant)
-        return y
-    if batch_invariant and weight is not None:
-        base, weight, bias = invariant_linear(x, weight, bias), None, None
-    else:
-        base = None
+        return _infer(x, weight, adapters, weights, bias, plan, batch_invariant)
     ps = _slot_ps(dropout_ps, len(adapters), plan) if drops else None
-    y = _differentiable(x, weight, adapters, weights, bias, ps, plan)
-    return y if base is None else base + y
+    if weight is None or not batch_invariant:
+        return _differentiable(x, weight, adapters, weights, bias, ps, plan)
+    return invariant_linear(x, weight, bias) + _differentiable(x, None, adapters, weights, None, ps, plan)
+
+
+def _infer(
+    x: Tensor,
+    weight: Tensor | None,
+    adapters: AdapterStack,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    plan: BatchPlan,
+    batch_invariant: bool,
+) -> Tensor:
+    if not batch_invariant and x.device.type == "cuda":  # where one launch may do
+        coef = _coefficients(adapters, weights, plan)
+        factors = (adapters.a_pages, adapters.b_pages, adapters.pages, adapters.spans)
+        y = _dispatch.fused_decode(x, weight, bias, (*factors, coef, *plan[1:], adapters.max_rank))
+        if y is not None:
+            return y
+        rows = x.reshape(-1, x.shape[-1])
+        args = (rows, *factors, coef, *plan[1:], None, None, adapters.max_rank, False)
+        if _dispatch.chosen("multi_lora_linear", *args) == "cuda":
+            return _differentiable(x, weight, adapters, weights, bias, None, plan)
+    y = _base(x, weight, bias, adapters.b_pages.shape[1], batch_invariant)
+    _add(y, x, AdapterSlices((adapters,), None), weights, plan, batch_invariant)
+    return y
 
 
 def add_multi_lora_(
@@ -350,14 +369,19 @@ def _differentiable(
     ps: Tensor | None,
     plan: BatchPlan,
 ) -> Tensor:
-    # One more, for rows without an adapter.
-    scalings = torch.cat([adapters.scalings, adapters.scalings.new_zeros(1)])
-    coef = scalings[plan.ids]
-    coef = coef if weights is None else coef * weights.reshape(-1).to(coef.dtype)
+    coef = _coefficients(adapters, weights, plan)
     return _MultiLoRALinear.apply(
         *(x, weight, bias, adapters.a_pages, adapters.b_pages, coef, adapters.pages, adapters.spans),
         *(plan, ps, adapters.max_rank),
     )
+
+
+def _coefficients(adapters: AdapterStack, weights: Tensor | None, plan: BatchPlan) -> Tensor:
+    """s times w of each slot."""
+    # One more, for rows without an adapter.
+    scalings = torch.cat([adapters.scalings, adapters.scalings.new_zeros(1)])
+    coef = scalings[plan.ids]
+    return coef if weights is None else coef * weights.reshape(-1).to(coef.dtype)
 
 
 def _per_row(ids: Tensor, x: Tensor, many: bool) -> Tensor:
