@@ -22,6 +22,14 @@ class Settings:
     skip_extension: bool
     # TRITON_INTERPRET: 1 runs the Triton kernels on CPU tensors in Triton's own interpreter.
     triton_interpret: bool
+    # LORA_KERNELS_PLANS: folder of the tables that `lora-kernels tune` writes and the planner reads;
+    # by default lora_kernels/plans in XDG_CACHE_HOME, or in ~/.cache.
+    plans: str
+
+
+def _default_plans() -> str:
+    cache = os.environ.get("XDG_CACHE_HOME", "").strip() or os.path.join("~", ".cache")
+    return os.path.join(cache, "lora_kernels", "plans")
 
 
 def read() -> Settings:
@@ -30,4 +38,5 @@ def read() -> Settings:
         backend=os.environ.get("LORA_KERNELS_BACKEND", "auto").strip() or "auto",
         skip_extension=_flag("LORA_KERNELS_SKIP_EXTENSION"),
         triton_interpret=_flag("TRITON_INTERPRET"),
+        plans=os.environ.get("LORA_KERNELS_PLANS", "").strip() or _default_plans(),
     )

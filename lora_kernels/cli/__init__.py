@@ -11,6 +11,7 @@ COMMANDS = {
     "env": "versions, backends, and why each is on or off",
     "demo": "fine-tune a pretrained encoder with LoRA, check it against PEFT, time it",
     "inspect": "what the assembler made of every kernel, with no card needed",
+    "tune": "measure the strategies on your card and shapes; the fastest runs from then on",
     "bench": "the benchmarks, from a checkout",
 }
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
+from typing import Any
 
 COLUMNS = (
     "kernel",
@@ -26,17 +28,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", action="append", help="sm_80 or 80, sm_90, sm_100, gfx942 (all)")
     parser.add_argument("--rank", type=int, action="append", help="rank bucket (16, 64, 128, 256, 512)")
     parser.add_argument("--dtype", action="append", choices=("bf16", "fp16", "fp32"), help="default bf16")
+    parser.add_argument("--bytes", action="store_true", help="what each launch moves, and the floor of it")
+    parser.add_argument("--shape", action="append", help="MxKxN for --bytes (8192x4096x4096)")
     parser.add_argument("--json", action="store_true", help="print JSON lines, one a kernel")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compiles and prints; returns 1 where Triton is missing or interpreting."""
+    """Compiles, or counts, and prints; returns 1 where Triton is missing or only interprets."""
     from .. import _backend
 
-    reason = "TRITON_INTERPRET is set" if _backend.interpreting() else _backend.triton_missing()
+    reason = _backend.triton_missing()
+    if reason is None and not args.bytes and _backend.interpreting():
+        reason = "TRITON_INTERPRET is set"
     if reason is not None:
         print(f"inspect: the kernels cannot be compiled: {reason}")
         return 1
+    return _bytes(args) if args.bytes else _compile(args)
+
+
+def _compile(args: argparse.Namespace) -> int:
     from ..kernels import aot, cuda_static
 
     targets = [f"sm_{name}" if name.isdigit() else name for name in args.target or aot.TARGETS]
@@ -55,3 +65,40 @@ def run(args: argparse.Namespace) -> int:
     if not args.rank and not args.dtype:  # the CUDA kernels have neither
         cuda_static.print_table(args.target, args.json)
     return 0
+
+
+def _bytes(args: argparse.Namespace) -> int:
+    """Prints the byte counts of every strategy, both directions."""
+    from ..kernels import traffic
+    from ..planner import STRATEGIES, Plan, Problem
+    from .tune import parse_shape
+
+    try:
+        shapes = {text: parse_shape(text) for text in args.shape or ["8192x4096x4096"]}
+    except ValueError as error:
+        print(f"inspect: {error}")
+        return 2
+    if not args.json:
+        print("           shape  rank        op  strategy       launch        MB  floor  asked")
+    for shape, rank in itertools.product(shapes, args.rank or [16]):
+        for op, strategy in itertools.product(("lora_linear", "lora_linear_backward"), STRATEGIES[1:]):
+            if op.endswith("backward") and strategy == "single":  # it is beta's
+                continue
+            dtype = (args.dtype or ["bf16"])[0]
+            problem = Problem(op, *shapes[shape], rank, dtype, "sm_90", dropout=True)
+            for launch in traffic.launches(problem, Plan(strategy)):
+                _print_bytes(args.json, shape, rank, op, strategy, launch)
+    return 0
+
+
+def _print_bytes(as_json: bool, shape: str, rank: int, op: str, strategy: str, launch: Any) -> None:
+    direction = "backward" if op.endswith("backward") else "forward"
+    if as_json:
+        head = {"shape": shape, "rank": rank, "op": direction, "strategy": strategy}
+        print(json.dumps(head | dataclasses.asdict(launch)))
+        return
+    asked = launch.requested / launch.floor
+    print(
+        f"{shape:>16} {rank:>5} {direction:>9} {strategy:>9} {launch.name:>12}"
+        f" {launch.memory / 1e6:>9.1f} {launch.ratio:>6.3f} {asked:>6.2f}"
+    )

@@ -28,6 +28,7 @@ from . import (
     stacked_lora,
 )
 from .config import (
+    DY_PASS_MAX_RANK,
     GemmTile,
     Tile,
     dy_tile,
@@ -62,12 +63,24 @@ class Spec:
     tile: Tile | None
     pointers: dict[str, str]
 
+    def at(self, card: str) -> Spec:
+        """The spec for one card, where its tile or its operands depend on it."""
+        return self
 
-class GemmSpec(Spec):
-    """The persistent GEMM, whose tile and operands depend on the target as well."""
+
+class DySpec(Spec):
+    """The pass over dY, whose strips are narrower on AMD."""
 
     def at(self, card: str) -> Spec:
-        """The spec for one card: descriptors in place of the large operands' pointers where it has them."""
+        lean = self.variant == "scaled" or card.startswith("gfx")
+        tile = dy_tile(8192, 4096, self.rank, _ITEMSIZE[self.dtype], lean)
+        return dataclasses.replace(self, tile=tile)
+
+
+class GemmSpec(Spec):
+    """The persistent GEMM: descriptors in place of the large operands' pointers on cards that have them."""
+
+    def at(self, card: str) -> Spec:
         tile = kext_tile(8192, self.rank, _ITEMSIZE[self.dtype], card)
         described = card.startswith("sm_") and int(card[3:]) >= 90
         along_k = self.variant == "forward"
@@ -138,9 +151,8 @@ def _linear_specs(dtype: str, rank: int) -> Iterator[Spec]:
         yield Spec("forward", variant, dtype, rank, beta.lora_forward_kernel, flags, forward, types)
     for variant, gate in (("plain", False), ("gate", True)):
         flags = {"HAS_GATE": gate, "NEED_DB": True, **precision}
-        yield Spec(
-            "dy_pass", variant, dtype, rank, beta.dy_pass_kernel, flags, dy_tile(rank, itemsize), types
-        )
+        if rank <= DY_PASS_MAX_RANK:
+            yield DySpec("dy_pass", variant, dtype, rank, beta.dy_pass_kernel, flags, None, types)
     for variant, dropout_on in (("plain", False), ("dropout", True)):
         flags = {"DROPOUT": dropout_on, "NEED_DX": True, "NEED_DA": True, **precision}
         yield Spec("x_pass", variant, dtype, rank, beta.x_pass_kernel, flags, x_tile(rank, itemsize), types)
@@ -159,7 +171,7 @@ def _dora_specs(dtype: str, rank: int) -> Iterator[Spec]:
     tile = norm_tile(rank, itemsize)
     yield Spec("low_rank_norm", "", dtype, rank, low_rank_norm.low_rank_norm_kernel, flags, tile, types)
     flags = {"HAS_GATE": False, "NEED_DB": True, "SCALED": True, "NEED_DSCALE": True, "PRECISION": "tf32"}
-    yield Spec("dy_pass", "scaled", dtype, rank, beta.dy_pass_kernel, flags, dy_tile(rank, itemsize), types)
+    yield DySpec("dy_pass", "scaled", dtype, rank, beta.dy_pass_kernel, flags, None, types)
 
 
 def _elementwise_specs(dtype: str) -> Iterator[Spec]:
@@ -316,7 +328,7 @@ def _source(spec: Spec) -> ASTSource:
 
 def inspect(spec: Spec, target: str) -> Report:
     """Compiles ``spec`` for one of ``TARGETS`` and reads the machine code."""
-    spec = spec.at(target) if isinstance(spec, GemmSpec) else spec
+    spec = spec.at(target)
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
     options = {}

@@ -18,7 +18,16 @@ from torch import Tensor
 
 from ..planner import Plan
 from ..reference.lora_linear import grad_gate, grad_x
-from .config import Changes, dy_tile, forward_tile, replaced, row_chunks, x_tile
+from .config import (
+    DY_PASS_MAX_RANK,
+    DY_PROGRAMS,
+    Changes,
+    dy_tile,
+    forward_tile,
+    replaced,
+    row_chunks,
+    x_tile,
+)
 from .dropout import signed_threshold
 from .launch import blocks, gate_argument, precision, unit_columns
 from .primitives import apply_gate, cast, dot, keep_bytes, load_keep, load_tile, store_tile, unpack
@@ -361,12 +370,17 @@ def dy_pass(
     unscaling: Unscaling | None = None,
     changes: Changes = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """U = s dY B (fp32 where a gate follows) and, where h is given, dB = s dYᵀ (h ⊙ g)."""
-    dy = unit_columns(dy)
+    """U = s dY B and, where h is given, dB = s dYᵀ (h ⊙ g). U is fp32 where a gate follows and the
+    kernel computes it.
+    """
     (rows, out), rank = dy.shape, lora_b.shape[1]
-    tile = replaced(dy_tile(rank, dy.element_size()), changes)
+    if rank > DY_PASS_MAX_RANK and unscaling is None:
+        return _dy_products(dy, lora_b, h, gate, scaling)
+    dy = unit_columns(dy)
+    lean = unscaling is not None or torch.version.hip is not None
+    tile = replaced(dy_tile(rows, out, rank, dy.element_size(), lean), changes)
     strips = triton.cdiv(out, tile.block_c)
-    chunks, rows_per_chunk = row_chunks(rows, out, tile)
+    chunks, rows_per_chunk = row_chunks(rows, out, tile, DY_PROGRAMS)
     u_parts = torch.empty(strips, rows, rank, dtype=torch.float32, device=dy.device)
     db_parts = (
         torch.empty(chunks, out, rank, dtype=torch.float32, device=dy.device) if h is not None else None
@@ -385,6 +399,17 @@ def dy_pass(
         unscaling.finish()
     u = sum_parts(u_parts, dy.dtype if gate is None else torch.float32, scaling)
     return u, None if db_parts is None else sum_parts(db_parts, lora_b.dtype, scaling)
+
+
+def _dy_products(
+    dy: Tensor, lora_b: Tensor, h: Tensor | None, gate: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor | None]:
+    """The same by the vendor's GEMM."""
+    u = torch.mm(dy, lora_b.to(dy.dtype)).mul_(scaling)
+    if h is None:
+        return u, None
+    gated = h if gate is None else (h * gate).to(dy.dtype)
+    return u, torch.mm(dy.T, gated).mul_(scaling).to(lora_b.dtype)
 
 
 def x_pass(

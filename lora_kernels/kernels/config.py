@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -10,6 +11,11 @@ from typing import TypeVar
 # Enough programs to give each multiprocessor of a large card two of them; a constant and not the
 # card's own count, so that sums are split, and rounded, the same way on every card.
 TARGET_PROGRAMS = 264
+# The pass over dY has one program a multiprocessor: every further one would write more partial sums.
+DY_PROGRAMS = 132
+# Above this rank the partial sums of the pass over dY outweigh dY itself, and the vendor's GEMM, which
+# reads dY twice and writes none, moves fewer bytes.
+DY_PASS_MAX_RANK = 32
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,19 @@ def forward_tile(rows: int, rank: int, itemsize: int) -> Tile:
     return Tile(block_m if block_r == 256 else 16, _narrow(32, itemsize), block_r, num_warps=8, num_stages=2)
 
 
-def dy_tile(rank: int, itemsize: int) -> Tile:
-    """For the pass over dY. U's partials are written once a strip, so strips are wide."""
+def dy_tile(rows: int, out: int, rank: int, itemsize: int, lean: bool = False) -> Tile:
+    """For the pass over dY, whose programs each write a part of U for their rows and of dB for their
+    columns: the wider and the squarer a program's share of dY, the fewer partial sums there are.
+
+    ``lean``: strips of 128 columns, where registers must do for more than U and dB.
+    """
     block_r = padded_rank(rank)
-    if block_r <= 64:
-        return Tile(64, _narrow(128, itemsize), block_r, num_warps=4 if block_r <= 32 else 8)
-    return _wide_rank_tile(block_r, itemsize)
+    if block_r > 64:
+        return _wide_rank_tile(block_r, itemsize)
+    square = 1 << round(math.log2(max(1.0, math.sqrt(rows * out / DY_PROGRAMS))))
+    width = 128 if lean else min(max(128, square), 512 if block_r == 16 else 256)
+    warps = 4 if width == 128 and block_r <= 32 else 8
+    return Tile(64 if width == 128 else 32, _narrow(width, itemsize), block_r, num_warps=warps)
 
 
 def x_tile(rank: int, itemsize: int) -> Tile:
@@ -89,11 +102,11 @@ def _wide_rank_tile(block_r: int, itemsize: int) -> Tile:
     return Tile(32 if block_r == 256 else 16, _narrow(32, itemsize), block_r, num_warps=8, num_stages=2)
 
 
-def row_chunks(rows: int, cols: int, tile: Tile) -> tuple[int, int]:
+def row_chunks(rows: int, cols: int, tile: Tile, programs: int = TARGET_PROGRAMS) -> tuple[int, int]:
     """(number of chunks, rows in each) for a grid of column strips and row chunks."""
     steps = -(-rows // tile.block_m)
     strips = -(-cols // tile.block_c)
-    chunks = min(steps, max(1, TARGET_PROGRAMS // strips))
+    chunks = min(steps, max(1, programs // strips))
     rows_per_chunk = -(-steps // chunks) * tile.block_m
     return -(-rows // rows_per_chunk), rows_per_chunk
 

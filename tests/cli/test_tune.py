@@ -1,0 +1,192 @@
+"""``lora-kernels tune`` with injected times: all of it but the clock."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import argparse
+
+from lora_kernels import planner
+from lora_kernels.cli import main, tune
+from lora_kernels.kernels import tuning
+from lora_kernels.planner import Plan, Problem
+
+SHAPES = ("--shape", "24x40x32", "--rank", "4", "--dtype", "fp32", "--dropout", "0.1")
+
+
+class Scripted:
+    """A timer that runs the work once and gives it the time of the script: by strategy, else 50."""
+
+    def __init__(self, times, broken=()):
+        self.times, self.broken, self.samples = times, broken, 0
+
+    def sampler(self, prepare, run):
+        if run.plan.strategy in self.broken:
+            raise RuntimeError("out of resource: shared memory\nmore lines")
+        run(prepare())
+
+        def sample():
+            self.samples += 1
+            return self.times.get(run.plan.strategy, 50.0) + (0.25 if run.plan.tile else 0.0)
+
+        return sample
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_PLANS", str(tmp_path))
+    planner.refresh()
+    yield tmp_path
+    monkeypatch.undo()
+    planner.refresh()
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Fewer plans: the interpreter takes its time over each."""
+    changed = Plan("kext", {"gemm": {"block_k": 16}})
+    monkeypatch.setattr(tuning, "FORWARD", (Plan("beta"), Plan("kext"), changed))
+    monkeypatch.setattr(tuning, "FEW_ROWS", (Plan("single"),))
+    monkeypatch.setattr(tuning, "BACKWARD", (Plan("beta"), Plan("kext")))
+
+
+def arguments(*options):
+    parser = argparse.ArgumentParser()
+    tune.add_arguments(parser)
+    return parser.parse_args([*options, "--repeats", "3"])
+
+
+def tuned(timer, device, *options):
+    return tune.tune(arguments(*SHAPES, *options), device, planner.card(device), timer)
+
+
+def problem(device, op="lora_linear", rows=24):
+    return Problem(op, rows, 40, 32, 4, "fp32", planner.card(device), dropout=True)
+
+
+@pytest.mark.parametrize("winner", ("beta", "kext", "single"))
+def test_the_fastest_runs_from_then_on(winner, device, folder, few, capsys):
+    timer = Scripted({winner: 10.0})
+    assert tuned(timer, device) == 0
+    assert timer.samples == 3 * (4 + 2)
+    assert planner.plan(problem(device)) == Plan(winner)  # in this process, at once
+    backward = planner.plan(problem(device, "lora_linear_backward"))
+    assert backward == Plan("beta" if winner == "single" else winner)
+    out = capsys.readouterr().out
+    assert f"{winner}, 10.0 us" in out
+    assert winner == "beta" or "5.00 x as fast as beta" in out
+    assert str(folder / f"{planner.card(device)}.json") in out
+
+
+def test_a_second_run_adds_to_the_table(device, folder, few):
+    assert tuned(Scripted({"kext": 10.0}), device) == 0
+    assert tuned(Scripted({"beta": 5.0}), device, "--shape", "200x40x32") == 0
+    data = json.loads((folder / f"{planner.card(device)}.json").read_text())
+    assert data["kind"] == "measured"
+    assert len(data["entries"]) == 4
+    assert planner.plan(problem(device)) == Plan("beta")  # measured anew
+    assert [path.name for path in folder.iterdir()] == [f"{planner.card(device)}.json"]
+
+
+def test_what_cannot_run_is_left_out_with_its_reason(device, few, capsys):
+    assert tuned(Scripted({"kext": 1.0}, broken=("kext",)), device) == 0
+    out = capsys.readouterr().out
+    assert "kext left out: RuntimeError: out of resource: shared memory" in out
+    assert "more lines" not in out
+    assert planner.plan(problem(device)).strategy != "kext"
+
+
+def test_a_wrong_result_is_never_timed(device, few, monkeypatch):
+    from lora_kernels.kernels import kext
+
+    right = kext.forward
+
+    def wrong(*args):
+        y, *rest = right(*args)
+        return y + 0.01, *rest
+
+    monkeypatch.setattr(kext, "forward", wrong)
+    result = tuning.measure(problem(device), device, Scripted({"kext": 1.0}), 2)
+    assert {plan.strategy for plan, _ in result.entry.times} == {"beta", "single"}
+    assert all("AssertionError: result 0" in reason for _, reason in result.failed)
+    assert len(result.failed) == 2
+
+
+def test_nothing_measured_is_a_failure(device, few, capsys):
+    assert tuned(Scripted({}, broken=("beta", "kext", "single")), device) == 1
+    assert "nothing could be measured" in capsys.readouterr().out
+
+
+def test_a_foreign_table_is_replaced(device, folder, few):
+    (folder / f"{planner.card(device)}.json").write_text("not a table")
+    assert tuned(Scripted({"kext": 10.0}), device) == 0
+    assert planner.plan(problem(device)) == Plan("kext")
+
+
+def test_a_write_that_fails_changes_nothing(device, folder, monkeypatch):
+    path = folder / "table.json"
+    tuning.write(path, "before")
+    monkeypatch.setattr(tuning.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        tuning.write(path, "after")
+    assert path.read_text() == "before" and [p.name for p in folder.iterdir()] == ["table.json"]
+
+
+def test_every_plan_to_try_is_one_that_a_table_can_hold():
+    for tried in (*tuning.FORWARD, *tuning.FEW_ROWS, *tuning.BACKWARD):
+        assert planner._parse_plan({"strategy": tried.strategy, "tile": tried.tile}) == tried
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_without_a_card_it_says_so(capsys):
+    assert main(["tune"]) == 2
+    assert "there is no CUDA device here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", ("8x8", "8x8x8x8", "axbxc", "0x8x8", "-1x8x8"))
+def test_bad_shape(shape, device, capsys):
+    assert tune.tune(arguments(f"--shape={shape}"), device, "cpu", None) == 2
+    assert "--shape: expected MxKxN" in capsys.readouterr().err
+
+
+def test_a_models_projections(tmp_path):
+    config = {
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shapes = tune.model_shapes(str(tmp_path / "config.json"), [512])
+    assert shapes == [(512, 4096, 4096), (512, 4096, 1024), (512, 4096, 14336), (512, 14336, 4096)]
+    with pytest.raises(ValueError, match=r"--model: .* is not a model's config\.json"):
+        tune.model_shapes(str(tmp_path / "none.json"), [512])
+
+
+def test_progress_without_rich(monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "rich.progress", None)
+    with tune.progress(2) as tick:
+        tick()
+        tick()
+    assert capsys.readouterr().err == "tune: 1/2\ntune: 2/2\n"
+
+
+def test_inspect_prints_bytes(capsys):
+    assert main(["inspect", "--bytes", "--json", "--shape", "512x1024x2048", "--rank", "8"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {row["name"] for row in rows} >= {
+        "branch_pass",
+        "dy_pass",
+        "kext",
+    }
+    assert all(row["memory"] >= row["floor"] > 0 for row in rows)
+
+
+def test_predicting_wants_a_file_of_its_own(tmp_path, capsys):
+    assert main(["tune", "--predict", "sm_90"]) == 2
+    path = tmp_path / "sm_90.json"
+    assert main(["tune", "--predict", "sm_90", "--shape", "8x64x64", "--output", str(path)]) == 0
+    assert planner.read(path, "sm_90").kind == "predicted"
