@@ -20,6 +20,8 @@ from .measure import Results
 from .suites import Benchmark, Goal, Row
 
 OURS = "ours"
+# From so many cases of one mode on, there is an overview.
+MANY = 6
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,30 @@ def _tables(results: Results) -> Iterator[str]:
         yield from _table(benchmark, rows, [m for m in modes if any(row.plan.mode == m for row in rows)])
 
 
+def _overview(results: Results) -> Iterator[str]:
+    """Where a mode has many cases: one line a case, with every provider's ratio to the first baseline."""
+    cells: dict[tuple[Benchmark, str], list[Row]] = {}
+    for benchmark, row in results.rows:
+        cells.setdefault((benchmark, row.plan.mode), []).append(row)
+    for (benchmark, mode), rows in cells.items():
+        cases = dict.fromkeys(row.plan.case.label for row in rows)
+        if len(cases) >= MANY:
+            base, heading = next(iter(benchmark.baselines.items()))
+            others = [name for name in dict.fromkeys(row.provider for row in rows) if name != base]
+            yield from (f"**`{benchmark.op}`, {mode.replace('_', ' ')} / {heading}**", "")
+            yield f"| case | `{base}` | {' | '.join(f'`{name}`' for name in others)} |"
+            yield f"|---|{'---:|' * (1 + len(others))}"
+            at = {(row.plan.case.label, row.provider): row for row in rows}
+            for case in cases:
+                ratios = (_ratio_to(base, at.get((case, name))) for name in others)
+                yield f"| {case} | {_cell(at.get((case, base)))} | {' | '.join(ratios)} |"
+            yield ""
+
+
+def _ratio_to(base: str, row: Row | None) -> str:
+    return (_number(row.ratios.get(base), 2) if row else "") or "-"
+
+
 def _reasons(title: str, found: dict[tuple[str, str], list[str]]) -> Iterator[str]:
     if not found:
         return
@@ -235,6 +261,7 @@ def markdown(results: Results, under: Conditions) -> str:
         " rounds with p20 to p80; a ratio is the median of the ratios within a round.",
         "",
         *_goal_lines(results),
+        *_overview(results),
         *_tables(results),
         *_left_out(results),
         *_reasons("Not measured:", results.missing),

@@ -14,7 +14,7 @@ from benchmarks import __main__ as command
 from benchmarks import report
 from benchmarks.bench_lora_linear import BENCHMARK
 from benchmarks.checks import check
-from benchmarks.measure import Bench, saved_bytes
+from benchmarks.measure import Bench, Results, saved_bytes
 from benchmarks.providers import FROZEN, PEFT, PROVIDERS, SCALING, Case, make_problem
 from benchmarks.suites import (
     DEFAULT,
@@ -236,6 +236,22 @@ def test_derived_columns_and_other_baselines_are_reported(tmp_path):
         rows = list(csv.DictReader(file))
     assert rows[0]["ratio_eager"] == "1.0000" and float(rows[0]["rows/s"]) > 0
     assert "ratio_peft" not in rows[0]
+
+
+def test_many_cases_have_an_overview():
+    results = Results()
+    for rows in range(1, report.MANY + 1):
+        plan, time = Plan(replace(SMALL, rows=rows), "both"), Summary(8.0, 7.0, 9.0)
+        results.add(BENCHMARK, Row(FROZEN, plan, time, ratios={FROZEN: 1.0}))
+        if rows > 1:
+            results.add(BENCHMARK, Row("ours_cpp", plan, time, ratios={FROZEN: 1.25}))
+    lines = report.markdown(results, UNDER).splitlines()
+    place = lines.index("**`lora_linear`, both / frozen**")
+    assert lines[place + 2] == "| case | `frozen` | `ours_cpp` |"
+    assert lines[place + 4] == "| 1x32x24/float32/r4/p0 | 8 µs (7 to 9) | - |"
+    assert lines[place + 5] == "| 2x32x24/float32/r4/p0 | 8 µs (7 to 9) | 1.25 |"
+    results.rows = results.rows[:2]
+    assert "both / frozen**" not in report.markdown(results, UNDER)
 
 
 def test_a_plan_may_name_its_providers():

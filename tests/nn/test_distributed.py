@@ -108,6 +108,23 @@ def fsdp2_with_dropout_and_checkpoints(rank):
     torch.testing.assert_close(*grads, rtol=0, atol=0)
 
 
+def fsdp2_in_mixed_precision(rank):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model, x, dy = build()
+    whole = copy.deepcopy(model)
+    whole(x).backward(dy)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    y = model(mine(x))
+    assert y.dtype == torch.bfloat16
+    y.backward(dist.get_world_size() * mine(dy).bfloat16())  # the mean over processes is then the sum
+    want = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            error = parameter.grad.full_tensor() - want[name].grad
+            assert parameter.grad.dtype == torch.float32 and error.norm() < 0.03 * want[name].grad.norm()
+
+
 def adapters_of_fsdp2_are_saved_whole(rank):
     from torch.distributed.fsdp import fully_shard
 
@@ -127,8 +144,8 @@ def adapters_of_fsdp2_are_saved_whole(rank):
 
 
 def test_two_processes_equal_one(tmp_path):
-    cases = (ddp, fsdp2, fsdp2_with_dropout_and_checkpoints, adapters_of_fsdp2_are_saved_whole)
-    run([(case,) for case in cases], 2, tmp_path)
+    more = (fsdp2_with_dropout_and_checkpoints, fsdp2_in_mixed_precision, adapters_of_fsdp2_are_saved_whole)
+    run([(case,) for case in (ddp, fsdp2, *more)], 2, tmp_path)
 
 
 def test_four_processes_equal_one(tmp_path):

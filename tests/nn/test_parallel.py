@@ -71,7 +71,7 @@ def mesh_of(size):
 def gradients(model, x, dy, run=None):
     """y and all gradients; ``run``: how to call the model, where not as it is."""
     x = x.clone().requires_grad_()
-    y = (run or model)(x)
+    y = (model if run is None else run)(x)
     y.backward(dy)
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return {"y": y.detach(), "x": x.grad, **grads}
@@ -225,6 +225,17 @@ def checkpoints_go_both_ways(rank):
         torch.testing.assert_close(other(x), y, **TOLERANCE)
 
 
+def compiles_whole(rank):
+    model, x, dy = build(p=0.4)
+    parallelize_module(model, mesh_of(dist.get_world_size()), PLAN)
+    torch.manual_seed(3)
+    want = {name: whole(value).clone() for name, value in gradients(model, x, dy).items()}
+    model.zero_grad()
+    torch.manual_seed(3)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    same(gradients(model, x, dy, compiled), want)
+
+
 def merges_in_parts(rank):
     model, x, _ = build()
     y = model(x)
@@ -293,6 +304,7 @@ ON_TWO = [
     (whole_gradients_are_left_where_the_parameter_is,),
     (layouts_of_the_function,),
     (checkpoints_go_both_ways,),
+    (compiles_whole,),
     (merges_in_parts,),
     (errors_say_what_is_wrong,),
     (other_modules_are_split_by_torch,),
