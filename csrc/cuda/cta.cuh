@@ -63,6 +63,7 @@ struct Cta {
   }
   __device__ __forceinline__ void sync_warp() const { __syncwarp(); }
   __device__ __forceinline__ void sync_compute() const {
+    __syncwarp();
     asm volatile("bar.sync 1, %0;" ::"n"(32 * kWarps) : "memory");
   }
 
@@ -140,6 +141,7 @@ struct PlainCta : Cta<Element> {
           : "r"(shared_address(this->barriers + barrier)), "r"(parity)
           : "memory");
     } while (done == 0);
+    __syncwarp();
   }
   template <typename Source>
   __device__ __forceinline__ void copy_rows(uint16_t* to, int pitch, int rows, int cols,
@@ -155,6 +157,10 @@ struct PlainCta : Cta<Element> {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(
                      shared_address(this->barriers + barrier))
                  : "memory");
+  }
+  // No thread leaves before what it asked for has come.
+  __device__ __forceinline__ void finish_copies() const {
+    asm volatile("cp.async.wait_all;" ::: "memory");
   }
   __device__ __forceinline__ int64_t part_place(int i, int rank) const {
     const int64_t tile = int64_t(this->projection()) * gridDim.y + this->part();
@@ -187,6 +193,7 @@ struct ClusterCta : Cta<Element> {
           : "r"(shared_address(this->barriers + barrier)), "r"(parity)
           : "memory");
     } while (done == 0);
+    __syncwarp();
   }
   template <typename Source>
   __device__ __forceinline__ void copy_rows(uint16_t* to, int pitch, int rows, int cols,
@@ -208,7 +215,9 @@ struct ClusterCta : Cta<Element> {
           : "memory");
     }
   }
+  __device__ __forceinline__ void finish_copies() const {}
   __device__ __forceinline__ void cluster_arrive() const {
+    __syncwarp();
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   }
   __device__ __forceinline__ void cluster_wait() const {

@@ -406,6 +406,7 @@ struct Decode {
     if (cta.warp() == kWarps) {
       copy_x();
       copy_steps(0, todo.shrink_steps());
+      cta.finish_copies();
       return;
     }
     shrink();
@@ -421,6 +422,7 @@ struct Decode {
     if (!begin()) return;
     if (cta.warp() == kWarps) {
       copy_steps(todo.shrink_steps(), todo.steps());
+      cta.finish_copies();
       return;
     }
     gather_h();

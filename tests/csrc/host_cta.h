@@ -109,6 +109,7 @@ class HostCta {
   void wait(int barrier, int parity) const { block_.phases[barrier].wait(parity); }
   void release(int barrier) const { block_.phases[barrier].arrive(); }
   void sync_warp() const {}
+  void finish_copies() const {}
   void sync_compute() const { block_.compute.arrive_and_wait(); }
   void cluster_arrive() { token_.emplace(cluster_.all.arrive()); }
   void cluster_wait() {
