@@ -48,6 +48,7 @@ from lora_kernels.testing.timers import Prepare, Run, Summary
 MODULES = (
     "bench_lora_linear",
     "bench_dora_linear",
+    "bench_lora_linear_group",
     "bench_llama_layer",
     "bench_beta_passes",
     "bench_multi_lora_linear",

@@ -9,6 +9,7 @@
 #include "cpu/invariant_linear.h"
 #include "cpu/lora_linear.h"
 #include "cpu/lora_linear_autograd.h"
+#include "cpu/lora_linear_group.h"
 #include "cpu/low_rank_norm.h"
 #include "cpu/multi_lora_linear.h"
 #include "cpu/stacked_lora.h"
@@ -27,6 +28,8 @@ TORCH_LIBRARY_IMPL(lora_kernels, CPU, library) {
   library.impl("cpp_multi_lora_linear_add", lora_kernels::multi_lora_linear_add);
   library.impl("cpp_batch_plan", lora_kernels::batch_plan);
   library.impl("cpp_invariant_linear", lora_kernels::invariant_linear);
+  library.impl("cpp_lora_linear_group", lora_kernels::lora_linear_group);
+  library.impl("cpp_lora_linear_group_backward", lora_kernels::lora_linear_group_backward);
   library.impl("cpp_lora_linear", lora_kernels::lora_linear);
   library.impl("cpp_lora_linear_backward", lora_kernels::lora_linear_backward);
 }

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .integrations.peft import accelerate, decelerate
     from .nn import LoRALinear, apply_lora
     from .ops.batch_plan import BatchPlan, plan_batch
+    from .ops.lora_linear_group import lora_linear_group
     from .ops.multi_lora_linear import (
         AdapterSlices,
         AdapterStack,
@@ -38,6 +39,7 @@ _LAZY = {
     "apply_lora": "nn",
     "decelerate": "integrations.peft",
     "load_adapter": "integrations.checkpoint",
+    "lora_linear_group": "ops.lora_linear_group",
     "multi_lora_linear": "ops.multi_lora_linear",
     "multi_lora_linear_slices": "ops.multi_lora_linear",
     "plan_batch": "ops.batch_plan",
@@ -62,6 +64,7 @@ __all__ = [
     "dora_linear",
     "load_adapter",
     "lora_linear",
+    "lora_linear_group",
     "multi_lora_linear",
     "multi_lora_linear_slices",
     "plan_batch",

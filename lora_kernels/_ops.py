@@ -74,6 +74,19 @@ SCHEMAS = {
     ),
     # y = x Wᵀ whose rows do not depend, bit for bit, on the other rows.
     "invariant_linear": "(Tensor x, Tensor weight) -> Tensor",
+    # G linears that read one x: y of each, h of each, and the keep bits of those that drop, in order.
+    # `seeds` [D]: one for each of the D members whose probability is not zero.
+    "lora_linear_group": (
+        "(Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, Tensor?[] biases,"
+        " Tensor?[] gates, Tensor? seeds, float[] scalings, float[] dropout_ps) -> Tensor[]"
+    ),
+    # The gradients that `needs` asks for: of x, and then of A, B and g of each member. All members
+    # have a dy: one without is left out by the caller.
+    "lora_linear_group_backward": (
+        "(Tensor[] dys, Tensor? x, Tensor?[] weights, Tensor[] lora_as, Tensor[] lora_bs, Tensor?[] hs,"
+        " Tensor?[] gates, Tensor?[] masks, float[] scalings, float[] dropout_ps, bool[] needs)"
+        " -> Tensor[]"
+    ),
 }
 # Ops that write into their arguments; csrc/ implements them too.
 IN_PLACE = {
@@ -121,6 +134,8 @@ CPP_OPS = (
     "multi_lora_linear",
     "multi_lora_linear_backward",
     "invariant_linear",
+    "lora_linear_group",
+    "lora_linear_group_backward",
 )
 # Ops that csrc/cuda implements, under the name `cuda_<op>`.
 CUDA_OPS = ("multi_lora_linear",)
@@ -275,6 +290,48 @@ def _fake_dora_linear_backward(
     return [g.new_empty(g.shape) for g, needed in zip(grads, needs, strict=True) if needed]
 
 
+def _fake_lora_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    gates: Sequence[Tensor | None],
+    seeds: Tensor | None,
+    scalings: Sequence[float],
+    dropout_ps: Sequence[float],
+) -> list[Tensor]:
+    rows, cols = x.shape
+    ys = [x.new_empty(rows, b.shape[0]) for b in lora_bs]
+    hs = [x.new_empty(rows, a.shape[0]) for a in lora_as]
+    dropping = sum(p > 0.0 for p in dropout_ps)
+    return ys + hs + [x.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8) for _ in range(dropping)]
+
+
+def _fake_lora_linear_group_backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    gates: Sequence[Tensor | None],
+    masks: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    dropout_ps: Sequence[float],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    dx = dys[0].new_empty(dys[0].shape[0], lora_as[0].shape[1])
+    members = zip(lora_as, lora_bs, gates, strict=True)
+    likes = (dx, *(like for member in members for like in member))
+    contiguous = torch.contiguous_format
+    return [
+        torch.empty_like(like, memory_format=contiguous)
+        for like, needed in zip(likes, needs, strict=True)
+        if needed and like is not None
+    ]
+
+
 def _fake_invariant_linear(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
@@ -307,6 +364,8 @@ _FAKES: dict[str, Callable[..., object]] = {
     "multi_lora_linear": _fake_multi_lora_linear,
     "multi_lora_linear_backward": _fake_multi_lora_linear_backward,
     "invariant_linear": _fake_invariant_linear,
+    "lora_linear_group": _fake_lora_linear_group,
+    "lora_linear_group_backward": _fake_lora_linear_group_backward,
 }
 
 for _op, _schema in SCHEMAS.items():

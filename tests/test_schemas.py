@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from lora_kernels import BatchPlan, _backend, _extension, _ops, plan_batch, slice_adapters, stack_adapters
 from lora_kernels.testing import TENSORS, LoraCase, lora_inputs
@@ -102,6 +104,23 @@ def dora_backward_args(case, needs):
 
 DORA_CASES = {name: CASES[name] for name in ("plain", "dropout", "empty")}
 DORA_NEEDS = {"all": (True,) * 4, "adapters": (False, True, True, False), "scale": (False,) * 3 + (True,)}
+
+
+def group_args(case, ps=(0.0, 0.0)):
+    members = [lora_inputs(replace(case, out=out, rank=rank), seed=out) for out, rank in ((20, 4), (9, 3))]
+    lists = [[m[name] for m in members] for name in ("weight", "lora_a", "lora_b", "bias", "gate")]
+    drawn = torch.tensor([3, 4]) if any(ps) else None
+    return (members[0]["x"], *lists, drawn, [0.5, 2.0], list(ps))
+
+
+def group_backward_args(needs, case, ps=(0.0, 0.0)):
+    x, weights, lora_as, lora_bs, _, gates, _, *rest = args = group_args(case, ps)
+    given = _backend.implementation("reference", "lora_linear_group")(*args)
+    dys = [torch.randn_like(y) for y in given[:2]]
+    masks = given[4:] if any(ps) else [None, None]
+    return (dys, x, weights, lora_as, lora_bs, given[2:4], gates, masks, *rest, list(needs))
+
+
 SAMPLES = {
     "low_rank_norm": {
         "plain": (torch.randn(5, 7), torch.randn(3, 7), torch.randn(5, 3), 0.5),
@@ -116,6 +135,17 @@ SAMPLES = {
         f"{name}-{what}": dora_backward_args(case, needs)
         for name, case in DORA_CASES.items()
         for what, needs in DORA_NEEDS.items()
+    },
+    "lora_linear_group": {
+        "plain": group_args(LoraCase()),
+        "dropout": group_args(LoraCase(bias=True, dtype=torch.bfloat16), (0.2, 0.3)),
+        "gates": group_args(LoraCase(gate="rows")),
+    },
+    "lora_linear_group_backward": {
+        "plain": group_backward_args([True, *[True, True, False] * 2], LoraCase()),
+        "gates": group_backward_args([True, *[True] * 6], LoraCase(gate="rank"), (0.2, 0.3)),
+        "adapters": group_backward_args([False, *[True, True, False] * 2], LoraCase(), (0.2, 0.3)),
+        "input": group_backward_args([True, *[False] * 6], LoraCase()),
     },
     "row_dropout_mask": {"odd": (seed(), torch.tensor([0.1, 0.5, 0.9]), 13)},
     "multi_lora_linear": {"one": multi_args(), "two": multi_args(2), "masked": multi_args(2, True)},
@@ -201,11 +231,12 @@ def test_fake_kernel_tells_shape_dtype_and_strides(op, args, backend):
     reason = _backend.unavailable(backend, "cpu", torch.float32, 4)
     if reason:
         pytest.skip(f"{backend}: {reason}")
-    if args[0].shape[0] == 0 and backend == "triton":
+    lead = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+    if lead.shape[0] == 0 and backend == "triton":
         backend = "reference"  # where an empty batch runs: there is nothing to launch
     real = _backend.implementation(backend, op)(*args)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
+        fakes = tree_map_only(torch.Tensor, mode.from_tensor, args)
         fake = _ops._FAKES[op](*fakes)
     pairs = zip(*(r if isinstance(r, (tuple, list)) else (r,) for r in (real, fake)), strict=True)
     for number, (one, other) in enumerate(pairs):

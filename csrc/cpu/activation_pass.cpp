@@ -71,11 +71,66 @@ LK_INLINE void shrink_block(const Math* x, int64_t stride, int64_t cols, const P
   for (int i = 0; i < Rows; ++i) vector(p.shrunk + i * p.rank) += even[i] + odd[i];
 }
 
+// Vectors of a wide rank worked on at a time, so that an x that was broadcast serves all of them.
+constexpr int kWide = 3;
+
+// Shrinks alone, a wide rank: there are enough sums for none to wait, and each strip has its own.
+template <int Rows, typename Math>
+LK_INLINE void wide_shrink_block(const Math* x, int64_t stride, int64_t cols,
+                                 const Products<Math>& p, const Ahead& ahead) {
+  VectorOf<Math> sums[Rows][kWide] = {};
+  for (int64_t k = 0; k < cols; ++k) {
+    VectorOf<Math> factor[kWide];
+    for (int v = 0; v < kWide; ++v) factor[v] = vector(p.factor + k * p.rank + v * kLanes);
+    ahead.fetch(k);
+    for (int i = 0; i < Rows; ++i) {
+      for (int v = 0; v < kWide; ++v) sums[i][v] += x[i * stride + k] * factor[v];
+    }
+  }
+  for (int i = 0; i < Rows; ++i) {
+    for (int v = 0; v < kWide; ++v) vector(p.shrunk + i * p.rank + v * kLanes) += sums[i][v];
+  }
+}
+
+// Outer products alone, a wide rank.
+template <int Rows, typename Math>
+LK_INLINE void wide_outer_block(const Math* x, int64_t stride, int64_t cols,
+                                const Products<Math>& p, const Ahead& ahead) {
+  VectorOf<Math> vectors[Rows][kWide];
+  for (int i = 0; i < Rows; ++i) {
+    for (int v = 0; v < kWide; ++v) vectors[i][v] = vector(p.vectors + i * p.rank + v * kLanes);
+  }
+  for (int64_t k = 0; k < cols; ++k) {
+    VectorOf<Math> outer[kWide];
+    for (int v = 0; v < kWide; ++v) outer[v] = vector(p.outer + k * p.rank + v * kLanes);
+    ahead.fetch(k);
+    for (int i = 0; i < Rows; ++i) {
+      for (int v = 0; v < kWide; ++v) outer[v] += x[i * stride + k] * vectors[i][v];
+    }
+    for (int v = 0; v < kWide; ++v) vector(p.outer + k * p.rank + v * kLanes) = outer[v];
+  }
+}
+
+template <typename Math>
+LK_INLINE void advance(Products<Math>& p, int64_t lanes) {
+  if (p.shrunk) p.shrunk += lanes, p.factor += lanes;
+  if (p.outer) p.vectors += lanes, p.outer += lanes;
+}
+
 template <int Rows, typename Math>
 LK_INLINE void blocks(const Math* x, int64_t stride, int64_t cols, Products<Math> p,
                       const Ahead& ahead) {
   const int64_t lead = p.rank;
-  for (int64_t r = 0; r < lead; r += kLanes) {
+  int64_t r = 0;
+  for (; r + kWide * kLanes <= lead && !(p.outer && p.shrunk); r += kWide * kLanes) {
+    if (p.shrunk) {
+      wide_shrink_block<Rows>(x, stride, cols, p, ahead);
+    } else {
+      wide_outer_block<Rows>(x, stride, cols, p, ahead);
+    }
+    advance(p, kWide * kLanes);
+  }
+  for (; r < lead; r += kLanes) {
     if (p.outer && p.shrunk) {
       block<Rows, true, true>(x, stride, cols, p, ahead);
     } else if (p.shrunk) {
@@ -83,8 +138,7 @@ LK_INLINE void blocks(const Math* x, int64_t stride, int64_t cols, Products<Math
     } else {
       block<Rows, false, true>(x, stride, cols, p, ahead);
     }
-    if (p.shrunk) p.shrunk += kLanes, p.factor += kLanes;
-    if (p.outer) p.vectors += kLanes, p.outer += kLanes;
+    advance(p, kLanes);
   }
 }
 
@@ -193,20 +247,68 @@ LK_INLINE void store(const Expansion<Math>& e, int64_t row, Range cols, Math* ti
   const int64_t width = cols.end - cols.begin;
   for (int i = 0; i < count; ++i) {
     Math* line = tile + i * kStrip;
-    const uint8_t* keep = e.keep + (row + i) * e.keep_stride + cols.begin / 8;
-    drop_row(line, line, keep, width, e.scale);
+    if (e.keep) {
+      const uint8_t* keep = e.keep + (row + i) * e.keep_stride + cols.begin / 8;
+      drop_row(line, line, keep, width, e.scale);
+    } else {
+      for (int64_t k = 0; k < width; ++k) line[k] *= e.scale;
+    }
     typed<Math>(e.out, e.storage, [&](const auto* base) {
       auto* to = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(base)>>*>(base) +
                  (row + i) * e.cols + cols.begin;
-      for (int64_t k = 0; k < width; ++k) narrow(to + k, line[k]);
+      if (e.add) {
+        for (int64_t k = 0; k < width; ++k) narrow(to + k, widen(to[k]) + line[k]);
+      } else {
+        for (int64_t k = 0; k < width; ++k) narrow(to + k, line[k]);
+      }
     });
   }
+}
+
+// Rows [0, Rows) of out += scale * vectors * factor from column k on, in registers from end to end.
+template <int Rows, int Vectors, typename Math>
+LK_INLINE void add_block(const Expansion<Math>& e, int64_t row, int64_t k) {
+  VectorOf<Math> sums[Rows][Vectors] = {};
+  const Math* vectors = e.vectors + row * e.vector_stride;
+  const Math* factor = e.factor + k;
+  for (int64_t r = 0; r < e.rank; ++r) {
+    VectorOf<Math> f[Vectors];
+    for (int v = 0; v < Vectors; ++v) f[v] = vector(factor + r * e.factor_stride + v * kLanes);
+    for (int i = 0; i < Rows; ++i) {
+      for (int v = 0; v < Vectors; ++v) sums[i][v] += vectors[i * e.vector_stride + r] * f[v];
+    }
+  }
+  Math* out = static_cast<Math*>(e.out) + row * e.cols + k;
+  for (int i = 0; i < Rows; ++i) {
+    for (int v = 0; v < Vectors; ++v) vector(out + i * e.cols + v * kLanes) += sums[i][v] * e.scale;
+  }
+}
+
+// The columns of `rows` that are whole vectors; returns where the rest begins.
+template <typename Math>
+LK_INLINE int64_t add_strips(const Expansion<Math>& e, Range rows) {
+  const int64_t whole = e.cols / kLanes * kLanes;
+  for (int64_t begin = 0; begin < whole; begin += kStrip) {
+    const int64_t end = std::min(begin + kStrip, whole);
+    int64_t m = rows.begin;
+    for (; m + kRows <= rows.end; m += kRows) {
+      int64_t k = begin;
+      for (; k + 2 * kLanes <= end; k += 2 * kLanes) add_block<kRows, 2>(e, m, k);
+      for (; k < end; k += kLanes) add_block<kRows, 1>(e, m, k);
+    }
+    for (; m < rows.end; ++m) {
+      for (int64_t k = begin; k < end; k += kLanes) add_block<1, 1>(e, m, k);
+    }
+  }
+  return whole;
 }
 
 template <typename Math>
 LK_INLINE void expand_strips(const Expansion<Math>& e, Range rows) {
   alignas(64) Math tile[kRows * kStrip];
-  for (int64_t k = 0; k < e.cols; k += kStrip) {
+  const bool wide = e.storage == Storage::kFloat || e.storage == Storage::kDouble;
+  const int64_t first = wide && e.add && !e.keep ? add_strips(e, rows) : 0;
+  for (int64_t k = first; k < e.cols; k += kStrip) {
     const Range strip = {k, std::min(k + kStrip, e.cols)};
     int64_t m = rows.begin;
     for (; m + kRows <= rows.end; m += kRows) {

@@ -48,7 +48,8 @@ void transpose(const float* in, int64_t in_stride, float* out, int64_t out_strid
 void transpose(const double* in, int64_t in_stride, double* out, int64_t out_stride, int64_t rows,
                Range cols);
 
-// out[m, k] = keep[m, k] * scale * sum_r vectors[m, r] factor[r, k], out [rows, cols] contiguous.
+// out[m, k] = keep[m, k] * scale * sum_r vectors[m, r] factor[r, k], out [rows, cols] contiguous;
+// keep == nullptr where nothing is dropped, and with `add` the sum goes to what out holds.
 template <typename Math>
 struct Expansion {
   int64_t rank;
@@ -62,6 +63,7 @@ struct Expansion {
   const uint8_t* keep;
   int64_t keep_stride;
   Math scale;
+  bool add;
 };
 
 // out[n] = |w[n, :] + sum_r vectors[n, r] factor[r, :]|, the sum of a strip in Math and of strips

@@ -39,14 +39,6 @@ Activation activation(const Tensor& x, const std::optional<Tensor>& mask, double
           1.0 / (1.0 - p)};
 }
 
-// Rows whose distance is a power of two would all fall into the same few lines of the cache.
-Tensor staggered(const Tensor& lora_a, at::ScalarType math) {
-  const int64_t rank = lora_a.size(0), cols = lora_a.size(1);
-  Tensor factor = at::empty({rank, cols + kLanes}, lora_a.options().dtype(math));
-  factor.narrow(1, 0, cols).copy_(lora_a);
-  return factor;
-}
-
 // parts[0] += parts[1] + parts[2] + ..., one after the other, and times s.
 template <typename Math>
 void sum_parts(Math* parts, int64_t count, int64_t size, double scaling) {
@@ -108,6 +100,18 @@ void transpose_into(const Tensor& in, Tensor& out, int64_t rows, int64_t cols) {
                        transpose(from, in.stride(0), to, out.stride(0), rows, {begin, end});
                      });
   });
+}
+
+// Rows whose distance is a power of two would all fall into the same few lines of the cache.
+Tensor staggered(const Tensor& factor, at::ScalarType math) {
+  const int64_t rank = factor.size(0), cols = factor.size(1);
+  Tensor rows = at::empty({rank, cols + kLanes}, factor.options().dtype(math));
+  if (factor.stride(0) == 1 && factor.scalar_type() == math) {
+    transpose_into(factor.t(), rows, cols, rank);
+  } else {
+    rows.narrow(1, 0, cols).copy_(factor);
+  }
+  return rows;
 }
 
 }  // namespace
@@ -196,27 +200,34 @@ std::pair<Tensor, Tensor> shrink_outer(const Tensor& x, const Tensor& factor, co
   return {shrunk[0], outer[0]};
 }
 
-Tensor expand_dropped(const Tensor& vectors, const Tensor& lora_a, const Tensor& mask, double p,
-                      at::ScalarType dtype) {
-  const int64_t rows = vectors.size(0), rank = lora_a.size(0), cols = lora_a.size(1);
-  const Tensor factor = staggered(lora_a, vectors.scalar_type());
-  Tensor out = at::empty({rows, cols}, vectors.options().dtype(dtype));
+void expand_into(const Tensor& out, const Tensor& vectors, const Tensor& factor,
+                 const std::optional<Tensor>& mask, double scaling, bool add) {
+  const int64_t rows = out.size(0), rank = factor.size(0), cols = factor.size(1);
+  const Tensor padded = staggered(factor, vectors.scalar_type());
+  const bool drops = mask.has_value() && mask->numel() > 0;
   in_math(vectors.scalar_type(), [&](auto math) {
     using Math = decltype(math);
     const Expansion<Math> expansion = {rank,
                                        vectors.const_data_ptr<Math>(),
-                                       vectors.size(1),
-                                       factor.const_data_ptr<Math>(),
+                                       vectors.stride(0),
+                                       padded.const_data_ptr<Math>(),
                                        cols + kLanes,
                                        cols,
                                        out.mutable_data_ptr(),
-                                       storage_of(dtype),
-                                       mask.const_data_ptr<uint8_t>(),
-                                       mask.stride(0),
-                                       static_cast<Math>(1.0 / (1.0 - p))};
+                                       storage_of(out.scalar_type()),
+                                       drops ? mask->const_data_ptr<uint8_t>() : nullptr,
+                                       drops ? mask->stride(0) : 0,
+                                       static_cast<Math>(scaling),
+                                       add};
     at::parallel_for(0, rows, grain(cols * rank),
                      [&](int64_t begin, int64_t end) { expand(expansion, {begin, end}); });
   });
+}
+
+Tensor expand_dropped(const Tensor& vectors, const Tensor& lora_a, const Tensor& mask, double p,
+                      at::ScalarType dtype) {
+  Tensor out = at::empty({vectors.size(0), lora_a.size(1)}, vectors.options().dtype(dtype));
+  expand_into(out, vectors, lora_a, mask, 1.0 / (1.0 - p), false);
   return out;
 }
 

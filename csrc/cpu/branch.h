@@ -39,6 +39,10 @@ at::Tensor outer(const Dropped& x, const at::Tensor& vectors, double scaling);
 std::pair<at::Tensor, at::Tensor> shrink_outer(const at::Tensor& x, const at::Tensor& factor,
                                                const at::Tensor& vectors, double scaling);
 
+// out = keep * s V F, or added to what `out` holds; out [M, K] contiguous, V packed, F [r, K].
+void expand_into(const at::Tensor& out, const at::Tensor& vectors, const at::Tensor& factor,
+                 const std::optional<at::Tensor>& mask, double scaling, bool add);
+
 // drop(V A) of `dtype` [M, K], for a packed V [M, R] and A [r, K].
 at::Tensor expand_dropped(const at::Tensor& vectors, const at::Tensor& lora_a,
                           const at::Tensor& mask, double p, at::ScalarType dtype);

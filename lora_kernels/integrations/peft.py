@@ -11,6 +11,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
+from ..nn.groups import Member, group_layers, grouped, ungroup_layers, why_alone
 from ..ops.dora_linear import fused_dora
 from ..ops.lora_linear import fused
 from .peft_layers import FUSED as OTHERS
@@ -25,10 +26,18 @@ class Report:
 
     accelerated: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    # Layers that share an input and are computed together, and those beside others that are not.
+    groups: list[tuple[str, ...]] = field(default_factory=list)
+    alone: list[tuple[str, str]] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"lora-kernels: {len(self.accelerated)} LoRA layers fused, {len(self.skipped)} left to PEFT"]
-        return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.skipped])
+        if self.groups:
+            lines[0] += (
+                f"; {sum(map(len, self.groups))} of them in {len(self.groups)} groups that share an input"
+            )
+        lines += [f"  {name}: {reason}" for name, reason in self.skipped]
+        return "\n".join(lines + [f"  {name}: alone, {reason}" for name, reason in self.alone])
 
 
 class FusedLoraLinear(PeftLinear):
@@ -42,12 +51,13 @@ class FusedLoraLinear(PeftLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y, or PEFT's forward where this call is none of ours."""
-        if args or kwargs or self.disable_adapters or self.merged or _unsupported_now(self):
+        names = () if args or kwargs else self._names_now(x)
+        if not names:
             return super().forward(x, *args, **kwargs)
-        names = [name for name in self.active_adapters if name in self._modules["lora_A"]._modules]
         base = self._modules["base_layer"]
-        if not names or (x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type)):
-            return super().forward(x)
+        y = grouped(self, x) if len(names) == 1 else None
+        if y is not None:
+            return y
         weight = base.weight.T if self.fan_in_fan_out else base.weight
         if self.lora_variant and any(name in self.lora_variant for name in names):
             return super().forward(x) if len(names) > 1 else _dora(self, names[0], x, weight, base.bias)
@@ -57,6 +67,23 @@ class FusedLoraLinear(PeftLinear):
         for name in names[1:]:
             y = y + _branch(self, name, x, None, None)
         return y
+
+    def _names_now(self, x: Tensor) -> list[str]:
+        """The adapters of a call that is ours, none where it is PEFT's."""
+        if self.disable_adapters or self.merged or _unsupported_now(self):
+            return []
+        names = [name for name in self.active_adapters if name in self._modules["lora_A"]._modules]
+        same = x.dtype == self._modules["base_layer"].weight.dtype
+        return names if same or torch.is_autocast_enabled(x.device.type) else []
+
+    def group_member(self, x: Tensor) -> Member | None:
+        """What this layer computes for ``x``, where that is one plain fused linear."""
+        names, base = self._names_now(x), self._modules["base_layer"]
+        if len(names) != 1 or self.fan_in_fan_out or names[0] in self.lora_variant:
+            return None
+        (name,) = names
+        lora_a, lora_b = (self._modules[part]._modules[name].weight for part in ("lora_A", "lora_B"))
+        return Member(base.weight, lora_a, lora_b, base.bias, None, self.scaling[name], _dropout(self, name))
 
 
 # The class that takes over each of PEFT's.
@@ -164,6 +191,8 @@ def accelerate(model: nn.Module) -> Report:
 
     That is ``Linear`` (also on a Transformers ``Conv1D``), ``Embedding`` and the convolutions, with DoRA too.
 
+    Layers that a forward calls on one x (query, key and value; gate and up) are computed together.
+
     PEFT's API goes on working (``set_adapter``, ``disable_adapter``, ``merge_and_unload``,
     ``save_pretrained``), and so do pickling and copying. :func:`decelerate` reverses it.
 
@@ -185,6 +214,8 @@ def accelerate(model: nn.Module) -> Report:
             report.accelerated.append(name)
         else:
             report.skipped.append((name, reason))
+    report.groups = group_layers(model)
+    report.alone = why_alone(model, report.groups)
     return report
 
 
@@ -192,6 +223,7 @@ def decelerate(model: nn.Module) -> int:
     """Gives every layer back to PEFT; returns how many there were."""
     plain = {fused_type: peft_type for peft_type, fused_type in FUSED.items()}
     layers = [layer for _, layer in _lora_layers(model) if type(layer) in plain]
+    ungroup_layers(model)
     for layer in layers:
         layer.__class__ = plain[type(layer)]
     return len(layers)

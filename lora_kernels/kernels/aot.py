@@ -22,6 +22,7 @@ from . import (
     dropout,
     invariant_linear,
     kext,
+    lora_linear_group,
     low_rank_norm,
     multi_lora_linear,
     single,
@@ -33,9 +34,12 @@ from .config import (
     Tile,
     dy_tile,
     forward_tile,
+    group_forward_tile,
+    group_x_tile,
     invariant_tile,
     kext_tile,
     norm_tile,
+    padded_rank,
     page_tile,
     single_tile,
     stages,
@@ -123,6 +127,7 @@ def specs(dtypes: tuple[str, ...] = ("bf16",), ranks: tuple[int, ...] = RANKS) -
             yield from _linear_specs(dtype, rank)
             yield from _strategy_specs(dtype, rank)
             yield from _multi_specs(dtype, rank)
+            yield from _group_specs(dtype, rank)
             yield from _dora_specs(dtype, rank)
             yield from _stacked_specs(dtype, rank)
         yield from _elementwise_specs(dtype)
@@ -247,6 +252,26 @@ def _batch_specs(dtype: str) -> Iterator[Spec]:
     yield Spec("batch_plan", "", dtype, 0, batch_plan.batch_plan_kernel, most, None, types)
 
 
+def _group_specs(dtype: str, rank: int) -> Iterator[Spec]:
+    """The kernels of three linears that share x, up to the width that one launch serves."""
+    members, itemsize = 3, _ITEMSIZE[dtype]
+    if members * padded_rank(rank) > lora_linear_group.MAX_WIDTH:
+        return
+    types = {"seed_ptr": "*i64", "mask_ptrs": "*u8", "gate_ptrs": "*fp32", "da_part_ptrs": "*fp32"}
+    names = ("x_ptr", "a_ptrs", "b_ptrs", "bias_ptrs", "h_ptrs", "y_ptrs", "dh_ptrs", "dx_ptr")
+    types |= dict.fromkeys(names, f"*{dtype}")
+    common = {"MEMBERS": members, "PRECISION": "tf32"}
+    for variant, drops in (("plain", False), ("dropout", True)):
+        flags = {**common, "HAS_BIAS": True, "HAS_GATE": False, "DROPOUT": drops}
+        tile = group_forward_tile(8192, members, rank, itemsize, drops)
+        fn = lora_linear_group.group_forward_kernel
+        yield Spec("group_forward", variant, dtype, rank, fn, flags, tile, types)
+        flags = {**common, "DROPOUT": drops, "NEED_DX": True, "NEED_DA": True}
+        tile = group_x_tile(members, rank, itemsize, drops)
+        fn = lora_linear_group.group_x_pass_kernel
+        yield Spec("group_x_pass", variant, dtype, rank, fn, flags, tile, types)
+
+
 def _stacked_specs(dtype: str, rank: int) -> Iterator[Spec]:
     """A server's stacks: vLLM's with several slices, SGLang's with each adapter's own rank."""
     if rank > 64:
@@ -281,13 +306,16 @@ _POINTERS = (
     *("x_ptr", "h_ptr", "y_ptr", "out_ptr", "dy_ptr", "dh_ptr", "dx_ptr"),
 )
 # Rows along which the kernels read have unit stride; the launcher sees to it.
-_UNIT = ("stride_ak", "stride_br", "stride_wk")
-_FLOATS = ("scaling", "keep_scale", "scale")
+_UNIT = ("stride_ak", "stride_br", "stride_wk", "strides_ak", "strides_br")
+_FLOATS = ("scaling", "keep_scale", "scale", "scalings", "keep_scales")
+# Tuples with one item a member.
+_EACH = ("outs", "ranks", "strides_", "scalings", "keep_scales", "thresholds")
 _UNSPECIALISED = (
     "M",
     "parts",
     "rows",
     "threshold",
+    "thresholds",
     "rows_per_chunk",
     "slots",
     "adapters",
@@ -309,10 +337,14 @@ def _source(spec: Spec) -> ASTSource:
         if isinstance(tile, GemmTile):
             constants |= {"BLOCK_K": tile.block_k, "GROUP_M": tile.group_m}
     constants = {name: value for name, value in constants.items() if name in spec.fn.arg_names}
-    signature, attrs = {}, {}
+    signature: dict[str, Any] = {}
+    attrs: dict[tuple[int, ...], Any] = {}
     for i, (name, parameter) in enumerate(zip(spec.fn.arg_names, spec.fn.params, strict=True)):
         if parameter.has_default and name not in spec.pointers:
             constants.setdefault(name, parameter.default)
+        if "MEMBERS" in constants and (name.endswith("_ptrs") or name.startswith(_EACH)):
+            signature[name] = _each(spec, i, name, constants, attrs)
+            continue
         if name in _UNIT and not ("stride_wn" in constants and name == "stride_wk"):
             constants[name] = 1
         if name in constants:
@@ -324,6 +356,21 @@ def _source(spec: Spec) -> ASTSource:
             if name not in _UNSPECIALISED and not signature[name].startswith("tensordesc"):
                 attrs[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(spec.fn, signature, constexprs=constants, attrs=attrs)
+
+
+def _each(
+    spec: Spec, i: int, name: str, constants: dict[Any, Any], attrs: dict[tuple[int, ...], Any]
+) -> tuple[str, ...]:
+    """The types of a tuple that has one item a member."""
+    paths = [(i, j) for j in range(constants["MEMBERS"])]
+    if name in _UNIT:
+        constants.update(dict.fromkeys(paths, 1))
+        return ("constexpr",) * len(paths)
+    if name in _FLOATS:
+        return ("fp32",) * len(paths)
+    if name not in _UNSPECIALISED:
+        attrs.update({path: [["tt.divisibility", 16]] for path in paths})
+    return (spec.pointers.get(name, "i32"),) * len(paths)
 
 
 def inspect(spec: Spec, target: str) -> Report:

@@ -166,3 +166,23 @@ def single_tile(rows: int, rank: int, itemsize: int) -> GemmTile:
 def invariant_tile(itemsize: int) -> Tile:
     """For ``invariant_linear``: one shape for every batch. ``block_r`` are columns of y."""
     return Tile(16, _narrow(128, itemsize), 64)
+
+
+def group_forward_tile(rows: int, members: int, rank: int, itemsize: int, dropout: bool) -> Tile:
+    """For the pass over the x of a group: each member keeps sums of its own, so rows are few."""
+    block_r = padded_rank(rank)
+    width = members * block_r
+    block_m = 16 if rows <= 2048 else 64 if width <= 64 else 32
+    if width <= 64:
+        return Tile(
+            block_m, _narrow(128 if dropout else 64, itemsize), block_r, num_warps=8 if dropout else 4
+        )
+    return Tile(block_m, _narrow(64, itemsize), block_r, num_warps=4 if width <= 128 else 8)
+
+
+def group_x_tile(members: int, rank: int, itemsize: int, dropout: bool) -> Tile:
+    """For the pass over x that gives the dA of all members and their common dX₀."""
+    block_r = padded_rank(rank)
+    if members * block_r <= 64:
+        return Tile(64, _narrow(64, itemsize), block_r, num_warps=8 if dropout else 4)
+    return Tile(32, _narrow(32, itemsize), block_r, num_warps=8, num_stages=2)

@@ -19,6 +19,7 @@ from .apply import (
 )
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .embedding import LoRAEmbedding
+from .groups import group_layers, layer_groups, ungroup_layers
 from .linear import LoRALinear
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "apply_lora",
     "count_parameters",
     "disable_adapters",
+    "group_layers",
+    "layer_groups",
     "lora_configs",
     "lora_layers",
     "lora_state_dict",
@@ -39,5 +42,6 @@ __all__ = [
     "print_trainable_parameters",
     "remove_lora",
     "set_adapter",
+    "ungroup_layers",
     "unmerge_adapters",
 ]

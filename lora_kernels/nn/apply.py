@@ -14,6 +14,7 @@ from ..adapters import Adapter, LoRAConfig
 from .adapter_layer import AdapterLayer, _check_name
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .embedding import LoRAEmbedding
+from .groups import group_layers, ungroup_layers
 from .linear import LoRALinear
 
 ALL_LINEAR = "all-linear"
@@ -38,7 +39,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig, adapter_name: str = "defaul
     A target is an ``nn.Linear``, ``nn.Embedding`` or ``nn.Conv1d``, ``2d`` or ``3d``; it becomes a
     :class:`LoRALinear`, :class:`LoRAEmbedding`, … on the same parameters. A layer that is shared by several
     parents is replaced once, in all of them. A second call with another ``adapter_name`` adds an adapter to
-    the layers, inactive until :func:`set_adapter`.
+    the layers, inactive until :func:`set_adapter`. Linears that a forward calls on one x (query, key and
+    value; gate and up) are computed together; :func:`layer_groups` lists them.
 
     Args:
         model: any module that contains such layers.
@@ -62,6 +64,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, adapter_name: str = "defaul
     for site, (layer, adapter) in zip(sites, made, strict=True):
         layer.add_adapter(adapter_name, adapter, activate=first)
         _install(site, layer)
+    group_layers(model)
     model.__dict__.setdefault(_CONFIGS, {})[adapter_name] = config
     mark_only_lora_as_trainable(model, _bias_mode(model))
     return model
@@ -345,6 +348,7 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> nn.Module:
     The base parameters are the original ones and stay frozen. With ``merge`` the layers carry the active
     adapters in new weights.
     """
+    ungroup_layers(model)
     plain: dict[int, nn.Module] = {}
     for parent in list(model.modules()):
         for attribute, child in parent._modules.items():

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..adapters import Adapter, Factors, LoRAConfig
 from ..ops.dora_linear import fused_dora, output_scale
-from ..ops.lora_linear import fused
+from ..ops.lora_linear import _autocasts, fused
 from .adapter_layer import AdapterLayer
+from .groups import Member, grouped
 
 
 class LoRALinear(AdapterLayer, nn.Linear):
@@ -97,6 +98,9 @@ class LoRALinear(AdapterLayer, nn.Linear):
             self._check_input(x)
         if self._single is None:
             return self._forward_general(x)
+        y = grouped(self, x)
+        if y is not None:
+            return y
         # Inline, and past ModuleDict's lookup: at small sizes each of these microseconds shows.
         adapter: Any = self.adapters._modules[self._single]
         lora_a, lora_b, scaling, gate, magnitude = adapter.lower()
@@ -104,6 +108,16 @@ class LoRALinear(AdapterLayer, nn.Linear):
         if magnitude is not None:
             return fused_dora(x, weight, lora_a, lora_b, magnitude, self.bias, scaling, p)
         return fused(x, weight, lora_a, lora_b, self.bias, gate, None, scaling, p)
+
+    def group_member(self, x: Tensor) -> Member | None:
+        """What this layer computes for ``x``, where that is one plain fused linear."""
+        if self._single is None or not (x.dtype == self.weight.dtype or _autocasts(x)):
+            return None
+        adapter = self.adapters[self._single]
+        lora_a, lora_b, scaling, gate, magnitude = adapter.lower()
+        p = adapter.lora_dropout if self.training else 0.0
+        member = Member(self.weight, lora_a, lora_b, self.bias, gate, scaling, p)
+        return member if magnitude is None else None
 
     def _check_input(self, x: Tensor) -> None:
         if x.shape[-1] != self.in_features:

@@ -32,7 +32,14 @@ _RANKS: dict[str, Callable[[tuple[Any, ...]], int]] = {
     "stacked_lora_shrink": lambda args: args[1][0].shape[-2],
     "stacked_lora_expand": lambda args: args[1][0].shape[-1],
     "stacked_lora_linear": lambda args: args[2][0].shape[-1],
+    "lora_linear_group": lambda args: max(a.shape[0] for a in args[2]),
+    "lora_linear_group_backward": lambda args: max(a.shape[0] for a in args[3]),
 }
+
+
+def _lead(args: tuple[Any, ...]) -> Tensor:
+    """The tensor whose kind decides: the first argument, or the first of its list."""
+    return args[0] if isinstance(args[0], Tensor) else args[0][0]
 
 
 def _opaque(lead: Tensor) -> bool:
@@ -40,7 +47,7 @@ def _opaque(lead: Tensor) -> bool:
 
 
 def _choose(op: str, args: tuple[Any, ...]) -> str:
-    lead = args[0]
+    lead = _lead(args)
     if op not in _RANKS:  # a mask or a plan: any backend of the device will do
         return _backend.resolve(lead.device.type, torch.float32, 1)
     if lead.shape[0] == 0:  # nothing to launch a kernel for
@@ -57,12 +64,12 @@ def _choose(op: str, args: tuple[Any, ...]) -> str:
 
 def chosen(op: str, *args: Any) -> str | None:
     """The backend that computes ``op`` now, or ``None`` where the opaque op finds out when it runs."""
-    return None if _opaque(args[0]) else _choose(op, args)
+    return None if _opaque(_lead(args)) else _choose(op, args)
 
 
 def call(op: str, *args: Any, backend: str | None = None) -> Any:
     """Computes ``op`` of ``_ops.py`` with ``args``, on ``backend`` where that was chosen before."""
-    if _opaque(args[0]):
+    if _opaque(_lead(args)):
         return getattr(torch.ops.lora_kernels, op).default(*args)
     return _backend.implementation(backend or _choose(op, args), op)(*args)
 

@@ -18,6 +18,7 @@ MMA = {
 }
 GEMM_MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
 GATHER = {"gather_shrink", "gather_expand", "page_grad", "stacked_shrink", "stacked_expand"}
+GROUP = {"group_forward", "group_x_pass"}
 KEEP_BITS = {"split", "add_kept"}
 NO_MATMUL = {"sum_parts", "dropout_mask", "scale", "split", "add_kept", "batch_plan"}
 SMALL = {"stacked_sum"}
@@ -47,7 +48,9 @@ def _check(row: dict) -> None:
             f"{name}: {row['copies']} copies"
         )
         assert row["wide_loads"] >= 2, f"{name}: no wide load"
-    elif row["kernel"] in GATHER | KEEP_BITS:  # indices, h and bits are read one by one; what is large is not
+    elif (
+        row["kernel"] in GATHER | KEEP_BITS | GROUP
+    ):  # indices, h and bits are read singly; what is large is not
         assert row["wide_loads"] > 0, f"{name}: no wide load"
     elif row["dtype"] == "bf16" and row["kernel"] != "batch_plan":  # a plan reads a few hundred ids
         assert row["wide_loads"] > row["narrow_loads"], f"{name}: {row['narrow_loads']} narrow loads"
@@ -57,7 +60,7 @@ def _check(row: dict) -> None:
 @pytest.mark.parametrize("target", ["80", "90", "100"])
 def test_half_precision(target, rank):
     rows = _inspect("--target", target, "--rank", str(rank))
-    narrow = {*GATHER, *SMALL, "kext"} if rank <= 64 else set()
+    narrow = {*GATHER, *GROUP, *SMALL, "kext"} if rank <= 64 else set()
     narrow |= {"single"} if rank <= 128 else set()
     usual = {"forward", "dy_pass", "x_pass", "low_rank_norm", "invariant_linear"}
     assert {row["kernel"] for row in rows} == {*usual, *narrow, *NO_MATMUL}
@@ -80,6 +83,6 @@ def test_float32_through_tf32(target):
 def test_low_ranks_use_hopper_warpgroup_matmuls():
     rows = _inspect("--target", "90", "--rank", "16", "--rank", "64")
     # Sixteen rows, of one adapter, of a weight or in all, are fewer than a warpgroup's matmul takes.
-    few = GATHER | {"low_rank_norm", "single", "invariant_linear"}
+    few = GATHER | GROUP | {"low_rank_norm", "single", "invariant_linear"}
     kinds = {row["mma"] for row in rows if row["kernel"] not in NO_MATMUL | SMALL | few}
     assert kinds == {"HGMMA"}

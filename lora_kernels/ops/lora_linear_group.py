@@ -1,0 +1,268 @@
+"""LoRA linears that read one x: the public function, its checks and its autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _dispatch
+from .lora_linear import (
+    _autocasts,
+    _cast,
+    _check,
+    _compute_dtype,
+    _gate_rows,
+    _rows,
+    composite,
+)
+from .lora_linear import fused as fused_single
+
+_PARTS = ("weights", "lora_as", "lora_bs", "biases", "gates")
+
+
+def lora_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scalings: float | Sequence[float] = 1.0,
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    dropout_p: float | Sequence[float] = 0.0,
+    gates: Sequence[Tensor | None] | None = None,
+    training: bool = True,
+) -> tuple[Tensor, ...]:
+    """y_i = x W_iᵀ + b_i + s_i · ((drop_i(x) A_iᵀ) ⊙ g_i) B_iᵀ for i = 1 … G
+
+    What query, key and value projections do, or the gate and up projections of an MLP: the values and
+    the gradients of G calls of :func:`lora_kernels.lora_linear`, each with a dropout mask of its own
+    (drawn in the order of the members: after one ``manual_seed`` the masks are those of the G calls),
+    but x is read once for all h and once for all dA, it is saved once, and the gradients of x are
+    accumulated by the products that make them.
+
+    Shapes: x ``[..., K]``, weights ``[N_i, K]``, lora_as ``[r_i, K]``, lora_bs ``[N_i, r_i]``, biases
+    ``[N_i]``, gates ``[r_i]`` or ``[..., r_i]``; y_i is ``[..., N_i]``.
+
+    Dtypes: as for :func:`lora_kernels.lora_linear`. An output that nobody uses costs its forward pass
+    and nothing in the backward pass.
+
+    LoRA is Hu et al., 2021, arXiv 2106.09685; the masks are those of PEFT, one for each projection.
+
+    Args:
+        x: the input of all members.
+        weights: the base weights, one a member.
+        lora_as: the down-projections.
+        lora_bs: the up-projections.
+        scalings: s, a number for all or one for each.
+        biases: b, with ``None`` where a member has none.
+        dropout_p: the probability, for all or for each.
+        gates: g, with ``None`` where a member has none.
+        training: ``False`` switches dropout off.
+
+    Raises:
+        TypeError: an argument is not of the right type or dtype; the message names it and the member.
+        ValueError: a length, a shape, a device or a probability does not fit; the message names it.
+        BackendError: a backend forced by ``use_backend`` cannot run for these tensors.
+    """
+    size = _size(weights)
+    biases = (None,) * size if biases is None else biases
+    gates = (None,) * size if gates is None else gates
+    parts = dict(zip(_PARTS, (weights, lora_as, lora_bs, biases, gates), strict=True))
+    for name, part in parts.items():
+        _check_length(name, part, size)
+    scales, ps = _each("scalings", scalings, size), _each("dropout_p", dropout_p, size)
+    for i in range(size):
+        _check_member(i, x, [part[i] for part in parts.values()], ps[i])
+    ps = ps if training else (0.0,) * size
+    return fused_group(x, weights, lora_as, lora_bs, biases, gates, scales, ps)
+
+
+def fused_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    gates: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    dropout_ps: Sequence[float],
+) -> tuple[Tensor, ...]:
+    """:func:`lora_linear_group` for arguments already known to fit: what modules call at every step."""
+    if len(weights) == 1 or _dispatch.functorch_active():
+        members = zip(weights, lora_as, lora_bs, biases, gates, scalings, dropout_ps, strict=True)
+        return tuple(fused_single(x, w, a, b, bias, g, None, s, p) for w, a, b, bias, g, s, p in members)
+    if _autocasts(x):
+        # Outside the Function, so that autograd casts the gradients back.
+        dtype = _compute_dtype(x)
+        x = x.to(dtype)
+        weights, biases = ([_cast(t, dtype) for t in part] for part in (weights, biases))
+    return _LoRALinearGroup.apply(
+        tuple(scalings), tuple(dropout_ps), x, *weights, *lora_as, *lora_bs, *biases, *gates
+    )
+
+
+def _size(weights: Any) -> int:
+    if not isinstance(weights, (list, tuple)):
+        raise TypeError(f"weights: expected a list or tuple of Tensors, got {type(weights).__name__}")
+    if not weights:
+        raise ValueError("weights: expected at least one member, got none")
+    return len(weights)
+
+
+def _check_length(name: str, part: Any, size: int) -> None:
+    if not isinstance(part, (list, tuple)):
+        raise TypeError(f"{name}: expected a list or tuple, got {type(part).__name__}")
+    if len(part) != size:
+        raise ValueError(f"{name}: expected {size} members, as weights has, got {len(part)}")
+
+
+def _each(name: str, given: Any, size: int) -> tuple[float, ...]:
+    """One number a member."""
+    if isinstance(given, (int, float)):
+        return (float(given),) * size
+    _check_length(name, given, size)
+    for i, value in enumerate(given):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name}[{i}]: expected a number, got {type(value).__name__}")
+    return tuple(float(value) for value in given)
+
+
+def _check_member(i: int, x: Tensor, member: list[Any], dropout_p: float) -> None:
+    if not isinstance(member[0], Tensor):
+        raise TypeError(f"weights[{i}]: expected a Tensor, got {type(member[0]).__name__}")
+    weight, lora_a, lora_b, bias, gate = member
+    try:
+        _check(x, weight, lora_a, lora_b, bias, gate, None, dropout_p)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"member {i}: {error}") from None
+
+
+class _LoRALinearGroup(torch.autograd.Function):
+    """Saves x once, h of each and one keep bit an element of each, as far as the asked gradients read it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        scalings: tuple[float, ...],
+        dropout_ps: tuple[float, ...],
+        x: Tensor,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        size = len(scalings)
+        weights, lora_as, lora_bs, biases, gates = _split(tensors, size)
+        inputs = (_rows(x), weights, lora_as, lora_bs, biases, [_gate_rows(g) for g in gates])
+        ctx.backend = _dispatch.chosen("lora_linear_group", *inputs)
+        seeds = _draw_seeds(x, dropout_ps)
+        given = _dispatch.call("lora_linear_group", *inputs, seeds, scalings, dropout_ps, backend=ctx.backend)
+        ys, hs, masks = given[:size], given[size : 2 * size], iter(given[2 * size :])
+        masks = [next(masks) if p > 0.0 else None for p in dropout_ps]
+        ctx.scalings, ctx.dropout_ps = scalings, dropout_ps
+        _save(ctx, x, weights, lora_as, lora_bs, gates, hs, masks)
+        ctx.set_materialize_grads(False)
+        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        used = [i for i, dy in enumerate(dys) if dy is not None]
+        grads: list[Tensor | None] = [None] * (3 + 5 * len(dys))
+        if not used:
+            return tuple(grads)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _differentiable_backward(ctx, dys)
+        x, *saved = ctx.saved_tensors
+        size, needs = len(dys), ctx.needs_input_grad
+        parts = [[part[i] for i in used] for part in _split(saved, size)]
+        weights, lora_as, lora_bs, gates, hs, masks = parts
+        rows = [_rows(dys[i]) for i in used]
+        places = [(3 + size * kind + i) for i in used for kind in (1, 2, 4)]
+        asked = [needs[2], *(needs[place] for place in places)]
+        given = _dispatch.call(
+            "lora_linear_group_backward",
+            *(rows, _rows(x) if any(needs[3 + size : 3 + 2 * size]) else None, weights, lora_as, lora_bs),
+            *(hs, [_gate_rows(g) for g in gates], masks),
+            *([ctx.scalings[i] for i in used], [ctx.dropout_ps[i] for i in used], asked),
+            backend=ctx.backend,
+        )
+        found = iter(given)
+        for place, needed in zip((2, *places), asked, strict=True):
+            grads[place] = next(found) if needed else None
+        if grads[2] is not None:
+            grads[2] = grads[2].view(*dys[used[0]].shape[:-1], grads[2].shape[1])
+        for j, i in enumerate(used):
+            gate_at = 3 + 4 * size + i
+            if grads[gate_at] is not None:
+                grads[gate_at] = grads[gate_at].view(gates[j].shape)
+            if needs[3 + i]:
+                grads[3 + i] = rows[j].T @ _rows(x)
+            if needs[3 + 3 * size + i]:
+                grads[3 + 3 * size + i] = rows[j].sum(0)
+        return tuple(grads)
+
+
+def _draw_seeds(x: Tensor, dropout_ps: Sequence[float]) -> Tensor | None:
+    """One seed for each member that drops, drawn one after the other as single calls would."""
+    drawn = [_dispatch.draw_seed(x) for p in dropout_ps if p > 0.0]
+    return torch.cat(drawn) if drawn else None
+
+
+def _split(tensors: Sequence[Any], size: int) -> list[list[Any]]:
+    return [list(tensors[i : i + size]) for i in range(0, len(tensors), size)]
+
+
+def _save(
+    ctx: Any,
+    x: Tensor,
+    weights: list[Tensor],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    gates: list[Tensor | None],
+    hs: Sequence[Tensor],
+    masks: list[Tensor | None],
+) -> None:
+    """Of the inputs only what the gradients asked for will read."""
+    size, needs = len(weights), ctx.needs_input_grad
+    needs_x = needs[2]
+    needs_weight, needs_a, needs_b, _, needs_gate = _split(needs[3:], size)
+    ctx.save_for_backward(
+        x if any(needs_weight) or any(needs_a) else None,
+        *(w if needs_x or needs_weight[i] else None for i, w in enumerate(weights)),
+        *lora_as,
+        *lora_bs,
+        *gates,
+        *(h if needs_b[i] or needs_gate[i] else None for i, h in enumerate(hs)),
+        *(mask if needs_x or needs_a[i] else None for i, mask in enumerate(masks)),
+    )
+
+
+def _differentiable_backward(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients as differentiable functions of the inputs, for ``create_graph=True``."""
+    x, *saved = ctx.saved_tensors
+    if x is None:
+        raise RuntimeError(
+            "lora_linear_group: a double backward needs the input, which is not saved when no first"
+            " derivative reads it (frozen lora_as)"
+        )
+    size, needs = len(dys), ctx.needs_input_grad
+    weights, lora_as, lora_bs, gates, _, masks = _split(saved, size)
+    inputs = (x, *weights, *lora_as, *lora_bs, *([None] * size), *gates)
+    wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and needs[2 + i]]
+    used = [i for i, dy in enumerate(dys) if dy is not None]
+    ys = [
+        composite(
+            *(_rows(x), weights[i], lora_as[i], lora_bs[i], None, _gate_rows(gates[i]), None),
+            *(ctx.scalings[i], masks[i], ctx.dropout_ps[i]),
+        )
+        for i in used
+    ]
+    rows = [_rows(dys[i]) for i in used]
+    given = torch.autograd.grad(ys, [inputs[i] for i in wanted], rows, create_graph=True, allow_unused=True)
+    grads: list[Tensor | None] = [None] * (3 + 5 * size)
+    for i, grad in zip(wanted, given, strict=True):
+        grads[2 + i] = grad
+    for j, i in enumerate(used):
+        if needs[3 + 3 * size + i]:
+            grads[3 + 3 * size + i] = rows[j].sum(0)
+    return tuple(grads)

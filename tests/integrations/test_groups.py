@@ -1,0 +1,126 @@
+"""Groups in Transformers models: found in each family, PEFT's numbers kept."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from test_peft import randomise
+
+import lora_kernels.nn.groups as groups
+from lora_kernels import LoRAConfig, accelerate, apply_lora, decelerate
+from lora_kernels.nn import layer_groups
+from lora_kernels.testing import assert_close
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+}
+QKV, MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+FAMILIES = {
+    "Llama": (QKV, MLP),
+    "Qwen2": (QKV, MLP),
+    "Qwen3": (QKV, MLP),
+    "Mistral": (QKV, MLP),
+    "Gemma": (QKV, MLP),
+    "Bert": (("query", "key", "value"),),
+}
+
+
+def tiny(family):
+    torch.manual_seed(0)
+    sizes = dict(SIZES)
+    if family == "Bert":
+        sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        sizes.pop("num_key_value_heads")
+        return transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False)
+    sizes |= {"head_dim": 8} if family in ("Gemma", "Qwen3") else {}
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    return getattr(transformers, f"{family}Model")(config)
+
+
+def last_names(found):
+    return [tuple(name.rpartition(".")[2] for name in group) for group in found]
+
+
+def run(model, tokens):
+    model.zero_grad()
+    y = model(input_ids=tokens).last_hidden_state
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), **grads}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    made, real = [], groups.fused_group
+    monkeypatch.setattr(
+        groups, "fused_group", lambda x, *parts: (made.append(len(parts[0])), real(x, *parts))[1]
+    )
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_model(family, tokens, calls):
+    model = get_peft_model(tiny(family), LoraConfig(r=4, lora_alpha=6, target_modules="all-linear"))
+    randomise(model)
+    plain = copy.deepcopy(model)
+    report = accelerate(model)
+    assert last_names(report.groups) == list(FAMILIES[family]) * 2
+    assert "groups that share an input" in str(report)
+    assert {name.rpartition(".")[2] for name, _ in report.alone} <= {"o_proj", "down_proj"}
+    ours, eager = run(model, tokens), run(plain, tokens)
+    assert calls == [len(group) for group in FAMILIES[family]] * 2
+    exact = run(plain.double(), tokens)
+    assert ours.keys() == exact.keys()
+    for name in ours:
+        assert_close(ours[name], eager[name], exact[name], name, ulps=4.0)
+    decelerate(model)
+    assert not layer_groups(model)
+
+
+def test_gradient_checkpointing_and_dropout(tokens):
+    options = {"r": 4, "lora_dropout": 0.3, "target_modules": "all-linear"}
+    model = get_peft_model(tiny("Llama"), LoraConfig(**options)).train()
+    randomise(model)
+    accelerate(model)
+    torch.manual_seed(5)
+    plain = run(model, tokens)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(5)
+    checkpointed = run(model, tokens)
+    assert plain.keys() == checkpointed.keys()
+    for name in plain:
+        torch.testing.assert_close(checkpointed[name], plain[name])
+
+
+def test_generate_and_peft_adapters(tokens, calls):
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).eval()
+    randomise(model)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(input_ids=tokens, **options)
+    report = accelerate(model)
+    assert last_names(report.groups) == [("q_proj", "v_proj")] * 2
+    assert torch.equal(model.generate(input_ids=tokens, **options), want)
+    assert set(calls) == {2}
+    calls.clear()
+    with model.disable_adapter():
+        model(input_ids=tokens)
+    assert not calls
+    merged = model.merge_and_unload()
+    assert torch.equal(merged.generate(input_ids=tokens, **options), want)
+
+
+def test_applied_model_has_the_same_groups(tokens, calls):
+    model = apply_lora(tiny("Qwen2"), LoRAConfig(r=4, target_modules="all-linear"))
+    assert last_names(layer_groups(model)) == [QKV, MLP] * 2
+    run(model, tokens)
+    assert calls == [3, 2, 3, 2]
