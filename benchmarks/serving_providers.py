@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import multi_lora_linear, plan_batch, stack_adapters, use_backend
+from lora_kernels import (
+    add_multi_lora_,
+    multi_lora_linear,
+    plan_batch,
+    slice_adapters,
+    stack_adapters,
+    use_backend,
+)
 from lora_kernels._backend import unavailable
 from lora_kernels.integrations import sglang as sglang_bridge
 from lora_kernels.integrations import vllm as vllm_bridge
@@ -379,16 +386,24 @@ def _sglang_bridge(problem: ServingProblem) -> Runner:
 def _ours(backend: str) -> Callable[[ServingProblem], Runner]:
     def build(problem: ServingProblem) -> Runner:
         stacks = [stack_adapters([a for a, _ in pairs], [b for _, b in pairs]) for pairs in problem.factors]
+        adapters = stacks[0] if len(stacks) == 1 else slice_adapters(*stacks)
         plan = plan_batch(problem.ids, problem.case.adapters)
         ids = problem.ids
-
-        def add(y: Tensor) -> None:
-            for view, stack in zip(y.split(problem.case.outs, 1), stacks, strict=True):
-                view += multi_lora_linear(problem.x, None, stack, ids, plan=plan)
-
-        return _runner(problem, add, backend)
+        return _runner(problem, lambda y: add_multi_lora_(y, problem.x, adapters, ids, plan=plan), backend)
 
     return build
+
+
+def _ours_cuda(problem: ServingProblem) -> Runner:
+    """The decode kernel, one launch a linear; the delta is then added: it has no form that does."""
+    stacks = [stack_adapters([a for a, _ in pairs], [b for _, b in pairs]) for pairs in problem.factors]
+    plan, ids = plan_batch(problem.ids, problem.case.adapters), problem.ids
+
+    def add(y: Tensor) -> None:
+        for view, stack in zip(y.split(problem.case.outs, 1), stacks, strict=True):
+            view += multi_lora_linear(problem.x, None, stack, ids, plan=plan)
+
+    return _runner(problem, add, "cuda")
 
 
 def _needs(module: str) -> Callable[[ServingCase, str], str | None]:
@@ -445,7 +460,7 @@ PROVIDERS = (
     Provider("ours_reference", _ours("reference"), _backend_missing("reference")),
     Provider("ours_cpp", _ours("cpp"), _backend_missing("cpp")),
     Provider("ours_triton", _ours("triton"), _backend_missing("triton")),
-    Provider("ours_cuda", _ours("cuda"), _backend_missing("cuda")),
+    Provider("ours_cuda", _ours_cuda, _backend_missing("cuda")),
     Provider("ours_in_vllm", _vllm_bridge),
     Provider("ours_in_sglang", _sglang_bridge),
 )
