@@ -162,7 +162,11 @@ def check_values(provider: Provider, case: Case) -> str | None:
     runner = provider.build(problem)
     got = outputs(runner, problem)
     allowed = [max(2 * error, 4 * torch.finfo(case.dtype).eps) for error in eager]
-    return judge(got, want if runner.factors else plain, allowed, NAMES)
+    if runner.factors:
+        return judge(got, want, allowed, NAMES)
+    # Without the branch the values are smaller, and the same error is a larger part of the largest.
+    larger = [float(w.abs().max() / p.abs().max()) for w, p in zip(want, plain, strict=False)]
+    return judge(got, plain, [a * more for a, more in zip(allowed, larger, strict=False)], NAMES)
 
 
 def check_dropout(provider: Provider, case: Case) -> str | None:
