@@ -72,8 +72,9 @@ sanitize: install
 	$(SANITIZED)/memory_check
 	PATH="$(CURDIR)/$(BIN):$$PATH" LORA_KERNELS_FORCE_BUILD=1 LORA_KERNELS_SANITIZE=1 \
 		$(BIN)/python setup.py -q build --build-base $(SANITIZED)/objects --build-lib $(SANITIZED)/package
-	cd $(SANITIZED)/package && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	cd $(SANITIZED)/package && export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
+		$(CURDIR)/$(BIN)/python -c "from lora_kernels import _extension as e; exit(e.load())" && \
 		$(CURDIR)/$(BIN)/python -m pytest -p no:xdist -k "cpp or cpu" $(CURDIR)/tests/ops
 =======
 # The tables of plans that ship, predicted from byte counts; `lora-kernels tune` measures better ones.
