@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
+from lora_kernels import dora_linear
 from lora_kernels.integrations.peft import FusedLoraLinear, accelerate, decelerate
+from lora_kernels.reference.dropout import dropout_apply, dropout_mask
 from lora_kernels.testing import assert_close
 
 TARGETS = ["query", "value", "dense"]
@@ -94,6 +96,43 @@ def test_dora_is_pefts(bert, tokens, dropout, monkeypatch):
     assert len(accelerate(model).accelerated) == 10
     assert_same_as_peft(model, tokens)
     assert len(calls) == 10
+
+
+class FixedDropout(nn.Module):
+    """Dropout by given keep bits."""
+
+    def __init__(self, mask, p):
+        super().__init__()
+        self.mask, self.p = mask, p
+
+    def forward(self, x):
+        return dropout_apply(x, self.mask, self.p)
+
+
+def test_dora_under_dropout_is_pefts_function():
+    """The oracle of dora_linear's tests against PEFT itself, both with the same mask."""
+    p, base = 0.3, nn.Linear(10, 6).double()
+    config = LoraConfig(r=3, lora_alpha=6, lora_dropout=p, target_modules=["linear"], use_dora=True)
+    layer = (
+        get_peft_model(nn.ModuleDict({"linear": base}), config).base_model.model["linear"].double().train()
+    )
+    randomise_all(layer)
+    torch.manual_seed(2)
+    seed = torch.empty(1, dtype=torch.int64).random_()
+    layer.lora_dropout["default"] = FixedDropout(dropout_mask(seed, 8, 10, p), p)
+    x = torch.randn(8, 10, dtype=torch.float64, requires_grad=True)
+    lora_a, lora_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    inputs, found = (x, lora_a, lora_b, magnitude), []
+    for call in (
+        lambda: layer(x),
+        lambda: dora_linear(x, base.weight, lora_a, lora_b, magnitude, 2.0, base.bias, dropout_p=p),
+    ):
+        torch.manual_seed(2)
+        y = call()
+        found.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
 def test_two_adapters_with_dora_stay_pefts(bert, tokens):
