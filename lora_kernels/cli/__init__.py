@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, text in COMMANDS.items():
         module = importlib.import_module(f".{name}", __name__)
         module.add_arguments(commands.add_parser(name, help=text, description=text))
-    args, args.rest = parser.parse_known_args(argv)
-    if args.rest and not getattr(args, "passes_on", False):
-        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
+    args, rest = parser.parse_known_args(argv)
+    args.rest = rest
+    if rest and not getattr(args, "passes_on", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return importlib.import_module(f".{args.command}", __name__).run(args)

@@ -111,6 +111,7 @@ class Report:
     dtype: str
     rank: int
     target: str
+    warps: int
     registers: int
     shared: int
     spills: int
@@ -384,7 +385,8 @@ def inspect(spec: Spec, target: str) -> Report:
     compiled = triton.compile(_source(spec), target=gpu, options=options)
     facts = _read_amd(compiled.asm["amdgcn"]) if amd else _read_nvidia(compiled.asm["cubin"])
     names = {name: getattr(spec, name) for name in ("kernel", "variant", "dtype", "rank")}
-    return Report(**names, target=target, shared=compiled.metadata.shared, **facts)
+    shape = {"warps": compiled.metadata.num_warps, "shared": compiled.metadata.shared}
+    return Report(**names, target=target, **shape, **facts)
 
 
 def _read_nvidia(cubin: bytes) -> dict[str, Any]:

@@ -24,6 +24,17 @@ NO_MATMUL = {"sum_parts", "dropout_mask", "scale", "split", "add_kept", "batch_p
 SMALL = {"stacked_sum"}
 
 
+# Memory-bound: while one thread block waits for its tiles another one has to have work.
+PASSES = {"forward", "dy_pass", "x_pass"}
+REGISTERS, WARP_REGISTERS = 64 * 1024, 256  # of a multiprocessor, and the unit they are given out in
+
+
+def _blocks_at_once(row: dict) -> int:
+    """Thread blocks that one multiprocessor has registers and shared memory for."""
+    a_warp = -(-row["registers"] * 32 // WARP_REGISTERS) * WARP_REGISTERS
+    return min(REGISTERS // (a_warp * row["warps"]), SHARED_LIMIT[row["target"]] // row["shared"])
+
+
 def _inspect(*options: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "lora_kernels.cli", "inspect", "--json", *options]
@@ -66,6 +77,8 @@ def test_half_precision(target, rank):
     assert {row["kernel"] for row in rows} == {*usual, *narrow, *NO_MATMUL}
     for row in rows:
         _check(row)
+        if rank == 16 and row["kernel"] in PASSES and row["variant"] != "scaled" and target != "100":
+            assert _blocks_at_once(row) >= 2, row
 
 
 @pytest.mark.parametrize("rank", [16, 64])
