@@ -8,11 +8,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(filter csrc/%,$(NATIVE))
 # What clang-tidy reads: the sources with no torch header, which take seconds.
 TIDY := $(wildcard csrc/cpu/*_pass.cpp) $(wildcard tests/csrc/*.cpp)
 
-<<<<<<< HEAD
-.PHONY: demo test lint format bench inspect install wheel sanitize clean
-=======
-.PHONY: demo test lint format bench inspect plans install clean
->>>>>>> 01c7f24 (Planner by tables: measured by lora-kernels tune, predicted ones ship; byte counts of every pass; wide strips of dY)
+.PHONY: demo test lint format bench inspect plans install wheel sanitize clean
 
 install: $(VENV)/.installed
 
@@ -47,7 +43,6 @@ bench: install
 inspect: install
 	$(BIN)/python -m lora_kernels.cli inspect
 
-<<<<<<< HEAD
 # A wheel, in a virtual environment that has nothing else but sees this one's torch.
 wheel: install
 	rm -rf build/wheel
@@ -76,14 +71,13 @@ sanitize: install
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
 		$(CURDIR)/$(BIN)/python -c "from lora_kernels import _extension as e; exit(e.load())" && \
 		$(CURDIR)/$(BIN)/python -m pytest -p no:xdist -k "cpp or cpu" $(CURDIR)/tests/ops
-=======
+
 # The tables of plans that ship, predicted from byte counts; `lora-kernels tune` measures better ones.
 PLAN_SHAPES := $(foreach m,1 16 64 512 2048 8192,$(foreach s,4096x4096 4096x1024 4096x14336 14336x4096 8192x8192,--shape $(m)x$(s)))
 
 plans: install
 	for card in sm_80 sm_90; do $(BIN)/python -m lora_kernels.cli tune --predict $$card $(PLAN_SHAPES) \
 	  --rank 16 --rank 64 --dropout 0.1 --output lora_kernels/plans/$$card.json; done
->>>>>>> 01c7f24 (Planner by tables: measured by lora-kernels tune, predicted ones ship; byte counts of every pass; wide strips of dY)
 
 clean:
 	rm -rf $(VENV) build *.egg-info lora_kernels/_C*.so demo_output
