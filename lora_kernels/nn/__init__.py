@@ -21,6 +21,7 @@ from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .embedding import LoRAEmbedding
 from .groups import group_layers, layer_groups, ungroup_layers
 from .linear import LoRALinear
+from .mixed import mixed_adapters, train_adapters
 
 __all__ = [
     "LoRAConfig",
@@ -39,9 +40,11 @@ __all__ = [
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge_adapters",
+    "mixed_adapters",
     "print_trainable_parameters",
     "remove_lora",
     "set_adapter",
+    "train_adapters",
     "ungroup_layers",
     "unmerge_adapters",
 ]

@@ -1,0 +1,109 @@
+"""Several adapters trained at once on one base: every sample of a batch has its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Adapter, LoRAConfig
+from ..ops.batch_plan import BatchPlan, plan_batch
+from ..ops.multi_lora_linear import multi_lora_linear, stack_adapters
+from .apply import apply_lora, lora_layers, set_adapter
+from .linear import LoRALinear
+
+BASE = "__base__"
+
+
+def train_adapters(model: nn.Module, configs: Mapping[str, LoRAConfig]) -> dict[str, list[nn.Parameter]]:
+    """Puts one adapter for each config on ``model`` and trains all of them; see :func:`mixed_adapters`.
+
+    Args:
+        model: any module; the linears that the configs target become :class:`LoRALinear`.
+        configs: adapter name -> what it is. Rank, scale, dropout and targets may differ.
+
+    Returns:
+        Adapter name -> its parameters, for an optimiser of its own.
+
+    Raises:
+        ValueError: no config, or as :func:`apply_lora`; the adapters before the one that failed stay.
+    """
+    if not configs:
+        raise ValueError("configs: expected at least one adapter, got none")
+    for name, config in configs.items():
+        apply_lora(model, config, name)
+    set_adapter(model, list(configs))
+    parameters: dict[str, list[nn.Parameter]] = {name: [] for name in configs}
+    for layer in lora_layers(model).values():
+        for name in configs:
+            if name in layer.adapters:
+                parameters[name] += [p for p in layer.adapters[name].parameters() if p.requires_grad]
+    return parameters
+
+
+@contextlib.contextmanager
+def mixed_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+    """Inside the ``with`` block, sample i of every batch uses ``adapter_names[i]``, and no other adapter.
+
+    For training: the gradient of each adapter is what its samples give, as if it were alone; one that no
+    sample uses gets zeros. The backward pass may come after the block. Each adapter has its own dropout,
+    rank and scale. One batch at a time: the block changes the layers for every thread.
+
+    Args:
+        model: one whose adapters :func:`apply_lora` or :func:`train_adapters` put there.
+        adapter_names: one a sample, ``"__base__"`` for none; samples are the inputs' first dimension.
+
+    Raises:
+        ValueError: no layer has an adapter of that name; a layer that is no linear, or a method that scales
+            its output (DoRA), is asked for; or a batch has another number of samples.
+        RuntimeError: a layer is merged.
+    """
+    names = list(adapter_names)
+    layers = lora_layers(model)
+    known = {name for layer in layers.values() for name in layer.adapters}
+    for name in names:
+        if name != BASE and name not in known:
+            raise ValueError(f"adapter_names: expected {', '.join(sorted(known))} or {BASE}, got {name!r}")
+    for place, layer in layers.items():
+        layer._must_be_unmerged("mix adapters")
+        if not isinstance(layer, LoRALinear):
+            raise ValueError(f"model: {place}: expected a LoRALinear, got {type(layer).__name__}")
+    plans: dict[tuple[object, ...], BatchPlan] = {}
+    try:
+        for layer in layers.values():
+            layer.__dict__["forward"] = partial(_forward, layer, names, plans)
+        yield
+    finally:
+        for layer in layers.values():
+            layer.__dict__.pop("forward", None)
+
+
+def _forward(
+    layer: LoRALinear, names: list[str], plans: dict[tuple[object, ...], BatchPlan], x: Tensor
+) -> Tensor:
+    """The layer on a batch whose samples use ``names``; layers alike in adapters and rows share a plan."""
+    if x.shape[0] != len(names):
+        raise ValueError(f"adapter_names: expected one for each of {x.shape[0]} samples, got {len(names)}")
+    present = [name for name in dict.fromkeys([*names, *layer.adapters]) if name in layer.adapters]
+    place = {name: i for i, name in enumerate(present)}
+    ids = torch.tensor([place.get(name, -1) for name in names], device=x.device)
+    rows = x.numel() // max(1, x.shape[-1])
+    key = (rows, x.device, *present)
+    if key not in plans:
+        plans[key] = plan_batch(ids.repeat_interleave(rows // max(1, len(names))), len(present))
+    lora_as, lora_bs, scalings = zip(*(_factors(layer.adapters[name]) for name in present), strict=True)
+    stack = stack_adapters(lora_as, lora_bs, scalings)
+    ps = [layer.adapters[name].lora_dropout for name in present]
+    options = {"dropout_ps": ps if any(ps) else None, "training": layer.training}
+    return multi_lora_linear(x, layer.weight, stack, ids, bias=layer.bias, plan=plans[key], **options)
+
+
+def _factors(adapter: Adapter) -> tuple[Tensor, Tensor, float]:
+    """A, B and s of an adapter, its gate taken into B."""
+    lora_a, lora_b, scaling, gate, magnitude = adapter.lower()
+    if magnitude is not None:
+        raise ValueError(f"adapter_names: {adapter.method} scales its output and cannot be mixed")
+    return lora_a, lora_b if gate is None else lora_b * gate, scaling
