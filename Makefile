@@ -55,7 +55,8 @@ wheel: install
 	cd build/wheel && venv/bin/python ../../tests/wheel_check.py
 
 # The C++ code under AddressSanitizer and UBSan: the op tests on its backend, and the decode kernels' loops;
-# those also under ThreadSanitizer, which sees a barrier that is missing.
+# those also under ThreadSanitizer, which sees a barrier that is missing. Python has no libstdc++ of its own,
+# whose exceptions the sanitizer wants to know of from the start.
 SANITIZED := build/sanitized
 SIMULATION := tests/csrc/decode_race_check.cpp tests/csrc/decode_simulation.cpp
 SANITIZE_SIMULATION := -std=c++20 -O1 -g -pthread -Wall -Wextra -Werror -Wno-tsan -fno-sanitize-recover=all
@@ -67,7 +68,8 @@ sanitize: install
 	$(SANITIZED)/memory_check
 	PATH="$(CURDIR)/$(BIN):$$PATH" LORA_KERNELS_FORCE_BUILD=1 LORA_KERNELS_SANITIZE=1 \
 		$(BIN)/python setup.py -q build --build-base $(SANITIZED)/objects --build-lib $(SANITIZED)/package
-	cd $(SANITIZED)/package && export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" \
+	cd $(SANITIZED)/package && export \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
 		$(CURDIR)/$(BIN)/python -c "from lora_kernels import _extension as e; exit(e.load())" && \
 		$(CURDIR)/$(BIN)/python -m pytest -p no:xdist -k "cpp or cpu" $(CURDIR)/tests/ops
