@@ -5,6 +5,7 @@
 
 #include <barrier>
 #include <condition_variable>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -113,7 +114,8 @@ class HostCta {
   void sync_compute() const { block_.compute.arrive_and_wait(); }
   void cluster_arrive() { token_.emplace(cluster_.all.arrive()); }
   void cluster_wait() {
-    cluster_.all.wait(std::move(token_).value());
+    if (!token_.has_value()) std::abort();
+    cluster_.all.wait(std::move(*token_));
     token_.reset();
   }
 
