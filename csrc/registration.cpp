@@ -12,6 +12,7 @@
 #include "cpu/lora_linear_group.h"
 #include "cpu/low_rank_norm.h"
 #include "cpu/multi_lora_linear.h"
+#include "cpu/quantized_linear.h"
 #include "cpu/stacked_lora.h"
 
 TORCH_LIBRARY_IMPL(lora_kernels, CPU, library) {
@@ -30,6 +31,9 @@ TORCH_LIBRARY_IMPL(lora_kernels, CPU, library) {
   library.impl("cpp_invariant_linear", lora_kernels::invariant_linear);
   library.impl("cpp_lora_linear_group", lora_kernels::lora_linear_group);
   library.impl("cpp_lora_linear_group_backward", lora_kernels::lora_linear_group_backward);
+  library.impl("cpp_dequantize", lora_kernels::dequantize);
+  library.impl("cpp_quantized_linear", lora_kernels::quantized_linear);
+  library.impl("cpp_quantized_lora_linear", lora_kernels::quantized_lora_linear);
   library.impl("cpp_lora_linear", lora_kernels::lora_linear);
   library.impl("cpp_lora_linear_backward", lora_kernels::lora_linear_backward);
 }

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .integrations.peft import accelerate, decelerate
     from .nn import LoRALinear, apply_lora
     from .ops.batch_plan import BatchPlan, plan_batch
+    from .ops.dequantize import dequantize
     from .ops.lora_linear_group import lora_linear_group
     from .ops.multi_lora_linear import (
         AdapterSlices,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
         slice_adapters,
         stack_adapters,
     )
+    from .ops.quantized_linear import quantized_linear
+    from .quant import QuantizedWeight, quantize
 
 # Imported on first use, so that `import lora_kernels` needs torch alone.
 _LAZY = {
@@ -34,15 +37,19 @@ _LAZY = {
     "BatchPlan": "ops.batch_plan",
     "LoRAConfig": "adapters",
     "LoRALinear": "nn",
+    "QuantizedWeight": "quant",
     "accelerate": "integrations.peft",
     "add_multi_lora_": "ops.multi_lora_linear",
     "apply_lora": "nn",
     "decelerate": "integrations.peft",
+    "dequantize": "ops.dequantize",
     "load_adapter": "integrations.checkpoint",
     "lora_linear_group": "ops.lora_linear_group",
     "multi_lora_linear": "ops.multi_lora_linear",
     "multi_lora_linear_slices": "ops.multi_lora_linear",
     "plan_batch": "ops.batch_plan",
+    "quantize": "quant",
+    "quantized_linear": "ops.quantized_linear",
     "save_adapter": "integrations.checkpoint",
     "slice_adapters": "ops.multi_lora_linear",
     "stack_adapters": "ops.multi_lora_linear",
@@ -55,12 +62,14 @@ __all__ = [
     "BatchPlan",
     "LoRAConfig",
     "LoRALinear",
+    "QuantizedWeight",
     "__version__",
     "accelerate",
     "active_backend",
     "add_multi_lora_",
     "apply_lora",
     "decelerate",
+    "dequantize",
     "dora_linear",
     "load_adapter",
     "lora_linear",
@@ -68,6 +77,8 @@ __all__ = [
     "multi_lora_linear",
     "multi_lora_linear_slices",
     "plan_batch",
+    "quantize",
+    "quantized_linear",
     "save_adapter",
     "slice_adapters",
     "stack_adapters",

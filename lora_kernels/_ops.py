@@ -87,6 +87,23 @@ SCHEMAS = {
         " Tensor?[] gates, Tensor?[] masks, float[] scalings, float[] dropout_ps, bool[] needs)"
         " -> Tensor[]"
     ),
+    # A quantised weight W [rows, cols] is `codes`, `scales`, `nested`, `format` and `block`: see
+    # `quant.QuantizedWeight`. W in `dtype`.
+    "dequantize": (
+        "(Tensor codes, Tensor scales, Tensor? nested, str format, SymInt rows, SymInt cols,"
+        " SymInt block, ScalarType dtype) -> Tensor"
+    ),
+    # out += x Wᵀ, or out += x W with `transpose`.
+    "quantized_linear": (
+        "(Tensor(a!) out, Tensor x, Tensor codes, Tensor scales, Tensor? nested, str format,"
+        " SymInt rows, SymInt cols, SymInt block, bool transpose) -> ()"
+    ),
+    # As `lora_linear`, over a quantised weight.
+    "quantized_lora_linear": (
+        "(Tensor x, Tensor codes, Tensor scales, Tensor? nested, Tensor lora_a, Tensor lora_b,"
+        " Tensor? bias, Tensor? gate, Tensor? x_lora, Tensor? seed, str format, SymInt block,"
+        " float scaling, float dropout_p) -> (Tensor y, Tensor h, Tensor mask)"
+    ),
 }
 # Ops that write into their arguments; csrc/ implements them too.
 IN_PLACE = {
@@ -136,6 +153,9 @@ CPP_OPS = (
     "invariant_linear",
     "lora_linear_group",
     "lora_linear_group_backward",
+    "dequantize",
+    "quantized_linear",
+    "quantized_lora_linear",
 )
 # Ops that csrc/cuda implements, under the name `cuda_<op>`.
 CUDA_OPS = ("multi_lora_linear",)
@@ -340,6 +360,53 @@ def _fake_in_place(*args: object) -> None:
     """Nothing is returned, and what is written keeps its shape."""
 
 
+def _fake_dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    format: str,
+    rows: int,
+    cols: int,
+    block: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty(rows, cols, dtype=dtype)
+
+
+def _fake_quantized_linear(
+    out: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    format: str,
+    rows: int,
+    cols: int,
+    block: int,
+    transpose: bool,
+) -> None:
+    return None
+
+
+def _fake_quantized_lora_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    x_lora: Tensor | None,
+    seed: Tensor | None,
+    format: str,
+    block: int,
+    scaling: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_lora_linear(x, None, lora_a, lora_b, bias, gate, x_lora, seed, scaling, dropout_p)
+
+
 def register(op: str, function: Callable[..., object]) -> None:
     """Makes ``function`` the kernel of ``lora_kernels::<op>`` on every device."""
     _library.impl(op, function, "CompositeExplicitAutograd")
@@ -366,6 +433,9 @@ _FAKES: dict[str, Callable[..., object]] = {
     "invariant_linear": _fake_invariant_linear,
     "lora_linear_group": _fake_lora_linear_group,
     "lora_linear_group_backward": _fake_lora_linear_group_backward,
+    "dequantize": _fake_dequantize,
+    "quantized_linear": _fake_quantized_linear,
+    "quantized_lora_linear": _fake_quantized_lora_linear,
 }
 
 for _op, _schema in SCHEMAS.items():

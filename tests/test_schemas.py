@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
-from lora_kernels import BatchPlan, _backend, _extension, _ops, plan_batch, slice_adapters, stack_adapters
+from lora_kernels import (
+    BatchPlan,
+    _backend,
+    _extension,
+    _ops,
+    plan_batch,
+    quantize,
+    slice_adapters,
+    stack_adapters,
+)
 from lora_kernels.testing import TENSORS, LoraCase, lora_inputs
 
 CASES = {
@@ -87,6 +96,25 @@ def plan_args(slots=9):
     return (torch.tensor([2, -1, 0, 7, 2]), 3, *BatchPlan.allocate(slots, 3))
 
 
+def quantized_args(format, transpose=False, **options):
+    q = quantize(torch.randn(11, 19), format, **options)
+    weight = (q.codes, q.scales, q.nested, q.format)
+    x = torch.randn(5, 11 if transpose else 19)
+    return q, weight, (torch.randn(5, 19 if transpose else 11), x, *weight, *q.shape, q.block, transpose)
+
+
+def quantized_lora_args(case, **options):
+    x, weight, *rest, drawn, scaling, p = forward_args(case)
+    q = quantize(weight, **options)
+    codes = (q.codes, q.scales, q.nested)
+    return (x, *codes, *rest, drawn, q.format, q.block, scaling, p)
+
+
+def dequantize_args(dtype, *args, **options):
+    q, weight, _ = quantized_args(*args, **options)
+    return (*weight, *q.shape, q.block, dtype)
+
+
 def dora_args(case, keep_z=True):
     inputs = lora_inputs(case)
     tensors = [inputs[name] for name in ("x", "weight", "lora_a", "lora_b")]
@@ -146,6 +174,19 @@ SAMPLES = {
         "gates": group_backward_args([True, *[True] * 6], LoraCase(gate="rank"), (0.2, 0.3)),
         "adapters": group_backward_args([False, *[True, True, False] * 2], LoraCase(), (0.2, 0.3)),
         "input": group_backward_args([True, *[False] * 6], LoraCase()),
+    },
+    "dequantize": {
+        "nf4": dequantize_args(torch.float32, "nf4", double_quant=True),
+        "int8": dequantize_args(torch.float16, "int8"),
+    },
+    "quantized_linear": {
+        "nf4": quantized_args("nf4")[-1],
+        "fp8": quantized_args("fp8", transpose=True)[-1],
+    },
+    "quantized_lora_linear": {
+        "plain": quantized_lora_args(LoraCase()),
+        "dropout": quantized_lora_args(LoraCase(dropout_p=0.25, bias=True), format="int8"),
+        "empty": quantized_lora_args(LoraCase(lead=(0,))),
     },
     "row_dropout_mask": {"odd": (seed(), torch.tensor([0.1, 0.5, 0.9]), 13)},
     "multi_lora_linear": {"one": multi_args(), "two": multi_args(2), "masked": multi_args(2, True)},
@@ -226,7 +267,9 @@ def layout(tensor):
 
 
 @pytest.mark.parametrize("backend", ("reference", "cpp", "triton"))
-@pytest.mark.parametrize(("op", "args"), params([op for op in _ops.SCHEMAS if op != "dropout_seed"]))
+@pytest.mark.parametrize(
+    ("op", "args"), params([op for op in _ops.SCHEMAS if op not in ("dropout_seed", "quantized_linear")])
+)
 def test_fake_kernel_tells_shape_dtype_and_strides(op, args, backend):
     reason = _backend.unavailable(backend, "cpu", torch.float32, 4)
     if reason:

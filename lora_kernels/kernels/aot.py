@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from . import (
     batch_plan,
     beta,
+    dequantize,
     dora_linear,
     dropout,
     invariant_linear,
@@ -25,6 +26,7 @@ from . import (
     lora_linear_group,
     low_rank_norm,
     multi_lora_linear,
+    quantized_linear,
     single,
     stacked_lora,
 )
@@ -41,6 +43,7 @@ from .config import (
     norm_tile,
     padded_rank,
     page_tile,
+    quantized_tile,
     single_tile,
     stages,
     x_tile,
@@ -131,6 +134,7 @@ def specs(dtypes: tuple[str, ...] = ("bf16",), ranks: tuple[int, ...] = RANKS) -
             yield from _group_specs(dtype, rank)
             yield from _dora_specs(dtype, rank)
             yield from _stacked_specs(dtype, rank)
+            yield from _quantized_specs(dtype, rank)
         yield from _elementwise_specs(dtype)
         yield from _batch_specs(dtype)
     yield Spec("sum_parts", "", "fp32", 0, beta.sum_parts_kernel, {"BLOCK": 1024}, None, {"out_ptr": "*bf16"})
@@ -302,6 +306,33 @@ def _stacked_specs(dtype: str, rank: int) -> Iterator[Spec]:
     )
 
 
+# Format, whether its scales are quantised, and the types of codes and scales.
+_QUANTIZED = {
+    "nf4": ("nf4", False, "*u8", "*fp32"),
+    "nf4-double": ("nf4", True, "*u8", "*u8"),
+    "int8": ("int8", False, "*i8", "*fp32"),
+    "fp8": ("fp8", False, "*u8", "*fp32"),
+}
+
+
+def _quantized_specs(dtype: str, rank: int) -> Iterator[Spec]:
+    """Decoding a weight, and the linear that decodes it in the tile, up to the rank that it takes."""
+    element = f"*{dtype}"
+    for variant, (format, nested, codes, scales) in _QUANTIZED.items():
+        types = dict.fromkeys((*_POINTERS, "out_ptr"), element) | {"codes_ptr": codes, "scales_ptr": scales}
+        weight = {"FORMAT": format, "SCALE_BLOCK": 64, "NESTED": nested, "PAIRED": True}
+        if rank == RANKS[0] or (rank == 64 and nested):  # the widest branch with what takes most registers
+            tile = quantized_tile(16, rank, _ITEMSIZE[dtype])
+            flags = {"BRANCH": True, "HAS_BIAS": True, "HAS_GATE": False, "ADD": False, "PRECISION": "tf32"}
+            fused = quantized_linear.quantized_linear_kernel
+            constants = {**weight, **flags, "BLOCK_N": tile.block_n}
+            yield Spec("quantized", variant, dtype, rank, fused, constants, tile, types)
+        if rank == RANKS[0]:
+            constants = {**weight, "BLOCK_N": dequantize.DEQUANTIZE_ROWS}
+            constants["BLOCK_C"] = dequantize.DEQUANTIZE_COLS
+            yield Spec("dequantize", variant, dtype, 0, dequantize.dequantize_kernel, constants, None, types)
+
+
 _POINTERS = (
     *("a_ptr", "b_ptr", "c_ptr", "w_ptr", "bias_ptr", "branch_ptr"),
     *("x_ptr", "h_ptr", "y_ptr", "out_ptr", "dy_ptr", "dh_ptr", "dx_ptr"),
@@ -326,6 +357,7 @@ _UNSPECIALISED = (
     "slices",
     "given",
     "tiles",
+    "row_step",
 )
 
 

@@ -186,3 +186,22 @@ def group_x_tile(members: int, rank: int, itemsize: int, dropout: bool) -> Tile:
     if members * block_r <= 64:
         return Tile(64, _narrow(64, itemsize), block_r, num_warps=8 if dropout else 4)
     return Tile(32, _narrow(32, itemsize), block_r, num_warps=8, num_stages=2)
+
+
+# Rows up to which a quantised weight is decoded inside the tile that multiplies it, and the widest branch
+# that each of its programs computes along the way.
+QUANTIZED_ROWS = 64
+QUANTIZED_RANK = 64
+
+
+@dataclass(frozen=True)
+class QuantizedTile(Tile):
+    """A tile of the linear over a quantised weight: ``block_n`` rows of W."""
+
+    block_n: int = 32
+
+
+def quantized_tile(rows: int, rank: int, itemsize: int) -> QuantizedTile:
+    """All rows of x in one tile, so that W is decoded once."""
+    block_m = min(64, max(16, 1 << (rows - 1).bit_length()))
+    return QuantizedTile(block_m, _narrow(128, itemsize), padded_rank(rank), 4, 2)

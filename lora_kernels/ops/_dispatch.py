@@ -34,6 +34,8 @@ _RANKS: dict[str, Callable[[tuple[Any, ...]], int]] = {
     "stacked_lora_linear": lambda args: args[2][0].shape[-1],
     "lora_linear_group": lambda args: max(a.shape[0] for a in args[2]),
     "lora_linear_group_backward": lambda args: max(a.shape[0] for a in args[3]),
+    "quantized_linear": lambda args: 1,
+    "quantized_lora_linear": lambda args: args[4].shape[0],
 }
 
 
@@ -48,6 +50,8 @@ def _opaque(lead: Tensor) -> bool:
 
 def _choose(op: str, args: tuple[Any, ...]) -> str:
     lead = _lead(args)
+    if op == "dequantize":
+        return _backend.resolve(lead.device.type, args[-1], 1)
     if op not in _RANKS:  # a mask or a plan: any backend of the device will do
         return _backend.resolve(lead.device.type, torch.float32, 1)
     if lead.shape[0] == 0:  # nothing to launch a kernel for

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..quant.weight import QuantizedWeight
 from ..reference.lora_linear import composite
 from . import _dispatch
 
@@ -16,7 +17,7 @@ _OPTIONAL = frozenset({"weight", "bias", "gate", "x_lora"})
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | QuantizedWeight | None,
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float | Tensor = 1.0,
@@ -31,7 +32,8 @@ def lora_linear(
 
     LoRA (Hu et al., 2021, arXiv 2106.09685) with an optional gate on the rank (SoRA, AdaLoRA, routers).
 
-    Shapes: x ``[..., K]``, weight ``[N, K]`` or ``None`` (the branch alone), lora_a ``[r, K]``,
+    Shapes: x ``[..., K]``, weight ``[N, K]`` (dense, or of :func:`lora_kernels.quantize`: QLoRA, arXiv
+    2305.14314) or ``None`` (the branch alone), lora_a ``[r, K]``,
     lora_b ``[N, r]``, bias ``[N]``, gate ``[r]`` or ``[..., r]``, x_lora like x; y is ``[..., N]``.
 
     Dtypes: x, weight, bias and x_lora share one floating dtype, which is y's; lora_a, lora_b and gate
@@ -40,7 +42,7 @@ def lora_linear(
 
     Args:
         x: the input. Any strides, any number of rows, none included.
-        weight: the base weight, frozen or trainable.
+        weight: the base weight, frozen or trainable; a quantised one is frozen, and of any dtype.
         lora_a: the down-projection A; a strided view is not copied.
         lora_b: the up-projection B; a strided view is not copied.
         scaling: s, a number or a tensor of one element (which may require grad).
@@ -67,7 +69,7 @@ def lora_linear(
 
 def fused(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | QuantizedWeight | None,
     lora_a: Tensor,
     lora_b: Tensor,
     bias: Tensor | None,
@@ -82,6 +84,8 @@ def fused(
     ``seed``: of the dropout, where it is not to be drawn here.
     """
     if _dispatch.sharded(x, lora_a):
+        if isinstance(weight, QuantizedWeight):
+            raise TypeError("weight: expected a DTensor beside the others, got a QuantizedWeight")
         from . import dtensor  # not at the top: torch.distributed.tensor takes long to import
 
         return dtensor.on_shards(x, weight, lora_a, lora_b, bias, gate, x_lora, scaling, dropout_p)
@@ -89,6 +93,10 @@ def fused(
         # Outside the Function, so that autograd casts the gradients back.
         dtype = _compute_dtype(x)
         x, weight, bias, x_lora = (_cast(t, dtype) for t in (x, weight, bias, x_lora))
+    if isinstance(weight, QuantizedWeight):
+        from .quantized_lora_linear import fused_quantized
+
+        return fused_quantized(x, weight, lora_a, lora_b, bias, gate, x_lora, scaling, dropout_p, seed)
     args = (x, weight, lora_a, lora_b, bias, gate, x_lora, scaling, dropout_p)
     if seed is None:
         if _dispatch.functorch_active():
@@ -112,7 +120,7 @@ def _scaling_as_gate(scaling: Tensor, gate: Tensor | None, lora_a: Tensor) -> Te
 
 def _check(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | QuantizedWeight | None,
     lora_a: Tensor,
     lora_b: Tensor,
     bias: Tensor | None,
@@ -144,18 +152,20 @@ def _check(
 
 def _check_types(tensors: tuple[Any, ...], dropout_p: Any) -> None:
     for name, value in zip(_TENSORS, tensors, strict=True):
+        if name == "weight" and isinstance(value, QuantizedWeight):
+            continue
         if not isinstance(value, Tensor) and not (value is None and name in _OPTIONAL):
             raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
     if not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
 
 
-def _check_shape(name: str, value: Tensor, want: tuple[int, ...], got: Any, words: str) -> None:
+def _check_shape(name: str, value: Any, want: tuple[int, ...], got: Any, words: str) -> None:
     if tuple(got) != want:
         raise ValueError(f"{name}: expected {words} to be {want}, got shape {tuple(value.shape)}")
 
 
-def _check_dtypes(x: Tensor, *others: Tensor | None) -> None:
+def _check_dtypes(x: Tensor, *others: Any) -> None:
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
     names = ("weight", "lora_a", "lora_b", "bias", "gate", "x_lora")
@@ -164,6 +174,8 @@ def _check_dtypes(x: Tensor, *others: Tensor | None) -> None:
             continue
         if other.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} (x's), got {other.device}")
+        if isinstance(other, QuantizedWeight):
+            continue
         same = name in ("weight", "bias", "x_lora")
         if other.dtype != x.dtype and (not other.is_floating_point() or (same and not _autocasts(x))):
             want = f"{x.dtype} (x's)" if same else "a floating dtype"
@@ -182,8 +194,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+    return tensor.to(dtype) if isinstance(tensor, Tensor) else tensor
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
@@ -231,29 +243,44 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(ctx, dy)
-        x, weight, lora_a, lora_b, gate, x_lora, h, mask = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        branch_needs = [needs[0], needs[2], needs[3], needs[5], needs[6]]
-        rows, branch = _rows(dy), x_lora if ctx.separate else x
-        grads = _dispatch.call(
-            "lora_linear_backward",
-            *(rows, _rows(branch) if needs[2] else None, weight, lora_a, lora_b, h),
-            *(_gate_rows(gate), mask, ctx.scaling, ctx.dropout_p, ctx.separate, branch_needs),
-            backend=ctx.backend,
-        )
-        dx, da, db, dgate, dx_lora = _spread(grads, branch_needs)
-        lead = dy.shape[:-1]
-        return (
-            None if dx is None else dx.view(*lead, dx.shape[-1]),
-            rows.T @ _rows(x) if needs[1] else None,
-            da,
-            db,
-            rows.sum(0) if needs[4] else None,
-            None if dgate is None else dgate.view(gate.shape),
-            None if dx_lora is None else dx_lora.view(*lead, dx_lora.shape[-1]),
-            *(None, None, None),
-        )
+            return _differentiable_backward(ctx, dy, *ctx.saved_tensors)
+        return _gradients(ctx, dy, *ctx.saved_tensors)
+
+
+def _gradients(
+    ctx: Any,
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gate: Tensor | None,
+    x_lora: Tensor | None,
+    h: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """One gradient for each argument of the Function, from what it saved."""
+    needs = ctx.needs_input_grad
+    branch_needs = [needs[0], needs[2], needs[3], needs[5], needs[6]]
+    rows, branch = _rows(dy), x_lora if ctx.separate else x
+    grads = _dispatch.call(
+        "lora_linear_backward",
+        *(rows, _rows(branch) if needs[2] else None, weight, lora_a, lora_b, h),
+        *(_gate_rows(gate), mask, ctx.scaling, ctx.dropout_p, ctx.separate, branch_needs),
+        backend=ctx.backend,
+    )
+    dx, da, db, dgate, dx_lora = _spread(grads, branch_needs)
+    lead = dy.shape[:-1]
+    return (
+        None if dx is None else dx.view(*lead, dx.shape[-1]),
+        rows.T @ _rows(x) if needs[1] else None,
+        da,
+        db,
+        rows.sum(0) if needs[4] else None,
+        None if dgate is None else dgate.view(gate.shape),
+        None if dx_lora is None else dx_lora.view(*lead, dx_lora.shape[-1]),
+        *(None, None, None),
+    )
 
 
 def _transformable(
@@ -289,12 +316,22 @@ def _spread(grads: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
     return [next(given) if needed else None for needed in needs]
 
 
-def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable_backward(
+    ctx: Any,
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gate: Tensor | None,
+    x_lora: Tensor | None,
+    h: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     """The gradients as differentiable functions of the inputs, for ``create_graph=True``.
 
     The fused backward reads h as a constant, so a second derivative takes the composite path.
     """
-    x, weight, lora_a, lora_b, gate, x_lora, _, mask = ctx.saved_tensors
     if x is None or (ctx.separate and x_lora is None):
         raise RuntimeError(
             "lora_linear: a double backward needs the input, which is not saved when no first"

@@ -22,6 +22,8 @@ GROUP = {"group_forward", "group_x_pass"}
 KEEP_BITS = {"split", "add_kept"}
 NO_MATMUL = {"sum_parts", "dropout_mask", "scale", "split", "add_kept", "batch_plan"}
 SMALL = {"stacked_sum"}
+# Codes come as bytes and are looked up one by one.
+CODES = {"quantized", "dequantize"}
 
 
 # Memory-bound: while one thread block waits for its tiles another one has to have work.
@@ -49,7 +51,7 @@ def _check(row: dict) -> None:
     assert row["shared"] <= SHARED_LIMIT[row["target"]], f"{name}: {row['shared']} bytes of shared memory"
     if row["kernel"] in SMALL:  # a few numbers a row
         return
-    if row["kernel"] not in NO_MATMUL:
+    if row["kernel"] not in NO_MATMUL | {"dequantize"}:
         assert row["mma"] in MMA[row["target"]], f"{name}: no tensor-core instruction ({row['mma']})"
     if row["target"] == "gfx942":  # which loads are wide there has not been tuned
         return
@@ -63,7 +65,9 @@ def _check(row: dict) -> None:
         row["kernel"] in GATHER | KEEP_BITS | GROUP
     ):  # indices, h and bits are read singly; what is large is not
         assert row["wide_loads"] > 0, f"{name}: no wide load"
-    elif row["dtype"] == "bf16" and row["kernel"] != "batch_plan":  # a plan reads a few hundred ids
+    elif row["dtype"] == "bf16" and row["kernel"] not in CODES | {
+        "batch_plan"
+    }:  # a plan reads a few hundred ids
         assert row["wide_loads"] > row["narrow_loads"], f"{name}: {row['narrow_loads']} narrow loads"
 
 
@@ -73,8 +77,9 @@ def test_half_precision(target, rank):
     rows = _inspect("--target", target, "--rank", str(rank))
     narrow = {*GATHER, *GROUP, *SMALL, "kext"} if rank <= 64 else set()
     narrow |= {"single"} if rank <= 128 else set()
+    codes = {16: CODES, 64: {"quantized"}}.get(rank, set())
     usual = {"forward", "dy_pass", "x_pass", "low_rank_norm", "invariant_linear"}
-    assert {row["kernel"] for row in rows} == {*usual, *narrow, *NO_MATMUL}
+    assert {row["kernel"] for row in rows} == {*usual, *narrow, *codes, *NO_MATMUL}
     for row in rows:
         _check(row)
         if rank == 16 and row["kernel"] in PASSES and row["variant"] != "scaled" and target != "100":
@@ -96,6 +101,6 @@ def test_float32_through_tf32(target):
 def test_low_ranks_use_hopper_warpgroup_matmuls():
     rows = _inspect("--target", "90", "--rank", "16", "--rank", "64")
     # Sixteen rows, of one adapter, of a weight or in all, are fewer than a warpgroup's matmul takes.
-    few = GATHER | GROUP | {"low_rank_norm", "single", "invariant_linear"}
+    few = GATHER | CODES | GROUP | {"low_rank_norm", "single", "invariant_linear"}
     kinds = {row["mma"] for row in rows if row["kernel"] not in NO_MATMUL | SMALL | few}
     assert kinds == {"HGMMA"}
