@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .serve import Served
 from .train import Outcome, quantiles
 
 
@@ -27,6 +28,18 @@ def print_table(outcomes: list[Outcome]) -> None:
     for o in outcomes:
         cells = (o.task, o.classes, o.train, o.test, f"{o.frozen:.1%}", f"{o.lora:.1%}", o.layers)
         table.add_row(*map(str, cells), f"{o.seconds:.0f}", f"{o.reload_difference:.1e}")
+    Console(width=110).print(table)
+
+
+def print_served(served: list[Served]) -> None:
+    """One row an adapter of the mixed batch, and one for the base."""
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = ("adapter", "rows", "max difference", "from the base")
+    table = Table(*columns, title="One mixed batch: each row against its adapter alone")
+    for s in served:
+        table.add_row(s.adapter, str(s.rows), f"{s.difference:.1e}", f"{s.from_base:.1e}")
     Console(width=110).print(table)
 
 

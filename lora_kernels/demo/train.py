@@ -19,7 +19,9 @@ from ..integrations.peft import accelerate, decelerate
 from .data import Task
 from .model import Batch, accuracy, batches, features, fit_head, load_encoder, pooled
 
+RANK = 8
 TARGETS = ["query", "key", "value", "dense"]
+EXCLUDED = ["pooler.dense"]
 
 
 @dataclass
@@ -44,7 +46,7 @@ def adapt(path: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=8, lora_alpha=16, lora_dropout=0.1, target_modules=TARGETS, exclude_modules=["pooler.dense"]
+        r=RANK, lora_alpha=16, lora_dropout=0.1, target_modules=TARGETS, exclude_modules=EXCLUDED
     )
     return get_peft_model(load_encoder(path), config)
 
