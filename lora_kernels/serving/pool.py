@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +15,7 @@ from ..ops.multi_lora_linear import AdapterStack
 from .pages import PageTable
 
 BASE = "__base__"
+_SLOT = None  # what an adapter takes besides pages, beside the names of linears
 Factors = tuple[Tensor, Tensor]
 
 
@@ -33,6 +34,11 @@ class _Adapter:
     users: int = 0
     pinned: bool = False
     ready: torch.cuda.Event | None = field(default=None, repr=False)
+
+    @property
+    def size(self) -> Counter[str | None]:
+        """How many pages of each linear it takes, and one slot."""
+        return Counter({_SLOT: 1, **{linear: rank for linear, (_, rank) in self.parts.items()}})
 
 
 class AdapterPool:
@@ -114,21 +120,43 @@ class AdapterPool:
             self._adapters[name] = adapter
 
     def update(
-        self, name: str, factors: Mapping[str, Factors], scaling: float | Mapping[str, float] = 1.0
+        self,
+        name: str,
+        factors: Mapping[str, Factors],
+        scaling: float | Mapping[str, float] = 1.0,
+        *,
+        timeout: float = 0.0,
     ) -> None:
-        """Puts other tensors in the place of an adapter, of any rank; used next, it is the new one.
+        """Puts other tensors in the place of an adapter; used next, it is the new one.
+
+        An adapter on the device that keeps its ranks is written over where it is, on the side stream: slot,
+        pages and addresses stay, so a captured CUDA graph computes with the new values. With other ranks, or
+        other linears, it leaves its pages and gets new ones when it is used.
+
+        Args:
+            name: an adapter that is registered.
+            factors: as :meth:`register`.
+            scaling: as :meth:`register`.
+            timeout: seconds to wait for its users to leave.
 
         Raises:
             ValueError: as :meth:`register`; or the adapter is not known.
             PoolFullError: it is in use.
+
+        After an error the adapter is the old one.
         """
         fresh = self._packed(name, factors, scaling)
         with self._lock:
+            self._lock.wait_for(lambda: not self._known(name).users, timeout)
             old = self._known(name)
             self._must_be_idle(name, old)
+            if old.slot is not None and old.parts == fresh.parts:
+                self._write(old, fresh.blob, fresh.scalings)
+                fresh.slot, fresh.ready, old.slot = old.slot, old.ready, None
             self._evict(old)
             fresh.pinned = old.pinned
             self._adapters[name] = fresh
+            self._lock.notify_all()
 
     def remove(self, name: str) -> None:
         """Forgets an adapter.
@@ -165,7 +193,10 @@ class AdapterPool:
 
         Raises:
             ValueError: an unknown name.
-            PoolFullError: the adapters in use leave no room.
+            PoolFullError: the adapters in use leave no room; the pool is then as it was.
+
+        After any other error of an upload none of these adapters came to the device, and those that made
+        room for them come back when they are used.
         """
         wanted = [name for name in dict.fromkeys(names) if name != BASE]
         with self._lock:
@@ -216,6 +247,10 @@ class AdapterPool:
         if linear not in self.linears:
             raise ValueError(f"factors: expected linears of {', '.join(self.linears)}, got {linear!r}")
         cols, out = self.linears[linear]
+        for half, factor in (("A", lora_a), ("B", lora_b)):
+            if not isinstance(factor, Tensor) or factor.dim() != 2 or not factor.is_floating_point():
+                got = f"{factor.dtype} {tuple(factor.shape)}" if isinstance(factor, Tensor) else type(factor)
+                raise ValueError(f"factors: {linear}: expected {half} to be a floating matrix, got {got}")
         rank = lora_a.shape[0]
         if lora_a.shape != (rank, cols) or lora_b.shape != (out, rank):
             got = f"{tuple(lora_a.shape)} and {tuple(lora_b.shape)}"
@@ -225,58 +260,76 @@ class AdapterPool:
 
     def _acquire(self, wanted: list[str], timeout: float) -> list[_Adapter]:
         """Counts all the adapters as used once all are resident; while it waits it holds none of them."""
-        held = [self._known(name) for name in wanted]
+        if not self._lock.wait_for(lambda: self._hold([self._known(name) for name in wanted]), timeout):
+            raise PoolFullError(self._shortage(wanted))
         for name in wanted:
             self._adapters.move_to_end(name)
-        shortage: list[str] = []
-        if not self._lock.wait_for(lambda: self._hold(wanted, held, shortage), timeout):
-            raise PoolFullError(shortage[-1])
-        return held
+        return [self._adapters[name] for name in wanted]
 
-    def _hold(self, names: list[str], adapters: list[_Adapter], shortage: list[str]) -> bool:
-        for adapter in adapters:  # counted before room is made, not to be evicted for one another
-            adapter.users += 1
+    def _hold(self, adapters: list[_Adapter]) -> bool:
+        """Whether all fit at once: then they are on the device and counted as used, else nothing changes."""
+        absent = [adapter for adapter in adapters if adapter.slot is None]
+        victims = self._victims(adapters, absent)
+        if victims is None:
+            return False
+        for victim in victims:
+            self._evict(victim)
         try:
-            for name, adapter in zip(names, adapters, strict=True):
-                if not self._room(adapter):
-                    shortage.append(self._shortage(name, adapter))
-                    self._release(adapters)
-                    return False
-                if adapter.slot is None:
-                    self._upload(adapter)
+            for adapter in absent:
+                self._upload(adapter)
         except BaseException:
-            self._release(adapters)
+            for adapter in absent:
+                self._evict(adapter)
             raise
+        for adapter in adapters:
+            adapter.users += 1
         return True
 
     def _release(self, adapters: list[_Adapter]) -> None:
         for adapter in adapters:
             adapter.users -= 1
 
-    def _fits(self, adapter: _Adapter) -> bool:
-        enough = all(self._tables[linear].free >= rank for linear, (_, rank) in adapter.parts.items())
-        return enough and bool(self._free_slots)
-
-    def _room(self, adapter: _Adapter) -> bool:
-        """Evicts idle adapters, the least recently used first, until ``adapter`` fits; whether it does."""
-        if adapter.slot is not None:
-            return True
-        idle = [a for a in self._adapters.values() if a.slot is not None and not a.users and not a.pinned]
-        for victim in idle:
-            if self._fits(adapter):
-                break
-            self._evict(victim)
-        return self._fits(adapter)
-
-    def _shortage(self, name: str, adapter: _Adapter) -> str:
-        busy = sum(a.slot is not None for a in self._adapters.values())
-        lacking = [
-            f"pages of {linear} ({self._tables[linear].free} free, {rank} needed)"
-            for linear, (_, rank) in adapter.parts.items()
-            if self._tables[linear].free < rank
+    def _idle(self, wanted: list[_Adapter]) -> list[_Adapter]:
+        """What may make room for ``wanted``, the least recently used first."""
+        keep = {id(adapter) for adapter in wanted}
+        return [
+            adapter
+            for adapter in self._adapters.values()
+            if adapter.slot is not None and not (adapter.users or adapter.pinned or id(adapter) in keep)
         ]
-        short = lacking[0] if lacking else "slots"
-        return f"no room for adapter {name!r}: {busy} adapters are in use or pinned, short of {short}"
+
+    def _free(self) -> Counter[str | None]:
+        return Counter({_SLOT: len(self._free_slots), **{n: table.free for n, table in self._tables.items()}})
+
+    def _victims(self, wanted: list[_Adapter], absent: list[_Adapter]) -> list[_Adapter] | None:
+        """The adapters that have to go for ``absent`` to fit, or ``None`` where that is not enough."""
+        if not absent:
+            return []
+        needed = sum((adapter.size for adapter in absent), Counter())
+        free, victims, idle = self._free(), [], iter(self._idle(wanted))
+        while any(free[what] < count for what, count in needed.items()):
+            victim = next(idle, None)
+            if victim is None:
+                return None
+            victims.append(victim)
+            free += victim.size
+        return victims
+
+    def _shortage(self, names: list[str]) -> str:
+        """Which of the adapters does not fit even where all idle ones go, and for want of what."""
+        wanted = [self._known(name) for name in names]
+        free = sum((adapter.size for adapter in self._idle(wanted)), self._free())
+        busy = sum(bool(a.users or a.pinned) for a in self._adapters.values() if a.slot is not None)
+        for name, adapter in zip(names, wanted, strict=True):
+            size = adapter.size if adapter.slot is None else Counter()
+            for what in sorted(size, key=lambda what: what is _SLOT):
+                if free[what] < size[what]:
+                    pages = f"pages of {what} ({free[what]} free, {size[what]} needed)"
+                    short = "slots" if what is _SLOT else pages
+                    busy_ones = f"{busy} adapters are in use or pinned"
+                    return f"no room for adapter {name!r}: {busy_ones}, short of {short}"
+            free.subtract(size)
+        return f"no room for adapters {', '.join(names)} in time"
 
     def _evict(self, adapter: _Adapter) -> None:
         if adapter.slot is None:
@@ -287,14 +340,18 @@ class AdapterPool:
         adapter.slot, adapter.ready = None, None
 
     def _upload(self, adapter: _Adapter) -> None:
-        """Copies the blob over and then says where it is; after an error the pages are free again."""
-        slot = self._free_slots.pop()
-        adapter.slot = slot
+        """Gives the adapter a slot and pages and fills them; after an error they are free again."""
+        adapter.slot = self._free_slots.pop()
         for linear, (_, rank) in adapter.parts.items():
-            self._tables[linear].take(slot, rank)
+            self._tables[linear].take(adapter.slot, rank)
+        self._write(adapter, adapter.blob, adapter.scalings)
+
+    def _write(self, adapter: _Adapter, blob: Tensor, scalings: dict[str, float]) -> None:
+        """Copies a blob into the adapter's own pages; after an error, half written, it leaves them."""
+        assert adapter.slot is not None
         try:
             with self._on_side_stream():
-                self._copy(adapter, slot)
+                self._copy(adapter.slot, blob, adapter.parts, scalings)
                 if self._side is not None:
                     adapter.ready = torch.cuda.Event()
                     adapter.ready.record(self._side)
@@ -302,15 +359,18 @@ class AdapterPool:
             self._evict(adapter)
             raise
 
-    def _copy(self, adapter: _Adapter, slot: int) -> None:
-        blob = adapter.blob.to(self.device, non_blocking=True)
-        for table in self._tables.values():
-            table.clear(slot)
-        for linear, (first, rank) in adapter.parts.items():
+    def _copy(
+        self, slot: int, blob: Tensor, parts: dict[str, tuple[int, int]], scalings: dict[str, float]
+    ) -> None:
+        blob = blob.to(self.device, non_blocking=True)
+        for name, table in self._tables.items():
+            if name not in parts:
+                table.clear(slot)
+        for linear, (first, rank) in parts.items():
             cols, out = self.linears[linear]
             middle, last = first + rank * cols, first + rank * (cols + out)
             lora_a, b_columns = blob[first:middle].view(rank, cols), blob[middle:last].view(rank, out)
-            self._tables[linear].write(slot, lora_a, b_columns, adapter.scalings[linear])
+            self._tables[linear].write(slot, lora_a, b_columns, scalings[linear])
 
     def _on_side_stream(self) -> contextlib.AbstractContextManager:
         if self._side is None:

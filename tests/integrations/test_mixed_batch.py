@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_kernels.integrations.pool import load_into_pool
@@ -122,14 +123,33 @@ def test_gradients_flow_to_the_input(served, tokens):
     assert embedded.grad.abs().sum() > 0
 
 
-def test_bad_checkpoints_do_not_enter(served, folders, tmp_path):
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_truncated_checkpoints_do_not_enter(served, folders, tmp_path, file):
+    """Cut off anywhere; what is there is as it was, and the whole file still loads."""
     pool = next(m for m in served.modules() if "Multi" in type(m).__name__).batch.pool
-    for file in (folders / "one").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    weights = tmp_path / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-50])
-    with pytest.raises(ValueError, match="damaged"):
-        load_into_pool(pool, tmp_path, "broken")
+    for whole in (folders / "one").iterdir():
+        (tmp_path / whole.name).write_bytes(whole.read_bytes())
+    content = (tmp_path / file).read_bytes()
+    for length in (0, 1, 7, 9, len(content) // 3, len(content) // 2, len(content) - 50, len(content) - 2):
+        (tmp_path / file).write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"damaged|does not parse"):
+            load_into_pool(pool, tmp_path, "broken")
+        assert len(pool) == 3 and "broken" not in pool and not pool.resident
+    (tmp_path / file).write_bytes(content)
+    load_into_pool(pool, tmp_path, "whole")
+    assert len(pool) == 4
+
+
+def test_a_checkpoint_without_one_of_its_halves_does_not_enter(served, folders, tmp_path):
+    pool = next(m for m in served.modules() if "Multi" in type(m).__name__).batch.pool
+    (tmp_path / "adapter_config.json").write_bytes((folders / "one" / "adapter_config.json").read_bytes())
+    tensors = load_file(folders / "one" / "adapter_model.safetensors")
+    key = next(key for key in tensors if "lora_B" in key)
+    for change, match in (({}, "expected an A and a B, got A"), ({key: tensors[key].int()}, "floating")):
+        rest = {name: tensor for name, tensor in tensors.items() if name != key}
+        save_file({**rest, **change}, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=match):
+            load_into_pool(pool, tmp_path, "broken")
     assert len(pool) == 3 and "broken" not in pool
 
 

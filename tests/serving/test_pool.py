@@ -1,5 +1,7 @@
 """The pool: no wrong row, whoever comes and goes, whatever fails."""
 
+import copy
+import random
 import threading
 
 import pytest
@@ -57,11 +59,13 @@ def test_a_batch_of_several_ranks_and_the_base():
 
 def test_two_thousand_adapters_in_sixty_four_slots():
     pool = pool_of(2000, pages=400, slots=64)
-    popularity = 1.0 / torch.arange(1, 2001) ** 1.1
+    popularity, seen = 1.0 / torch.arange(1, 2001) ** 1.1, set()
     for _ in range(150):
         drawn = torch.multinomial(popularity, 24, replacement=True).tolist()
         assert_right(pool, [f"a{i}" for i in drawn])
+        seen.update(drawn)
         assert len(pool.resident) <= 64
+    assert len(pool.resident) == 64 and len(seen) > 200
 
 
 def test_the_least_recently_used_goes_first_and_a_pinned_one_stays():
@@ -108,7 +112,107 @@ def test_linears_that_an_adapter_leaves_out():
         assert multi_lora_linear(x, None, pool.stack("q"), ids).any()
 
 
-def test_update_in_place_may_change_the_rank():
+class Cancelled(BaseException):
+    pass
+
+
+def break_write(monkeypatch, fail_at, error):
+    """The upload stops before the pages of one of its linears are written, the B of another half way."""
+    calls, write = [], PageTable.write
+
+    def failing(self, slot, lora_a, b_columns, scaling):
+        calls.append(slot)
+        if len(calls) == fail_at:
+            write(self, slot, lora_a * 0 + 7, b_columns * 0 - 7, scaling)
+            raise error("stopped")
+        write(self, slot, lora_a, b_columns, scaling)
+
+    monkeypatch.setattr(PageTable, "write", failing)
+
+
+def state_of(pool):
+    """Everything that a failed call must leave alone, but for what free pages hold."""
+    pages = [(copy.deepcopy(table._owned), sorted(table._free)) for table in pool._tables.values()]
+    owners = [(name, a.slot, a.users, a.pinned) for name, a in pool._adapters.items()]
+    used = [a.slot for a in pool._adapters.values() if a.slot is not None]
+    spans = [table.spans[used].tolist() for table in pool._tables.values()]
+    return pages, owners, spans, sorted(pool._free_slots)
+
+
+@pytest.mark.parametrize("names", [["a3", "a4"], ["a0", "a3", "a4", "a6"], ["a6", "a5"]], ids=str)
+def test_no_room_changes_nothing(names):
+    pool = pool_of(8, pages=12, slots=3)
+    pool.prefetch(["a0", "a1", "a2"])
+    with pool.use(["a1"]):
+        pool.pin("a2")
+        before = state_of(pool)
+        with pytest.raises(PoolFullError, match="no room for adapter"):
+            pool.prefetch(names)
+        assert state_of(pool) == before
+    for name in ("a0", "a1", "a2"):
+        assert_right(pool, [name])
+
+
+def test_update_writes_into_the_adapters_own_pages():
+    """What a CUDA graph has captured: the addresses, the slot and its pages stay."""
+    pool = pool_of(3, slots=2)
+    pool.pin("a1")
+    pool.prefetch(["a0", "a1"])
+    x, stack, before = torch.randn(4, COLS), pool.stack("q"), state_of(pool)
+    kept = {name: value.clone() for name, value in vars(stack).items() if isinstance(value, torch.Tensor)}
+    ids = torch.tensor([pool._adapters["a1"].slot, pool._adapters["a0"].slot, -1, 0])
+    fresh = {name: (a + 1, b - 1) for name, (a, b) in factors(9, rank_of(1)).items()}
+    pool.update("a1", fresh, scaling=0.5)
+    assert state_of(pool) == before and pool.resident == ["a0", "a1"]
+    y = multi_lora_linear(x, None, stack, ids)
+    lora_a, lora_b = fresh["q"]
+    torch.testing.assert_close(y[:1], 0.5 * (x[:1] @ lora_a.T) @ lora_b.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y[1:2], expected("a0", x[1:2]), rtol=1e-5, atol=1e-5)
+    assert torch.equal(stack.pages, kept["pages"]) and torch.equal(stack.spans, kept["spans"])
+    pool.pin("a1", False)
+    pool.prefetch(["a2"])
+    pool.prefetch(["a0"])  # a1 had to go; what comes back is the new one
+    assert pool.resident == ["a2", "a0"]
+    with pool.use(["a1"]) as slots:
+        again = multi_lora_linear(x[:1], None, pool.stack("q"), torch.tensor(slots))
+    assert torch.equal(again, y[:1])
+
+
+@pytest.mark.parametrize("fail_at", [1, 2])
+def test_an_update_that_fails_half_way_leaves_the_old_adapter(monkeypatch, fail_at):
+    pool = pool_of(3)
+    pool.prefetch(["a0", "a1"])
+    break_write(monkeypatch, fail_at, Cancelled)
+    with pytest.raises(Cancelled):
+        pool.update("a1", factors(50, rank_of(1)))
+    monkeypatch.undo()
+    assert pool.resident == ["a0"]
+    assert_right(pool, ["a0", "a1", "a2"])
+    with pytest.raises(ValueError, match="factors: q: expected"):
+        pool.update("a1", {"q": factors(1, 2)["k"]})
+    assert_right(pool, ["a1"])
+
+
+def test_update_waits_for_the_users_to_leave():
+    pool, entered = pool_of(2), threading.Event()
+
+    def hold():
+        with pool.use(["a0"]):
+            entered.set()
+            threading.Event().wait(0.1)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    entered.wait(10)
+    pool.update("a0", factors(1, rank_of(1)), scaling=2, timeout=10.0)
+    thread.join()
+    x = torch.randn(1, COLS)
+    with pool.use(["a0"]) as slots:
+        y = multi_lora_linear(x, None, pool.stack("q"), torch.tensor(slots))
+    torch.testing.assert_close(y, expected("a1", x), rtol=1e-5, atol=1e-5)
+
+
+def test_other_ranks_and_linears_get_other_pages():
     pool = pool_of(3)
     pool.prefetch(["a1"])
     pool.update("a1", factors(2, rank_of(2)), scaling=1 + 2)
@@ -130,24 +234,12 @@ def test_removed_adapters_free_their_pages():
         pool.prefetch(["a0"])
 
 
-class Cancelled(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("error", [Cancelled, RuntimeError])
 @pytest.mark.parametrize("fail_at", [1, 2])
 def test_an_upload_that_fails_half_way_loses_nothing(monkeypatch, error, fail_at):
     pool = pool_of(3)
     pool.prefetch(["a0"])
-    calls, write = [], PageTable.write
-
-    def failing(self, *args):
-        calls.append(args)
-        if len(calls) == fail_at:
-            raise error("stopped")
-        write(self, *args)
-
-    monkeypatch.setattr(PageTable, "write", failing)
+    break_write(monkeypatch, fail_at, error)
     with pytest.raises(error):
         pool.prefetch(["a1"])
     monkeypatch.undo()
@@ -179,6 +271,74 @@ def test_eight_threads_load_and_evict_at_once():
     assert not any(adapter.users for adapter in pool._adapters.values())
 
 
+def test_an_upload_of_several_that_fails_brings_none(monkeypatch):
+    pool = pool_of(6, slots=4)
+    pool.prefetch(["a0", "a1"])
+    before = state_of(pool)
+    break_write(monkeypatch, 4, Cancelled)  # a2 is there, a3 half
+    with pytest.raises(Cancelled):
+        pool.prefetch(["a1", "a2", "a3"])
+    monkeypatch.undo()
+    assert state_of(pool) == before
+    assert_right(pool, ["a3", "a2", "a1", "a0"])
+
+
+def test_eight_threads_with_failing_uploads_and_updates(monkeypatch):
+    """Whoever comes, goes, fails, is written over or registered anew: each row is its adapter's."""
+    pool, failures, write, draw = pool_of(24, pages=48, slots=10), [], PageTable.write, random.Random(3)
+    stopped = []
+
+    def failing(self, slot, lora_a, b_columns, scaling):
+        write(self, slot, lora_a, b_columns, scaling)
+        if draw.random() < 0.02:
+            write(self, slot, lora_a * 0 + 7, b_columns, scaling)
+            stopped.append(slot)
+            raise Cancelled
+
+    def worker(seed):
+        own, name = random.Random(seed), f"a{24 + seed}"
+        for step in range(120):
+            try:
+                act(pool, own, name, step)
+            except Cancelled:
+                pass
+            except BaseException as error:
+                failures.append(error)
+                return
+
+    monkeypatch.setattr(PageTable, "write", failing)
+    torch.set_num_threads(1)
+    threads = [threading.Thread(target=worker, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[:1]
+    monkeypatch.undo()
+    assert stopped and not any(adapter.users for adapter in pool._adapters.values())
+    for table in pool._tables.values():
+        owned = [page for pages in table._owned for page in pages]
+        assert sorted(owned + table._free) == list(range(48))
+    assert len(pool.resident) + len(pool._free_slots) == 10
+    for i in range(24):
+        assert_right(pool, [f"a{i}"])
+
+
+def act(pool, own, name, step):
+    """One step of a thread: serve two, or write over, forget and register ``name``, or an adapter of all."""
+    i = own.randrange(24)
+    match step % 4:
+        case 0:  # with its own values, so that what a stopped write leaves behind shows
+            pool.update(f"a{i}", factors(i, rank_of(i)), scaling=1 + i % 3, timeout=30.0)
+        case 1 if name not in pool:
+            pool.register(name, factors(int(name[1:]), rank_of(int(name[1:]))), 1 + int(name[1:]) % 3)
+            assert_right(pool, [name, f"a{i}"], "k", timeout=30.0)
+        case 1:
+            pool.remove(name)
+        case _:
+            assert_right(pool, [f"a{own.randrange(24)}", BASE, f"a{i}"], timeout=30.0)
+
+
 def test_waiting_for_room_ends_when_someone_leaves():
     pool, entered, leave = pool_of(2, slots=1), threading.Event(), threading.Event()
 
@@ -204,6 +364,8 @@ def test_waiting_for_room_ends_when_someone_leaves():
         ("new", {"v": factors(1, 2)["q"]}, "factors: expected linears of q, k, got 'v'"),
         ("new", {"q": factors(1, 2)["k"]}, r"factors: q: expected A \[r, 12\] and B \[10, r\]"),
         ("new", factors(1, 9), "factors: q: expected a rank of 1 to 8, got 9"),
+        ("new", {"q": (torch.ones(12), torch.ones(10, 1))}, "q: expected A to be a floating"),
+        ("new", {"q": (torch.ones(1, 12), torch.ones(10, 1).int())}, "q: expected B to be a floating"),
     ],
 )
 def test_bad_adapters_change_nothing(name, given, match):
