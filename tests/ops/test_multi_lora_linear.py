@@ -204,7 +204,7 @@ def test_a_rows_delta_does_not_depend_on_its_company(backend, dtype, device):
     """Bitwise. The reference runs each adapter's rows through the vendor's GEMM, which promises nothing."""
     if backend == "reference":
         pytest.skip("eager PyTorch is not invariant")
-    batches = 100 if backend == "cpp" else 6
+    batches = 100 if backend == "cpp" else 4
     batch = Batch(torch.zeros(1, dtype=torch.long), base=False, cols=600)
     tensors = batch.tensors(dtype, dtype, device)
     stack = stack_adapters(tensors["a"], tensors["b"], tensors["scalings"])
@@ -215,6 +215,26 @@ def test_a_rows_delta_does_not_depend_on_its_company(backend, dtype, device):
         for _ in range(batches):
             some = torch.randperm(64, device=device)[: int(torch.randint(1, 40, ()))]
             assert torch.equal(multi_lora_linear(x[some], None, stack, ids[some]), whole[some])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hundred_batches_give_a_row_the_same_delta(backend, device):
+    """Bitwise, on small shapes; the reference's promise is that of ``batch_invariant``."""
+    make = torch.Generator().manual_seed(7)
+    ranks, cols, out, rows = (3, 0, 8, 1, 5), 48, 32, 12
+    factors = [[torch.randn(r, cols, generator=make).to(device) for r in ranks]]
+    factors += [[torch.randn(out, r, generator=make).to(device) for r in ranks]]
+    stack = stack_adapters(*factors, [1.0, 2.0, 0.5, 3.0, 0.25])
+    x = torch.randn(rows, cols, generator=make).to(device)
+    ids = torch.randint(-1, len(ranks), (rows,), generator=make).to(device)
+    options = {"batch_invariant": backend == "reference"}
+    with use_backend(backend), torch.no_grad():
+        whole = multi_lora_linear(x, None, stack, ids, **options)
+        for _ in range(100):
+            count = int(torch.randint(1, 8, (), generator=make))
+            some = torch.randperm(rows, generator=make)[:count].to(device)
+            assert torch.equal(multi_lora_linear(x[some], None, stack, ids[some], **options), whole[some])
+    assert whole[ids >= 0].any() and not whole[ids < 0].any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
