@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from .apply import apply_lora, lora_layers, set_adapter
 from .linear import LoRALinear
 
 BASE = "__base__"
+_CHECKPOINT = "_gradient_checkpointing_func"  # where the modules of Transformers keep theirs
+_Change = tuple[nn.Module, str, Any]  # (module, attribute, value)
 
 
 def train_adapters(model: nn.Module, configs: Mapping[str, LoRAConfig]) -> dict[str, list[nn.Parameter]]:
@@ -49,8 +52,10 @@ def mixed_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[N
     """Inside the ``with`` block, sample i of every batch uses ``adapter_names[i]``, and no other adapter.
 
     For training: the gradient of each adapter is what its samples give, as if it were alone; one that no
-    sample uses gets zeros. The backward pass may come after the block. Each adapter has its own dropout,
-    rank and scale. One batch at a time: the block changes the layers for every thread.
+    sample uses gets zeros. The backward pass may come after the block, also where a Transformers model
+    checkpoints its activations; where you call :func:`torch.utils.checkpoint.checkpoint` yourself, it belongs
+    into the block, since it computes the layers again. Each adapter has its own dropout, rank and scale. One
+    batch at a time: the block changes the layers for every thread.
 
     Args:
         model: one whose adapters :func:`apply_lora` or :func:`train_adapters` put there.
@@ -72,18 +77,47 @@ def mixed_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[N
         if not isinstance(layer, LoRALinear):
             raise ValueError(f"model: {place}: expected a LoRALinear, got {type(layer).__name__}")
     plans: dict[tuple[object, ...], BatchPlan] = {}
+    changes: list[_Change] = [
+        (layer, "forward", partial(_forward, layer, names, plans)) for layer in layers.values()
+    ]
+    checkpoints: list[_Change] = [
+        (module, _CHECKPOINT, partial(_checkpointed, changes, vars(module)[_CHECKPOINT]))
+        for module in model.modules()
+        if _CHECKPOINT in vars(module)
+    ]
+    with _changed(changes), _changed(checkpoints):
+        yield
+
+
+@contextlib.contextmanager
+def _changed(changes: list[_Change]) -> Iterator[None]:
+    """Inside the ``with`` block the modules have these attributes of their own."""
+    before = [(module, name, vars(module).get(name)) for module, name, _ in changes]
     try:
-        for layer in layers.values():
-            layer.__dict__["forward"] = partial(_forward, layer, names, plans)
+        for module, name, value in changes:
+            module.__dict__[name] = value
         yield
     finally:
-        for layer in layers.values():
-            layer.__dict__.pop("forward", None)
+        for module, name, former in before:
+            if former is None:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = former
 
 
-def _forward(
-    layer: LoRALinear, names: list[str], plans: dict[tuple[object, ...], BatchPlan], x: Tensor
-) -> Tensor:
+def _checkpointed(
+    changes: list[_Change], checkpoint: Callable, function: Callable, *args: Any, **kwargs: Any
+) -> Any:
+    """``checkpoint(function, …)`` whose second run, in the backward pass, has the batch of the first."""
+    return checkpoint(partial(_run_changed, changes, function), *args, **kwargs)
+
+
+def _run_changed(changes: list[_Change], function: Callable, *args: Any, **kwargs: Any) -> Any:
+    with _changed(changes):
+        return function(*args, **kwargs)
+
+
+def _forward(layer: Any, names: list[str], plans: dict[tuple[object, ...], BatchPlan], x: Tensor) -> Tensor:
     """The layer on a batch whose samples use ``names``; layers alike in adapters and rows share a plan."""
     if x.shape[0] != len(names):
         raise ValueError(f"adapter_names: expected one for each of {x.shape[0]} samples, got {len(names)}")
@@ -97,7 +131,7 @@ def _forward(
     lora_as, lora_bs, scalings = zip(*(_factors(layer.adapters[name]) for name in present), strict=True)
     stack = stack_adapters(lora_as, lora_bs, scalings)
     ps = [layer.adapters[name].lora_dropout for name in present]
-    options = {"dropout_ps": ps if any(ps) else None, "training": layer.training}
+    options: dict[str, Any] = {"dropout_ps": ps if any(ps) else None, "training": layer.training}
     return multi_lora_linear(x, layer.weight, stack, ids, bias=layer.bias, plan=plans[key], **options)
 
 
