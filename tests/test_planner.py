@@ -134,7 +134,7 @@ def test_an_unknown_card_works_at_once(card):
 @pytest.mark.parametrize("card", CARDS)
 def test_what_ships_is_what_the_byte_counts_predict(card):
     pytest.importorskip("triton")
-    from lora_kernels.kernels import tuning
+    from lora_kernels import tuning
 
     data = json.loads((planner.SHIPPED / f"{card}.json").read_text())
     assert data["kind"] == "predicted" and "nothing measured" in data["made"]

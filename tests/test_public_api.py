@@ -23,7 +23,7 @@ LAYERS = (
     ("ops",),
     ("adapters", "init"),
     ("nn", "optim", "serving", "testing"),
-    ("integrations",),
+    ("integrations", "tuning"),
     ("demo",),
     ("cli",),
 )

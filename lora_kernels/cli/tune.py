@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 def tune(args: argparse.Namespace, device: Any, card: str, timer: Any) -> int:
     """The command on one device with one timer; the tests inject both."""
-    from ..kernels import tuning
+    from .. import tuning
 
     try:
         wanted = problems(args, card)
@@ -118,7 +118,7 @@ def tune(args: argparse.Namespace, device: Any, card: str, timer: Any) -> int:
 
 def _predict(args: argparse.Namespace) -> int:
     """The tables that ship: made here, until someone measures better ones."""
-    from ..kernels import tuning
+    from .. import tuning
 
     if not args.output:
         print("tune: --predict wants an --output, so that no table of measurements is written over")

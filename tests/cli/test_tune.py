@@ -9,9 +9,8 @@ pytest.importorskip("triton")
 
 import argparse
 
-from lora_kernels import planner
+from lora_kernels import planner, tuning
 from lora_kernels.cli import main, tune
-from lora_kernels.kernels import tuning
 from lora_kernels.planner import Plan, Problem
 
 SHAPES = ("--shape", "24x40x32", "--rank", "4", "--dtype", "fp32", "--dropout", "0.1")

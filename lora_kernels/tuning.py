@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import planner
-from ..planner import Entry, Plan, Problem, Table
-from ..reference import dropout as reference_dropout
-from ..reference import lora_linear as reference
-from ..testing.assertions import assert_close
-from ..testing.timers import Sampler, Timer, interleave
-from . import traffic
+from . import planner
+from .kernels import traffic
+from .planner import Entry, Plan, Problem, Table
+from .reference import dropout as reference_dropout
+from .reference import lora_linear as reference
+from .testing.assertions import assert_close
+from .testing.timers import Sampler, Timer, interleave
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DROPOUT_P = 0.1
@@ -66,7 +66,7 @@ class Work:
     """One plan on one problem: what a timer calls."""
 
     def __init__(self, plan: Plan, args: tuple[Any, ...], op: str) -> None:
-        module = importlib.import_module(f".{plan.strategy}", __package__)
+        module = importlib.import_module(f".kernels.{plan.strategy}", __package__)
         self.plan, self._args = plan, args
         self._run = module.backward if op.endswith("backward") else module.forward
 
