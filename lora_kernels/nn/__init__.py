@@ -22,6 +22,7 @@ from .embedding import LoRAEmbedding
 from .groups import group_layers, layer_groups, ungroup_layers
 from .linear import LoRALinear
 from .mixed import mixed_adapters, train_adapters
+from .mixture import LoRAMixtureLinear
 
 __all__ = [
     "LoRAConfig",
@@ -30,6 +31,7 @@ __all__ = [
     "LoRAConv3d",
     "LoRAEmbedding",
     "LoRALinear",
+    "LoRAMixtureLinear",
     "apply_lora",
     "count_parameters",
     "disable_adapters",

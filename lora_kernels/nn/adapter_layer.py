@@ -14,6 +14,18 @@ from ..adapters import Adapter, LoRAConfig, make
 _HALF = (torch.float16, torch.bfloat16)
 
 
+def shared_state(base: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
+    """The state of a layer on the very parameters of ``base``, which must be a plain ``kind``."""
+    if type(base) is not kind or "forward" in vars(base):
+        what = "one whose forward was replaced" if type(base) is kind else type(base).__name__
+        noun = kind.__name__.lower()
+        raise TypeError(f"{noun}: expected an nn.{kind.__name__}, got {what}")
+    state = dict(vars(base))
+    for name in ("_parameters", "_buffers", "_modules"):
+        state[name] = dict(state[name])
+    return state
+
+
 class _Adapters(nn.ModuleDict):
     """Adapters by name."""
 
@@ -39,16 +51,8 @@ class AdapterLayer(nn.Module):
     @classmethod
     def _share(cls, base: nn.Module) -> Self:
         """A layer without adapters on the very parameters of ``base``."""
-        kind = cls.base_type
-        if type(base) is not kind or "forward" in vars(base):
-            what = "one whose forward was replaced" if type(base) is kind else type(base).__name__
-            noun = kind.__name__.lower()
-            raise TypeError(f"{noun}: expected an nn.{kind.__name__}, got {what}")
         layer = cls.__new__(cls)
-        state = dict(vars(base))
-        for name in ("_parameters", "_buffers", "_modules"):
-            state[name] = dict(state[name])
-        layer.__dict__.update(state)
+        layer.__dict__.update(shared_state(base, cls.base_type))
         layer._start()
         return layer
 

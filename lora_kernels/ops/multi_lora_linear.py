@@ -14,6 +14,7 @@ from .._ops import TABLE_WIDTH
 from . import _dispatch
 from .batch_plan import BatchPlan, plan_batch
 from .invariant_linear import invariant_linear
+from .lora_linear import _autocasts, _cast, _compute_dtype
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,8 @@ def multi_lora_linear(
 
     Shapes: x ``[..., K]``, weight ``[N, K]`` or ``None`` (the delta alone), adapter_ids ``[...]`` as x's
     rows, or x's first dimension (one a sample), or ``[..., k]`` with weights of the same shape; y
-    ``[..., N]``. Pages may have another floating dtype than x.
+    ``[..., N]``. Pages may have another floating dtype than x. Under autocast x, weight and bias are cast to
+    autocast's dtype.
 
     Args:
         x: the input.
@@ -186,6 +188,10 @@ def multi_lora_linear(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape does not fit, or (on the CPU) an id is not below the number of adapters.
     """
+    if isinstance(x, Tensor) and x.is_floating_point() and _autocasts(x):
+        # Outside the Function, so that autograd casts the gradients back.
+        dtype = _compute_dtype(x)
+        x, weight, bias = (_cast(t, dtype) for t in (x, weight, bias))
     _check(x, weight, adapters, adapter_ids, weights, bias)
     ids = _per_row(adapter_ids, x, weights is not None)
     plan = _plan_of(ids, len(adapters), plan)
