@@ -12,7 +12,8 @@ from ..adapters import LoRAConfig
 from ..serving.pool import AdapterPool
 from .checkpoint import CONFIG, WEIGHTS, read_config, read_weights
 
-_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+# The factors of a linear, or of an embedding: A [r, num_embeddings] and B [embedding_dim, r].
+_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_([AB])|([AB])\.weight)")
 
 
 def load_into_pool(pool: AdapterPool, directory: str | os.PathLike[str], name: str) -> None:
@@ -43,8 +44,8 @@ def _factors(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise ValueError(f"{WEIGHTS}: expected A and B of linears, got {key!r}")
-        halves.setdefault(match[1], {})[match[2]] = tensor
+            raise ValueError(f"{WEIGHTS}: expected A and B of linears and embeddings, got {key!r}")
+        halves.setdefault(match[1], {})[match[2] or match[3]] = tensor
     for linear, pair in halves.items():
         if len(pair) != 2 or any(t.dim() != 2 for t in pair.values()):
             raise ValueError(f"{WEIGHTS}: {linear}: expected an A and a B, got {', '.join(sorted(pair))}")

@@ -1,8 +1,9 @@
-"""Linears that serve a mixed batch from a pool, and the verbs that put them into a model."""
+"""Linears and embeddings that serve a mixed batch from a pool, and the verbs that put them into a model."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters import LoRAConfig
 from ..nn.apply import find_sites
-from ..ops.multi_lora_linear import BatchPlan, multi_lora_linear, plan_batch
+from ..ops.multi_lora_linear import AdapterStack, BatchPlan, multi_lora_linear, plan_batch
 from .pool import AdapterPool
 
 _STATE = "_multi_lora"
@@ -39,10 +40,11 @@ class MixedBatch:
             finally:
                 self._local.current = before
 
-    def plan(self, samples: int) -> tuple[Tensor, dict[int, BatchPlan]] | None:
-        """The adapter of each of ``samples`` along the first dimension, and the plans by number of rows.
+    def plan(self, samples: int, rows: int, adapters: int) -> tuple[Tensor, BatchPlan] | None:
+        """The adapter of each of ``samples`` along the first dimension, and the plan of all their ``rows``.
 
-        More samples than names are the beams, or the tokens, of one sample next to each other.
+        More samples than names are the beams, or the tokens, of one sample next to each other. ``None``
+        outside of :meth:`use`.
 
         Raises:
             ValueError: ``samples`` is no multiple of the number of names.
@@ -53,7 +55,18 @@ class MixedBatch:
         ids, plans = current
         if len(ids) == 0 or samples % len(ids):
             raise ValueError(f"adapter_names: expected one for each of {samples} samples, got {len(ids)}")
-        return ids.repeat_interleave(samples // len(ids)), plans
+        ids = ids.repeat_interleave(samples // len(ids))
+        if rows not in plans:
+            plans[rows] = plan_batch(ids.repeat_interleave(rows // max(1, samples)), adapters)
+        return ids, plans[rows]
+
+
+def _served(cls: type[Any], base: nn.Module, site: str, batch: MixedBatch) -> Any:
+    """A layer of ``cls`` on the very parameters of ``base``."""
+    layer = cls.__new__(cls)
+    layer.__dict__.update(vars(base))
+    layer.__dict__.update(site=site, batch=batch)
+    return layer
 
 
 class MultiLoRALinear(nn.Linear):
@@ -69,63 +82,131 @@ class MultiLoRALinear(nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, site: str, batch: MixedBatch) -> MultiLoRALinear:
         """A layer on the very parameters of ``linear``, served by the pool's linear ``site``."""
-        layer = cls.__new__(cls)
-        layer.__dict__.update(vars(linear))
-        layer.__dict__.update(site=site, batch=batch)
-        return layer
+        return _served(cls, linear, site, batch)
 
     def forward(self, x: Tensor) -> Tensor:
         """y for x ``[samples, ..., in]``."""
-        current = self.batch.plan(x.shape[0])
+        stack = self.batch.pool.stack(self.site)
+        current = self.batch.plan(x.shape[0], x.numel() // max(1, x.shape[-1]), len(stack))
         if current is None:
             return F.linear(x, self.weight, self.bias)
-        ids, plans = current
-        rows = x.numel() // max(1, x.shape[-1])
+        ids, plan = current
+        return multi_lora_linear(x, self.weight, stack, ids, bias=self.bias, plan=plan)
+
+
+class MultiLoRAEmbedding(nn.Embedding):
+    """y_t = E[t] + s_i A_i[:, t]ᵀ B_iᵀ for each token t, with i the adapter of t's sample
+
+    An ``nn.Embedding`` (same ``weight`` E) whose adapters live in a pool: a page is a rank row of A over the
+    vocabulary with its column of B. Outside of :func:`use_adapters` it is its base. Token numbers are
+    ``[samples, ...]``, y is ``[samples, ..., embedding_dim]`` of E's dtype.
+    """
+
+    batch: MixedBatch
+    site: str
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, site: str, batch: MixedBatch) -> MultiLoRAEmbedding:
+        """A layer on the very weight of ``embedding``, served by the pool's ``site``.
+
+        Raises:
+            ValueError: it has a ``max_norm``, which would shorten columns of every A in the pool.
+        """
+        if embedding.max_norm is not None:
+            raise ValueError(f"pool: {site}: expected an nn.Embedding without max_norm, got {embedding}")
+        return _served(cls, embedding, site, batch)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """y for token numbers ``[samples, ...]``."""
+        y = super().forward(input)
         stack = self.batch.pool.stack(self.site)
-        if rows not in plans:
-            plans[rows] = plan_batch(ids.repeat_interleave(rows // max(1, len(ids))), len(stack))
-        return multi_lora_linear(x, self.weight, stack, ids, bias=self.bias, plan=plans[rows])
+        samples = input.shape[0] if input.dim() else 1
+        current = self.batch.plan(samples, input.numel(), len(stack))
+        if current is None:
+            return y
+        ids, plan = current
+        h = look_up(stack, plan.ids, input.reshape(-1)).to(y.dtype)
+        h = h.view(samples, -1, stack.max_rank) if samples else h[:, None]
+        return y + multi_lora_linear(h, None, expansion(stack, ids), ids, plan=plan).view(y.shape)
+
+
+def look_up(stack: AdapterStack, ids: Tensor, tokens: Tensor) -> Tensor:
+    """h_m = A_i[:, t_m] with i = ids_m: ``[M, max_rank]``, zero beyond the rank and for no adapter."""
+    there, pages = _pages_of(stack, ids)
+    return torch.where(there, stack.a_pages[pages, tokens[:, None]], 0)
+
+
+def expansion(stack: AdapterStack, ids: Tensor) -> AdapterStack:
+    """The stack with which :func:`multi_lora_linear` takes h of :func:`look_up` to s h Bᵀ, for these ``ids``.
+
+    In place of A, the page of an adapter's rank j has the j-th unit row. Slots that are not in the batch may
+    list pages that have other owners by now, so that theirs are left out.
+    """
+    there, pages = _pages_of(stack, ids)
+    count = stack.a_pages.shape[0]
+    rows = torch.where(there, pages, count)  # one more row, for what is not there
+    units = stack.a_pages.new_zeros(count + 1, stack.max_rank)
+    eye = torch.eye(stack.max_rank, dtype=units.dtype, device=units.device)
+    units[rows] = eye.expand(len(ids), -1, -1)
+    return dataclasses.replace(stack, a_pages=units[:count])
+
+
+def _pages_of(stack: AdapterStack, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of ``max_rank`` ranks each id's adapter has, and their pages; both ``[M, max_rank]``."""
+    known = (ids >= 0) & (ids < len(stack))
+    first, rank = stack.spans[torch.where(known, ids, 0)].long().unbind(1)
+    place = torch.arange(stack.max_rank, device=ids.device)
+    there = known[:, None] & (place < rank[:, None])
+    return there, stack.pages[torch.where(there, first[:, None] + place, 0)].long()
 
 
 def pool_linears(model: nn.Module, target_modules: list[str] | str) -> dict[str, tuple[int, int]]:
-    """Name of each targeted ``nn.Linear`` -> (in_features, out_features), as :class:`AdapterPool` takes it.
+    """Name of each targeted layer -> (in_features, out_features), as :class:`AdapterPool` takes it.
+
+    An ``nn.Embedding`` has (num_embeddings, embedding_dim).
 
     Args:
         model: any module.
         target_modules: as PEFT has it: names, an expression, or ``"all-linear"``.
 
     Raises:
-        ValueError: nothing matches, or a named target is no plain ``nn.Linear``.
+        ValueError: nothing matches, or a named target is no plain ``nn.Linear`` or ``nn.Embedding``.
     """
-    sites = find_sites(model, LoRAConfig(target_modules=target_modules), (nn.Linear,))
-    linears: dict[str, Any] = {site.name: site.linear for site in sites}
-    return {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
+    sites = find_sites(model, LoRAConfig(target_modules=target_modules), (nn.Linear, nn.Embedding))
+    return {site.name: _sizes(site.linear) for site in sites}
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    assert isinstance(layer, nn.Linear)
+    return layer.in_features, layer.out_features
 
 
 def apply_multi_lora(model: nn.Module, pool: AdapterPool) -> nn.Module:
-    """Makes the linears of ``pool`` serve mixed batches, in place; :func:`remove_multi_lora` undoes it.
+    """Makes the linears and embeddings of ``pool`` serve mixed batches, in place.
+
+    :func:`remove_multi_lora` undoes it.
 
     From then on ``model(..., adapter_names=[...])`` and ``model.generate(..., adapter_names=[...])`` take one
     name a sample, ``"__base__"`` for none, as PEFT's mixed batches do; beams share their sample's.
 
     Args:
-        model: the model whose linears :func:`pool_linears` named.
+        model: the model whose layers :func:`pool_linears` named.
         pool: on the model's device and of its dtype.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        ValueError: a linear of the pool is missing or of another shape, or the model is served already. The
-            model is then as it was.
+        ValueError: a layer of the pool is missing or of another shape, an embedding has a ``max_norm``, or
+            the model is served already. The model is then as it was.
     """
     if _STATE in vars(model):
         raise ValueError("model: expected one without a pool, got one that is served already")
-    linears = {name: _linear(model, name, sizes) for name, sizes in pool.linears.items()}
+    bases = {name: _base(model, name, sizes) for name, sizes in pool.linears.items()}
     batch = MixedBatch(pool)
-    layers = {
-        id(linear): MultiLoRALinear.from_linear(linear, name, batch) for name, linear in linears.items()
-    }
+    layers = {id(base): _layer(base, name, batch) for name, base in bases.items()}
     places = _replace(model, layers)
     hooks = [
         model.register_forward_pre_hook(_enter, with_kwargs=True, prepend=True),
@@ -138,10 +219,10 @@ def apply_multi_lora(model: nn.Module, pool: AdapterPool) -> nn.Module:
 
 
 def remove_multi_lora(model: nn.Module) -> nn.Module:
-    """Puts the original linears back."""
+    """Puts the original layers back."""
     _, places, hooks = _state(model)
-    for parent, attribute, linear in places:
-        parent._modules[attribute] = linear
+    for parent, attribute, base in places:
+        parent._modules[attribute] = base
     for hook in hooks:
         hook.remove()
     model.__dict__.pop("generate", None)
@@ -168,21 +249,29 @@ def _state(model: nn.Module) -> tuple[Any, ...]:
     return vars(model)[_STATE]
 
 
-def _linear(model: nn.Module, name: str, sizes: tuple[int, int]) -> nn.Linear:
+def _base(model: nn.Module, name: str, sizes: tuple[int, int]) -> nn.Module:
     try:
-        linear = model.get_submodule(name)
+        base = model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"pool: the model has no linear {name!r}") from None
-    if type(linear) is not nn.Linear or (linear.in_features, linear.out_features) != tuple(sizes):
-        raise ValueError(f"pool: {name}: expected an nn.Linear of {tuple(sizes)}, got {linear}")
-    return linear
+    if type(base) not in (nn.Linear, nn.Embedding) or _sizes(base) != tuple(sizes):
+        want = f"an nn.Linear or nn.Embedding of {tuple(sizes)}"
+        raise ValueError(f"pool: {name}: expected {want}, got {base}")
+    return base
 
 
-def _replace(model: nn.Module, layers: dict[int, MultiLoRALinear]) -> list[tuple[nn.Module, str, nn.Linear]]:
+def _layer(base: nn.Module, site: str, batch: MixedBatch) -> nn.Module:
+    if isinstance(base, nn.Embedding):
+        return MultiLoRAEmbedding.from_embedding(base, site, batch)
+    assert isinstance(base, nn.Linear)
+    return MultiLoRALinear.from_linear(base, site, batch)
+
+
+def _replace(model: nn.Module, layers: dict[int, nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
     places = []
     for parent in list(model.modules()):
         for attribute, child in parent._modules.items():
-            if id(child) in layers and isinstance(child, nn.Linear):
+            if child is not None and id(child) in layers:
                 places.append((parent, attribute, child))
                 parent._modules[attribute] = layers[id(child)]
     return places

@@ -49,7 +49,8 @@ class AdapterPool:
     computes waits for its event and not for the host. An adapter in use is never evicted. Thread-safe.
 
     Args:
-        linears: name of each linear -> (in_features, out_features).
+        linears: name of each linear -> (in_features, out_features), or of an embedding -> (num_embeddings,
+            embedding_dim), whose A is ``[r, num_embeddings]`` and B ``[embedding_dim, r]``.
         pages: rank rows that fit on the device, for each linear.
         slots: how many adapters may be on the device at once.
         max_rank: the widest rank that an adapter may have; a constant of the kernels' launches.

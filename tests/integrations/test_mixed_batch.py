@@ -10,9 +10,9 @@ from lora_kernels.integrations.pool import load_into_pool
 from lora_kernels.serving.modules import apply_multi_lora, pool_linears, remove_multi_lora, use_adapters
 from lora_kernels.serving.pool import AdapterPool
 
-TARGETS = ["q_proj", "v_proj", "down_proj", "lm_head"]
+TARGETS = ["embed_tokens", "q_proj", "v_proj", "down_proj", "lm_head"]
 ADAPTERS = {
-    "one": {"r": 4, "lora_alpha": 8, "target_modules": TARGETS},
+    "one": {"r": 4, "lora_alpha": 8, "target_modules": TARGETS[1:]},
     "two": {"r": 3, "lora_alpha": 9, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
     "three": {
         "r": 8,
@@ -20,8 +20,10 @@ ADAPTERS = {
         "rank_pattern": {"q_proj": 2},
         "target_modules": ["q_proj", "lm_head"],
     },
+    "four": {"r": 5, "lora_alpha": 4, "target_modules": ["embed_tokens", "lm_head", "v_proj"]},
+    "five": {"r": 2, "lora_alpha": 3, "target_modules": ["embed_tokens"]},
 }
-NAMES = ["one", "__base__", "two", "three", "one"]
+NAMES = ["one", "__base__", "two", "three", "one", "four", "five", "four"]
 
 
 def llama():
@@ -37,7 +39,7 @@ def folders(tmp_path_factory):
     for name, options in ADAPTERS.items():
         model = get_peft_model(llama(), LoraConfig(**options))
         for key, parameter in model.named_parameters():
-            if "lora_B" in key:
+            if "lora_B" in key or "lora_embedding_" in key:
                 torch.nn.init.normal_(parameter, std=0.2)
         model.save_pretrained(root / name)
     return root
@@ -46,7 +48,7 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def served(folders):
     model = llama()
-    pool = AdapterPool(pool_linears(model, TARGETS), pages=32, slots=4, max_rank=8)
+    pool = AdapterPool(pool_linears(model, TARGETS), pages=32, slots=6, max_rank=8)
     for name in ADAPTERS:
         load_into_pool(pool, folders / name, name)
     return apply_multi_lora(model, pool)
@@ -55,14 +57,14 @@ def served(folders):
 @pytest.fixture
 def peft(folders):
     model = PeftModel.from_pretrained(llama(), folders / "one", adapter_name="one")
-    for name in ("two", "three"):
+    for name in list(ADAPTERS)[1:]:
         model.load_adapter(folders / name, name)
     return model.eval()
 
 
 @pytest.fixture
 def tokens():
-    return torch.randint(0, 61, (5, 6), generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, 61, (8, 6), generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
@@ -109,8 +111,8 @@ def test_removed_the_model_is_as_it_was(served, tokens):
 @torch.no_grad()
 def test_a_failed_call_leaves_nothing_held(served, tokens):
     with pytest.raises(ValueError, match="expected a registered adapter, got 'absent'"):
-        served(tokens, adapter_names=["absent"] * 5)
-    with pytest.raises(ValueError, match="adapter_names: expected one for each of 5 samples, got 3"):
+        served(tokens, adapter_names=["absent"] * 8)
+    with pytest.raises(ValueError, match="adapter_names: expected one for each of 8 samples, got 3"):
         served(tokens, adapter_names=["one", "two", "one"])
     pool = next(m for m in served.modules() if "Multi" in type(m).__name__).batch.pool
     assert not any(adapter.users for adapter in pool._adapters.values())
@@ -134,10 +136,10 @@ def test_truncated_checkpoints_do_not_enter(served, folders, tmp_path, file):
         (tmp_path / file).write_bytes(content[:length])
         with pytest.raises(ValueError, match=r"damaged|does not parse"):
             load_into_pool(pool, tmp_path, "broken")
-        assert len(pool) == 3 and "broken" not in pool and not pool.resident
+        assert len(pool) == 5 and "broken" not in pool and not pool.resident
     (tmp_path / file).write_bytes(content)
     load_into_pool(pool, tmp_path, "whole")
-    assert len(pool) == 4
+    assert len(pool) == 6
 
 
 def test_a_checkpoint_without_one_of_its_halves_does_not_enter(served, folders, tmp_path):
@@ -150,7 +152,7 @@ def test_a_checkpoint_without_one_of_its_halves_does_not_enter(served, folders, 
         save_file({**rest, **change}, tmp_path / "adapter_model.safetensors")
         with pytest.raises(ValueError, match=match):
             load_into_pool(pool, tmp_path, "broken")
-    assert len(pool) == 3 and "broken" not in pool
+    assert len(pool) == 5 and "broken" not in pool
 
 
 def test_a_pool_that_does_not_fit_changes_nothing():
