@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .adapters import LoRAConfig
     from .integrations.checkpoint import load_adapter, save_adapter
     from .integrations.peft import accelerate, decelerate
-    from .nn import LoRALinear, apply_lora
+    from .nn import LoRALinear, QuantizedLinear, apply_lora, quantize_base
     from .ops.batch_plan import BatchPlan, plan_batch
     from .ops.dequantize import dequantize
     from .ops.lora_linear_group import lora_linear_group
@@ -37,6 +37,7 @@ _LAZY = {
     "BatchPlan": "ops.batch_plan",
     "LoRAConfig": "adapters",
     "LoRALinear": "nn",
+    "QuantizedLinear": "nn",
     "QuantizedWeight": "quant",
     "accelerate": "integrations.peft",
     "add_multi_lora_": "ops.multi_lora_linear",
@@ -49,6 +50,7 @@ _LAZY = {
     "multi_lora_linear_slices": "ops.multi_lora_linear",
     "plan_batch": "ops.batch_plan",
     "quantize": "quant",
+    "quantize_base": "nn",
     "quantized_linear": "ops.quantized_linear",
     "save_adapter": "integrations.checkpoint",
     "slice_adapters": "ops.multi_lora_linear",
@@ -62,6 +64,7 @@ __all__ = [
     "BatchPlan",
     "LoRAConfig",
     "LoRALinear",
+    "QuantizedLinear",
     "QuantizedWeight",
     "__version__",
     "accelerate",
@@ -78,6 +81,7 @@ __all__ = [
     "multi_lora_linear_slices",
     "plan_batch",
     "quantize",
+    "quantize_base",
     "quantized_linear",
     "save_adapter",
     "slice_adapters",

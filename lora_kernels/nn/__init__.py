@@ -13,6 +13,7 @@ from .apply import (
     mark_only_lora_as_trainable,
     merge_adapters,
     print_trainable_parameters,
+    quantize_base,
     remove_lora,
     set_adapter,
     unmerge_adapters,
@@ -23,6 +24,7 @@ from .groups import group_layers, layer_groups, ungroup_layers
 from .linear import LoRALinear
 from .mixed import mixed_adapters, train_adapters
 from .mixture import LoRAMixtureLinear
+from .quantized import QuantizedLinear, QuantizedLoRALinear
 
 __all__ = [
     "LoRAConfig",
@@ -32,6 +34,8 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "LoRAMixtureLinear",
+    "QuantizedLinear",
+    "QuantizedLoRALinear",
     "apply_lora",
     "count_parameters",
     "disable_adapters",
@@ -44,6 +48,7 @@ __all__ = [
     "merge_adapters",
     "mixed_adapters",
     "print_trainable_parameters",
+    "quantize_base",
     "remove_lora",
     "set_adapter",
     "train_adapters",

@@ -50,7 +50,10 @@ class AdapterLayer(nn.Module):
 
     @classmethod
     def _share(cls, base: nn.Module) -> Self:
-        """A layer without adapters on the very parameters of ``base``."""
+        """A layer without adapters on the very parameters of ``base``; of the subclass that is for it."""
+        for special in cls.__subclasses__():
+            if type(base) is special.base_type is not cls.base_type:
+                return special._share(base)
         layer = cls.__new__(cls)
         layer.__dict__.update(shared_state(base, cls.base_type))
         layer._start()
@@ -74,7 +77,7 @@ class AdapterLayer(nn.Module):
         self._single: str | None = None
         self.register_buffer("_unmerged", None, persistent=False)
         for parameter in (self.weight, getattr(self, "bias", None)):
-            if parameter is not None:
+            if isinstance(parameter, Tensor):
                 parameter.requires_grad_(False)
 
     def reset_parameters(self) -> None:

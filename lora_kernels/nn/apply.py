@@ -1,4 +1,4 @@
-"""Verbs on whole models: apply, choose, merge, count, remove."""
+"""Verbs on whole models: quantise, apply, choose, merge, count, remove."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,15 +14,18 @@ from ..adapters import Adapter, LoRAConfig
 from .adapter_layer import AdapterLayer, _check_name
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .embedding import LoRAEmbedding
-from .groups import group_layers, ungroup_layers
+from .groups import group_layers, layer_groups, ungroup_layers
 from .linear import LoRALinear
+from .quantized import QuantizedLinear, QuantizedLoRALinear
 
 ALL_LINEAR = "all-linear"
 _CONFIGS = "_lora_configs"
 # The drop-in layer of each base layer.
 LAYERS: dict[type[nn.Module], type[AdapterLayer]] = {
-    cls.base_type: cls for cls in (LoRALinear, LoRAEmbedding, LoRAConv1d, LoRAConv2d, LoRAConv3d)
+    cls.base_type: cls
+    for cls in (LoRALinear, QuantizedLoRALinear, LoRAEmbedding, LoRAConv1d, LoRAConv2d, LoRAConv3d)
 }
+LINEARS = (nn.Linear, QuantizedLinear)
 
 
 class Site(NamedTuple):
@@ -37,7 +40,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig, adapter_name: str = "defaul
     """Replaces the targeted layers of ``model`` in place by ones with adapters and freezes the rest.
 
     A target is an ``nn.Linear``, ``nn.Embedding`` or ``nn.Conv1d``, ``2d`` or ``3d``; it becomes a
-    :class:`LoRALinear`, :class:`LoRAEmbedding`, … on the same parameters. A layer that is shared by several
+    :class:`LoRALinear`, :class:`LoRAEmbedding`, … on the same parameters; so does a
+    :class:`QuantizedLinear`. A layer that is shared by several
     parents is replaced once, in all of them. A second call with another ``adapter_name`` adds an adapter to
     the layers, inactive until :func:`set_adapter`. Linears that a forward calls on one x (query, key and
     value; gate and up) are computed together; :func:`layer_groups` lists them.
@@ -111,7 +115,7 @@ def _prepare(site: Site, config: LoRAConfig, adapter_name: str) -> tuple[Adapter
     return layer, layer.make_adapter(config.for_module(site.name))
 
 
-def _install(site: Site, layer: AdapterLayer) -> None:
+def _install(site: Site, layer: nn.Module) -> None:
     for parent, attribute in site.places:
         parent._modules[attribute] = layer
         if isinstance(parent, nn.TransformerEncoderLayer) and not layer._forward_pre_hooks:
@@ -142,17 +146,18 @@ def find_sites(
         raise ValueError(f"target_modules: expected names, an expression or {ALL_LINEAR!r}, got None")
     everything = _is_all_linear(config)
     skipped = _output_head(model) if everything else None
+    linears = tuple(kind for kind in kinds if kind in LINEARS)
     sites: dict[int, Site] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if not name or module is skipped or _inside_adapters(name) or not _targets(config, name):
             continue
-        if _adaptable(module, (nn.Linear,) if everything else kinds):
+        if _adaptable(module, linears if everything else kinds):
             site = sites.setdefault(id(module), Site(name, module, []))
             parent, _, attribute = name.rpartition(".")
             site.places.append((model.get_submodule(parent), attribute))
         elif isinstance(config.target_modules, list):
             kind = type(module).__name__
-            want = " or ".join(f"nn.{one.__name__}" for one in kinds)
+            want = " or ".join(f"nn.{one.__name__}" for one in kinds if one is not QuantizedLinear)
             raise ValueError(f"target_modules: {name!r} is of type {kind}, not a plain {want}")
     if not sites:
         raise ValueError(_no_match(model, config))
@@ -195,7 +200,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 def _no_match(model: nn.Module, config: LoRAConfig) -> str:
-    names = [name for name, module in model.named_modules() if name and isinstance(module, nn.Linear)]
+    names = [name for name, module in model.named_modules() if name and isinstance(module, LINEARS)]
     shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "none"
     return f"target_modules: {config.target_modules!r} matches no nn.Linear of the model; it has {shown}"
 
@@ -355,7 +360,61 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> nn.Module:
             if isinstance(child, AdapterLayer):
                 if id(child) not in plain:
                     plain[id(child)] = child.to_base(merge=merge)
-                    _drop_hook(plain[id(child)])
+                    if not isinstance(plain[id(child)], QuantizedLinear):  # it keeps off the fast path too
+                        _drop_hook(plain[id(child)])
                 parent._modules[attribute] = plain[id(child)]
     model.__dict__.pop(_CONFIGS, None)
     return model
+
+
+def quantize_base(
+    model: nn.Module,
+    format: str = "nf4",
+    target_modules: list[str] | str = "all-linear",
+    exclude_modules: list[str] | str | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Replaces the base weights of the targeted linears of ``model`` in place by quantised ones.
+
+    An ``nn.Linear`` becomes a :class:`QuantizedLinear`, a :class:`LoRALinear` keeps its adapters as a
+    :class:`QuantizedLoRALinear`; what is quantised already stays as it is. Follow with :func:`apply_lora`
+    for QLoRA (arXiv 2305.14314). A weight that something else shares stays dense there.
+
+    Args:
+        model: any module that contains linears.
+        format: ``nf4``, ``int8`` or ``fp8``.
+        target_modules: as in :class:`LoRAConfig`; ``all-linear`` leaves the output head out.
+        exclude_modules: as in :class:`LoRAConfig`.
+        options: of :func:`lora_kernels.quantize`.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: nothing matches, or a match cannot be quantised (merged, DoRA). The model is then as it
+            was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    config = LoRAConfig(target_modules=target_modules, exclude_modules=exclude_modules)
+    sites = find_sites(model, config, LINEARS)
+    done = (QuantizedLinear, QuantizedLoRALinear)
+    made = [
+        (site, _quantized_layer(site, format, options)) for site in sites if not isinstance(site.linear, done)
+    ]
+    for site, layer in made:
+        _install(site, layer)
+    if layer_groups(model):  # of dense layers, some of which are no longer there
+        group_layers(model)
+    return model
+
+
+def _quantized_layer(site: Site, format: str, options: dict[str, Any]) -> nn.Module:
+    linear = site.linear
+    try:
+        if isinstance(linear, LoRALinear):
+            return QuantizedLoRALinear.from_dense(linear, format, **options)
+        return QuantizedLinear.from_linear(linear, format, **options)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"{site.name}: {error}") from None

@@ -37,7 +37,7 @@ class Member(NamedTuple):
 
 def _groupable(layer: Any) -> bool:
     """A layer says what it computes for x in ``group_member(x)``: ``None`` if not one plain fused linear."""
-    return hasattr(type(layer), "group_member")
+    return callable(getattr(type(layer), "group_member", None))
 
 
 class _Pending(NamedTuple):

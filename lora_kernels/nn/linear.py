@@ -81,13 +81,14 @@ class LoRALinear(AdapterLayer, nn.Linear):
         """A LoRALinear on the very parameters of ``linear``, which become frozen.
 
         Args:
-            linear: an ``nn.Linear``. Its weight and bias are shared, not copied; hooks come along.
+            linear: an ``nn.Linear``, or a :class:`QuantizedLinear`, of which comes a
+                :class:`QuantizedLoRALinear`. Its weight and bias are shared, not copied; hooks come along.
             config: what the adapter is; or its fields as keywords.
             adapter_name: the adapter's name.
             options: fields of :class:`LoRAConfig`, where no config is given.
 
         Raises:
-            TypeError: ``linear`` is not a plain ``nn.Linear``, or both a config and options were given.
+            TypeError: ``linear`` is neither of the two, or both a config and options were given.
         """
         return cls._wrap(linear, config, adapter_name, options)
 
@@ -129,9 +130,9 @@ class LoRALinear(AdapterLayer, nn.Linear):
     def _forward_general(self, x: Tensor) -> Tensor:
         """The cases that need more, or less, than one fused call on one adapter."""
         if not self.enabled:
-            return F.linear(x, self.base_weight, self.bias)
+            return self._base(x, self.base_weight)
         if self.merged or not self.active:
-            return F.linear(x, self.weight, self.bias)
+            return self._base(x, self.weight)
         active = [self.adapters[name] for name in self.active]
         if any(adapter.lower().magnitude is not None for adapter in active):
             return self._forward_scaled(x, active)
@@ -143,6 +144,9 @@ class LoRALinear(AdapterLayer, nn.Linear):
         for adapter in others:
             y = y + self._call(x, adapter, None, None)
         return y
+
+    def _base(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
 
     def _call(self, x: Tensor, adapter: Adapter, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         lora_a, lora_b, scaling, gate, _ = adapter.lower()

@@ -132,7 +132,9 @@ def _forward(layer: Any, names: list[str], plans: dict[tuple[object, ...], Batch
     stack = stack_adapters(lora_as, lora_bs, scalings)
     ps = [layer.adapters[name].lora_dropout for name in present]
     options: dict[str, Any] = {"dropout_ps": ps if any(ps) else None, "training": layer.training}
-    return multi_lora_linear(x, layer.weight, stack, ids, bias=layer.bias, plan=plans[key], **options)
+    if isinstance(layer.weight, Tensor):
+        return multi_lora_linear(x, layer.weight, stack, ids, bias=layer.bias, plan=plans[key], **options)
+    return layer._base(x, layer.weight) + multi_lora_linear(x, None, stack, ids, plan=plans[key], **options)
 
 
 def _factors(adapter: Adapter) -> tuple[Tensor, Tensor, float]:

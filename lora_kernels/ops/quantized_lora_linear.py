@@ -27,6 +27,8 @@ def fused_quantized(
     seed: Tensor | None,
 ) -> Tensor:
     """``lora_linear.fused`` where the weight is quantised."""
+    if bias is not None and bias.dtype != x.dtype:  # codes have no dtype, so that x may have any
+        bias = bias.to(x.dtype)
     rest = (lora_a, lora_b, bias, gate, x_lora, scaling, dropout_p)
     if seed is None and _dispatch.functorch_active():
         return _transformable(x, dequantize(weight, x.dtype), *rest)
