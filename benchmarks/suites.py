@@ -52,6 +52,7 @@ MODULES = (
     "bench_llama_layer",
     "bench_beta_passes",
     "bench_multi_lora_linear",
+    "bench_quantized_linear",
 )
 DEFAULT, TRAINING, SERVING = "default", "training", "serving"
 
