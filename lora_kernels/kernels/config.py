@@ -126,9 +126,11 @@ def page_tile(cols: int, rank: int, itemsize: int, masked: bool = False) -> Page
     splits = max(1, min(16, steps // 4))
     each = -(-steps // splits) * block_c
     block_r = min(32, padded_rank(rank))
-    # With the keep bits to unpack, four warps run out of registers.
-    warps, splits = 8 if masked else 4, -(-cols // each) if cols else 1
-    return PageTile(16, block_c, block_r, warps, splits=splits, cols_per_split=max(1, each))
+    # With the keep bits to unpack, or with 4-byte elements, four warps run out of registers.
+    warps = 8 if masked or itemsize == 4 else 4
+    splits = -(-cols // each) if cols else 1
+    stages = 2 if masked and itemsize == 2 else 3
+    return PageTile(16, block_c, block_r, warps, stages, splits=splits, cols_per_split=max(1, each))
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def single_tile(rows: int, rank: int, itemsize: int) -> GemmTile:
 
 def invariant_tile(itemsize: int) -> Tile:
     """For ``invariant_linear``: one shape for every batch. ``block_r`` are columns of y."""
-    return Tile(16, _narrow(128, itemsize), 64)
+    return Tile(16, _narrow(128, itemsize), 64, num_warps=8 if itemsize == 4 else 4)
 
 
 def group_forward_tile(rows: int, members: int, rank: int, itemsize: int, dropout: bool) -> Tile:
