@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .ops.batch_plan import BatchPlan, plan_batch
     from .ops.dequantize import dequantize
     from .ops.lora_linear_group import lora_linear_group
+    from .ops.lora_mlp import LoRAProjection, lora_mlp
     from .ops.multi_lora_linear import (
         AdapterSlices,
         AdapterStack,
@@ -39,6 +40,7 @@ _LAZY = {
     "LoRALinear": "nn",
     "QuantizedLinear": "nn",
     "QuantizedWeight": "quant",
+    "LoRAProjection": "ops.lora_mlp",
     "accelerate": "integrations.peft",
     "add_multi_lora_": "ops.multi_lora_linear",
     "apply_lora": "nn",
@@ -46,6 +48,7 @@ _LAZY = {
     "dequantize": "ops.dequantize",
     "load_adapter": "integrations.checkpoint",
     "lora_linear_group": "ops.lora_linear_group",
+    "lora_mlp": "ops.lora_mlp",
     "multi_lora_linear": "ops.multi_lora_linear",
     "multi_lora_linear_slices": "ops.multi_lora_linear",
     "plan_batch": "ops.batch_plan",
@@ -64,6 +67,7 @@ __all__ = [
     "BatchPlan",
     "LoRAConfig",
     "LoRALinear",
+    "LoRAProjection",
     "QuantizedLinear",
     "QuantizedWeight",
     "__version__",
@@ -77,6 +81,7 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "lora_linear_group",
+    "lora_mlp",
     "multi_lora_linear",
     "multi_lora_linear_slices",
     "plan_batch",

@@ -25,6 +25,9 @@ TABLE_WIDTH = 9
 # The gradients that `lora_linear_backward` can return; its `needs` has one flag for each.
 GRADS = ("x", "lora_a", "lora_b", "gate", "x_lora")
 
+# GELU by the error function, and by tanh.
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
 SCHEMAS = {
     # One int64 drawn from torch's generator of the device of `like`.
     "dropout_seed": "(Tensor like) -> Tensor",
@@ -104,6 +107,11 @@ SCHEMAS = {
         " Tensor? bias, Tensor? gate, Tensor? x_lora, Tensor? seed, str format, SymInt block,"
         " float scaling, float dropout_p) -> (Tensor y, Tensor h, Tensor mask)"
     ),
+    # act(gate) ⊙ up, all [M,N] of one dtype; `activation` is one of ACTIVATIONS.
+    "glu": "(Tensor gate, Tensor up, str activation) -> Tensor",
+    "glu_backward": (
+        "(Tensor dproduct, Tensor gate, Tensor up, str activation) -> (Tensor dgate, Tensor dup)"
+    ),
 }
 # Ops that write into their arguments; csrc/ implements them too.
 IN_PLACE = {
@@ -157,6 +165,8 @@ CPP_OPS = (
     "quantized_linear",
     "quantized_lora_linear",
 )
+# Elementwise ops that PyTorch's own vectorised kernels do as well on a CPU.
+LEFT_TO_TORCH = ("glu", "glu_backward")
 # Ops that csrc/cuda implements, under the name `cuda_<op>`.
 CUDA_OPS = ("multi_lora_linear",)
 # With the base product in the same launch: what an eager call on a card runs for a few rows.
@@ -352,6 +362,14 @@ def _fake_lora_linear_group_backward(
     ]
 
 
+def _fake_glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+def _fake_glu_backward(dproduct: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
 def _fake_invariant_linear(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
@@ -436,6 +454,8 @@ _FAKES: dict[str, Callable[..., object]] = {
     "dequantize": _fake_dequantize,
     "quantized_linear": _fake_quantized_linear,
     "quantized_lora_linear": _fake_quantized_lora_linear,
+    "glu": _fake_glu,
+    "glu_backward": _fake_glu_backward,
 }
 
 for _op, _schema in SCHEMAS.items():

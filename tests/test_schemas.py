@@ -53,6 +53,11 @@ def backward_args(case, needs):
     return (*tensors, *rest, needs)
 
 
+def glu_args(activation, dtype=torch.float32, rows=5):
+    """A gate whose rows lie apart, and an up that is transposed."""
+    return torch.randn(rows, 9)[:, :7].to(dtype), torch.randn(7, rows).to(dtype).T, activation
+
+
 def multi_args(k=1, masked=False):
     stack = stack_adapters(
         [torch.randn(r, 19) for r in (3, 0, 2)], [torch.randn(11, r) for r in (3, 0, 2)], [1.0, 2.0, 0.5]
@@ -187,6 +192,11 @@ SAMPLES = {
         "plain": quantized_lora_args(LoraCase()),
         "dropout": quantized_lora_args(LoraCase(dropout_p=0.25, bias=True), format="int8"),
         "empty": quantized_lora_args(LoraCase(lead=(0,))),
+    },
+    "glu": {name: glu_args(name) for name in _ops.ACTIVATIONS} | {"empty": glu_args("silu", rows=0)},
+    "glu_backward": {
+        **{name: (torch.randn(5, 7), *glu_args(name)) for name in _ops.ACTIVATIONS},
+        "half": (torch.randn(7, 5).bfloat16().T, *glu_args("silu", torch.bfloat16)),
     },
     "row_dropout_mask": {"odd": (seed(), torch.tensor([0.1, 0.5, 0.9]), 13)},
     "multi_lora_linear": {"one": multi_args(), "two": multi_args(2), "masked": multi_args(2, True)},

@@ -15,12 +15,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .. import _ops
 from . import (
     batch_plan,
     beta,
     dequantize,
     dora_linear,
     dropout,
+    glu,
     invariant_linear,
     kext,
     lora_linear_group,
@@ -193,6 +195,16 @@ def _elementwise_specs(dtype: str) -> Iterator[Spec]:
         ("add_kept", dora_linear.add_kept_kernel, block),
     ):
         yield Spec(kernel, "", dtype, 0, fn, constants, None, _dora_types(dtype))
+    yield from _glu_specs(dtype)
+
+
+def _glu_specs(dtype: str) -> Iterator[Spec]:
+    names = ("dy_ptr", "gate_ptr", "up_ptr", "out_ptr", "dgate_ptr", "dup_ptr")
+    types = dict.fromkeys(names, f"*{dtype}")
+    for activation in _ops.ACTIVATIONS:
+        constants = {"ACTIVATION": activation, "BLOCK": glu._BLOCK}
+        for kernel, fn in (("glu", glu.glu_kernel), ("glu_backward", glu.glu_backward_kernel)):
+            yield Spec(kernel, activation, dtype, 0, fn, constants, None, types)
 
 
 def _strategy_specs(dtype: str, rank: int) -> Iterator[Spec]:

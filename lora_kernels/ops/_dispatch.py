@@ -28,6 +28,8 @@ _RANKS: dict[str, Callable[[tuple[Any, ...]], int]] = {
     "multi_lora_linear_backward": lambda args: args[-2],
     "multi_lora_linear_add": lambda args: args[-1],
     "invariant_linear": lambda args: 1,
+    "glu": lambda args: 1,
+    "glu_backward": lambda args: 1,
     # A stack's ranks: an A has them as rows, a B as columns.
     "stacked_lora_shrink": lambda args: args[1][0].shape[-2],
     "stacked_lora_expand": lambda args: args[1][0].shape[-1],

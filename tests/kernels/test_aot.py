@@ -20,7 +20,7 @@ GEMM_MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "M
 GATHER = {"gather_shrink", "gather_expand", "page_grad", "stacked_shrink", "stacked_expand"}
 GROUP = {"group_forward", "group_x_pass"}
 KEEP_BITS = {"split", "add_kept"}
-NO_MATMUL = {"sum_parts", "dropout_mask", "scale", "split", "add_kept", "batch_plan"}
+NO_MATMUL = {"sum_parts", "dropout_mask", "scale", "split", "add_kept", "batch_plan", "glu", "glu_backward"}
 SMALL = {"stacked_sum"}
 # Codes come as bytes and are looked up one by one.
 CODES = {"quantized", "dequantize"}

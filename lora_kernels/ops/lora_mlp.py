@@ -1,0 +1,194 @@
+"""The gated MLP of LoRA linears: the public function, its checks and the autograd of its second half."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _ops
+from ..reference.glu import composite as glu_composite
+from . import _dispatch
+from .lora_linear import _autocasts, _cast, _check, _compute_dtype, _rows, _spread, composite, fused
+from .lora_linear_group import fused_group
+
+
+class LoRAProjection(NamedTuple):
+    """One of the three linears of :func:`lora_kernels.lora_mlp`: x Wᵀ + b + s · (drop(x) Aᵀ) Bᵀ
+
+    Shapes: weight ``[N, K]``, lora_a ``[r, K]``, lora_b ``[N, r]``, bias ``[N]``; scaling and dropout_p
+    are numbers.
+    """
+
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float = 1.0
+    bias: Tensor | None = None
+    dropout_p: float = 0.0
+
+
+def lora_mlp(
+    x: Tensor,
+    gate: LoRAProjection,
+    up: LoRAProjection,
+    down: LoRAProjection,
+    activation: str = "silu",
+    *,
+    training: bool = True,
+) -> Tensor:
+    """y = down(act(gate(x)) ⊙ up(x)), each of the three a LoRA linear
+
+    SwiGLU and GeGLU (Shazeer, 2020, arXiv 2002.05202) with LoRA (Hu et al., 2021, arXiv 2106.09685). The
+    values and the gradients are those of three calls of :func:`lora_kernels.lora_linear` (the dropout masks
+    too, drawn for gate, up and down in this order), but x is read once for gate and up, and neither act(gate)
+    nor the product is kept for the backward pass, which computes the product anew from the outputs of gate
+    and up.
+
+    Shapes: x ``[..., K]``, gate and up K to M features, down M to N; y is ``[..., N]``.
+
+    Dtypes: as for :func:`lora_kernels.lora_linear`. Gradients come in the dtype of their tensor.
+
+    Args:
+        x: the input. Any strides, any number of rows, none included.
+        gate: the projection that the activation is applied to.
+        up: the projection that is multiplied by it.
+        down: the projection of the product.
+        activation: ``"silu"``, ``"gelu"`` (by the error function) or ``"gelu_tanh"``.
+        training: ``False`` switches dropout off.
+
+    Raises:
+        TypeError: an argument is not of the right type or dtype; the message names it and the projection.
+        ValueError: a shape, a device, a probability or the activation does not fit; the message names it.
+        BackendError: a backend forced by ``use_backend`` cannot run for these tensors.
+    """
+    if activation not in _ops.ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(_ops.ACTIVATIONS)}, got {activation!r}")
+    _check_projection("gate", gate, x)
+    _check_projection("up", up, x)
+    hidden = gate.lora_b.shape[0]
+    if up.lora_b.shape[0] != hidden:
+        raise ValueError(f"up: expected {hidden} out features, as gate has, got {up.lora_b.shape[0]}")
+    _check_projection("down", down, x.new_empty(()).expand(*x.shape[:-1], hidden))
+    if not training:
+        gate, up, down = (one._replace(dropout_p=0.0) for one in (gate, up, down))
+    return fused_mlp(x, gate, up, down, activation)
+
+
+def _check_projection(name: str, given: Any, x: Tensor) -> None:
+    if not isinstance(given, LoRAProjection):
+        raise TypeError(f"{name}: expected a LoRAProjection, got {type(given).__name__}")
+    if not isinstance(given.weight, Tensor):
+        raise TypeError(f"{name}: weight: expected a Tensor, got {type(given.weight).__name__}")
+    if not isinstance(given.scaling, (int, float)):
+        raise TypeError(f"{name}: scaling: expected a number, got {type(given.scaling).__name__}")
+    weight, lora_a, lora_b, _, bias, dropout_p = given
+    try:
+        _check(x, weight, lora_a, lora_b, bias, None, None, dropout_p)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+def fused_mlp(
+    x: Tensor, gate: LoRAProjection, up: LoRAProjection, down: LoRAProjection, activation: str
+) -> Tensor:
+    """:func:`lora_mlp` for arguments already known to fit: what modules call at every step."""
+    if _dispatch.functorch_active() or _dispatch.sharded(x, gate.lora_a):
+        return _linear(glu_composite(_linear(x, gate), _linear(x, up), activation), down)
+    weights, lora_as, lora_bs, scalings, biases, ps = zip(gate, up, strict=True)
+    opened, raised = fused_group(x, weights, lora_as, lora_bs, biases, (None, None), scalings, ps)
+    weight, bias = down.weight, down.bias
+    if _autocasts(x):
+        # Outside the Function, so that autograd casts the gradients back.
+        dtype = _compute_dtype(x)
+        weight, bias = _cast(weight, dtype), _cast(bias, dtype)  # type: ignore[assignment]
+    args = (weight, down.lora_a, down.lora_b, bias, down.scaling, down.dropout_p)
+    return _GluLinear.apply(opened, raised, *args, activation)
+
+
+def _linear(x: Tensor, to: LoRAProjection) -> Tensor:
+    return fused(x, to.weight, to.lora_a, to.lora_b, to.bias, None, None, to.scaling, to.dropout_p)
+
+
+class _GluLinear(torch.autograd.Function):
+    """The linear of act(gate) ⊙ up. Saves gate, up, h and one keep bit an element; not the product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        dropout_p: float,
+        activation: str,
+    ) -> Tensor:
+        halves = _rows(gate), _rows(up)
+        ctx.glu_backend = _dispatch.chosen("glu", *halves)
+        product = _dispatch.call("glu", *halves, activation, backend=ctx.glu_backend)
+        seed = _dispatch.draw_seed(product) if dropout_p > 0.0 else None
+        inputs = (product, weight, lora_a, lora_b, bias, None, None, seed)
+        ctx.backend = _dispatch.chosen("lora_linear", *inputs)
+        y, h, mask = _dispatch.call("lora_linear", *inputs, scaling, dropout_p, backend=ctx.backend)
+        ctx.scaling, ctx.dropout_p, ctx.activation = scaling, dropout_p, activation
+        needs_gate, needs_up, needs_weight, needs_a, needs_b = ctx.needs_input_grad[:5]
+        needs_product = needs_gate or needs_up
+        needs_halves = needs_product or needs_weight or needs_a
+        ctx.save_for_backward(
+            gate if needs_halves else None,
+            up if needs_halves else None,
+            weight if needs_product or needs_weight else None,
+            lora_a,
+            lora_b,
+            h if needs_b else None,
+            mask if dropout_p > 0.0 and (needs_product or needs_a) else None,
+        )
+        return y.view(*gate.shape[:-1], lora_b.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _differentiable_backward(ctx, dy)
+        gate, up, weight, lora_a, lora_b, h, mask = ctx.saved_tensors
+        needs_gate, needs_up, needs_weight, needs_a, needs_b, needs_bias = ctx.needs_input_grad[:6]
+        rows, halves, product = _rows(dy), (_rows(gate), _rows(up)), None
+        if needs_weight or needs_a:
+            product = _dispatch.call("glu", *halves, ctx.activation, backend=ctx.glu_backend)
+        branch_needs = [needs_gate or needs_up, needs_a, needs_b, False, False]
+        grads = _dispatch.call(
+            "lora_linear_backward",
+            *(rows, product if needs_a else None, weight, lora_a, lora_b, h, None, mask),
+            *(ctx.scaling, ctx.dropout_p, False, branch_needs),
+            backend=ctx.backend,
+        )
+        dproduct, da, db, _, _ = _spread(grads, branch_needs)
+        dweight = rows.T @ product if needs_weight else None
+        del product, grads  # before the next two of that size
+        dgate, dup = None, None
+        if dproduct is not None:
+            both = _dispatch.call("glu_backward", dproduct, *halves, ctx.activation, backend=ctx.glu_backend)
+            dgate, dup = (d.view(gate.shape) if n else None for d, n in zip(both, ctx.needs_input_grad[:2]))
+        return dgate, dup, dweight, da, db, rows.sum(0) if needs_bias else None, None, None, None
+
+
+def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients as differentiable functions of the inputs, for ``create_graph=True``."""
+    gate, up, weight, lora_a, lora_b, _, mask = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    if gate is None:
+        raise RuntimeError(
+            "lora_mlp: a double backward needs the outputs of gate and up, which are not saved when no"
+            " first derivative reads them (frozen but for down's lora_b)"
+        )
+    rows, inputs = _rows(dy), (gate, up, weight, lora_a, lora_b)
+    wanted = [tensor for tensor, needed in zip(inputs, needs, strict=False) if needed]
+    product = glu_composite(_rows(gate), _rows(up), ctx.activation)
+    branch = (None, None, None, ctx.scaling, mask, ctx.dropout_p)
+    y = composite(product, weight, lora_a, lora_b, *branch)
+    given = iter(torch.autograd.grad(y, wanted, rows, create_graph=True) if wanted else ())
+    grads = [next(given) if needed else None for needed in needs[:5]]
+    return (*grads, rows.sum(0) if needs[5] else None, None, None, None)
