@@ -12,6 +12,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from ..nn.groups import Member, group_layers, grouped, ungroup_layers, why_alone
+from ..nn.mlp import fuse_mlps, unfuse_mlps
 from ..ops.dora_linear import fused_dora
 from ..ops.lora_linear import fused
 from .peft_layers import FUSED as OTHERS
@@ -29,6 +30,8 @@ class Report:
     # Layers that share an input and are computed together, and those beside others that are not.
     groups: list[tuple[str, ...]] = field(default_factory=list)
     alone: list[tuple[str, str]] = field(default_factory=list)
+    # Gated MLPs that are one call.
+    mlps: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"lora-kernels: {len(self.accelerated)} LoRA layers fused, {len(self.skipped)} left to PEFT"]
@@ -36,6 +39,8 @@ class Report:
             lines[0] += (
                 f"; {sum(map(len, self.groups))} of them in {len(self.groups)} groups that share an input"
             )
+        if self.mlps:
+            lines[0] += f"; {len(self.mlps)} gated MLPs in one call each"
         lines += [f"  {name}: {reason}" for name, reason in self.skipped]
         return "\n".join(lines + [f"  {name}: alone, {reason}" for name, reason in self.alone])
 
@@ -191,7 +196,8 @@ def accelerate(model: nn.Module) -> Report:
 
     That is ``Linear`` (also on a Transformers ``Conv1D``), ``Embedding`` and the convolutions, with DoRA too.
 
-    Layers that a forward calls on one x (query, key and value; gate and up) are computed together.
+    Layers that a forward calls on one x (query, key and value; gate and up) are computed together, and
+    the gated MLPs of Llama, Mistral, Qwen and Gemma with LoRA on all three layers by ``lora_mlp``.
 
     PEFT's API goes on working (``set_adapter``, ``disable_adapter``, ``merge_and_unload``,
     ``save_pretrained``), and so do pickling and copying. :func:`decelerate` reverses it.
@@ -216,6 +222,7 @@ def accelerate(model: nn.Module) -> Report:
             report.skipped.append((name, reason))
     report.groups = group_layers(model)
     report.alone = why_alone(model, report.groups)
+    report.mlps = fuse_mlps(model)
     return report
 
 
@@ -224,6 +231,7 @@ def decelerate(model: nn.Module) -> int:
     plain = {fused_type: peft_type for peft_type, fused_type in FUSED.items()}
     layers = [layer for _, layer in _lora_layers(model) if type(layer) in plain]
     ungroup_layers(model)
+    unfuse_mlps(model)
     for layer in layers:
         layer.__class__ = plain[type(layer)]
     return len(layers)

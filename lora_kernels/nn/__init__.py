@@ -24,6 +24,7 @@ from .groups import group_layers, layer_groups, ungroup_layers
 from .linear import LoRALinear
 from .mixed import mixed_adapters, train_adapters
 from .mixture import LoRAMixtureLinear
+from .mlp import fuse_mlps, fused_mlps, unfuse_mlps
 from .quantized import QuantizedLinear, QuantizedLoRALinear
 
 __all__ = [
@@ -39,6 +40,8 @@ __all__ = [
     "apply_lora",
     "count_parameters",
     "disable_adapters",
+    "fuse_mlps",
+    "fused_mlps",
     "group_layers",
     "layer_groups",
     "lora_configs",
@@ -52,6 +55,7 @@ __all__ = [
     "remove_lora",
     "set_adapter",
     "train_adapters",
+    "unfuse_mlps",
     "ungroup_layers",
     "unmerge_adapters",
 ]

@@ -16,6 +16,7 @@ from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .embedding import LoRAEmbedding
 from .groups import group_layers, layer_groups, ungroup_layers
 from .linear import LoRALinear
+from .mlp import fuse_mlps, unfuse_mlps
 from .quantized import QuantizedLinear, QuantizedLoRALinear
 
 ALL_LINEAR = "all-linear"
@@ -69,6 +70,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, adapter_name: str = "defaul
         layer.add_adapter(adapter_name, adapter, activate=first)
         _install(site, layer)
     group_layers(model)
+    fuse_mlps(model)
     model.__dict__.setdefault(_CONFIGS, {})[adapter_name] = config
     mark_only_lora_as_trainable(model, _bias_mode(model))
     return model
@@ -354,6 +356,7 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> nn.Module:
     adapters in new weights.
     """
     ungroup_layers(model)
+    unfuse_mlps(model)
     plain: dict[int, nn.Module] = {}
     for parent in list(model.modules()):
         for attribute, child in parent._modules.items():

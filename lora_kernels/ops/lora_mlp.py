@@ -96,8 +96,11 @@ def fused_mlp(
     """:func:`lora_mlp` for arguments already known to fit: what modules call at every step."""
     if _dispatch.functorch_active() or _dispatch.sharded(x, gate.lora_a):
         return _linear(glu_composite(_linear(x, gate), _linear(x, up), activation), down)
-    weights, lora_as, lora_bs, scalings, biases, ps = zip(gate, up, strict=True)
-    opened, raised = fused_group(x, weights, lora_as, lora_bs, biases, (None, None), scalings, ps)
+    opened, raised = fused_group(
+        *(x, (gate.weight, up.weight), (gate.lora_a, up.lora_a), (gate.lora_b, up.lora_b)),
+        *((gate.bias, up.bias), (None, None)),
+        *((gate.scaling, up.scaling), (gate.dropout_p, up.dropout_p)),
+    )
     weight, bias = down.weight, down.bias
     if _autocasts(x):
         # Outside the Function, so that autograd casts the gradients back.
@@ -171,7 +174,8 @@ class _GluLinear(torch.autograd.Function):
         dgate, dup = None, None
         if dproduct is not None:
             both = _dispatch.call("glu_backward", dproduct, *halves, ctx.activation, backend=ctx.glu_backend)
-            dgate, dup = (d.view(gate.shape) if n else None for d, n in zip(both, ctx.needs_input_grad[:2]))
+            dgate = both[0].view(gate.shape) if needs_gate else None
+            dup = both[1].view(up.shape) if needs_up else None
         return dgate, dup, dweight, da, db, rows.sum(0) if needs_bias else None, None, None, None
 
 

@@ -9,8 +9,9 @@ from peft import LoraConfig, get_peft_model
 from test_peft import randomise
 
 import lora_kernels.nn.groups as groups
+import lora_kernels.nn.mlp as mlp
 from lora_kernels import LoRAConfig, accelerate, apply_lora, decelerate
-from lora_kernels.nn import layer_groups
+from lora_kernels.nn import fused_mlps, layer_groups
 from lora_kernels.testing import assert_close
 
 SIZES = {
@@ -65,8 +66,15 @@ def calls(monkeypatch):
     return made
 
 
+@pytest.fixture
+def mlp_calls(monkeypatch):
+    made, real = [], mlp.fused_mlp
+    monkeypatch.setattr(mlp, "fused_mlp", lambda *args: (made.append(args[-1]), real(*args))[1])
+    return made
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_peft_model(family, tokens, calls):
+def test_peft_model(family, tokens, calls, mlp_calls):
     model = get_peft_model(tiny(family), LoraConfig(r=4, lora_alpha=6, target_modules="all-linear"))
     randomise(model)
     plain = copy.deepcopy(model)
@@ -75,13 +83,15 @@ def test_peft_model(family, tokens, calls):
     assert "groups that share an input" in str(report)
     assert {name.rpartition(".")[2] for name, _ in report.alone} <= {"o_proj", "down_proj"}
     ours, eager = run(model, tokens), run(plain, tokens)
-    assert calls == [len(group) for group in FAMILIES[family]] * 2
+    activation = [] if family == "Bert" else ["gelu_tanh" if family == "Gemma" else "silu"]
+    assert calls == [3, 3] and mlp_calls == activation * 2
+    assert len(report.mlps) == len(mlp_calls)
     exact = run(plain.double(), tokens)
     assert ours.keys() == exact.keys()
     for name in ours:
         assert_close(ours[name], eager[name], exact[name], name, ulps=4.0)
     decelerate(model)
-    assert not layer_groups(model)
+    assert not layer_groups(model) and not fused_mlps(model)
 
 
 def test_gradient_checkpointing_and_dropout(tokens):
@@ -119,8 +129,16 @@ def test_generate_and_peft_adapters(tokens, calls):
     assert torch.equal(merged.generate(input_ids=tokens, **options), want)
 
 
-def test_applied_model_has_the_same_groups(tokens, calls):
+def test_an_mlp_without_an_adapter_on_down_is_a_group(tokens, calls, mlp_calls):
+    targets = [*QKV, *MLP]
+    model = get_peft_model(tiny("Llama"), LoraConfig(r=4, target_modules=targets))
+    assert not accelerate(model).mlps
+    run(model, tokens)
+    assert calls == [3, 2, 3, 2] and not mlp_calls
+
+
+def test_applied_model_has_the_same_groups(tokens, calls, mlp_calls):
     model = apply_lora(tiny("Qwen2"), LoRAConfig(r=4, target_modules="all-linear"))
     assert last_names(layer_groups(model)) == [QKV, MLP] * 2
     run(model, tokens)
-    assert calls == [3, 2, 3, 2]
+    assert calls == [3, 3] and mlp_calls == ["silu"] * 2
