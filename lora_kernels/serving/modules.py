@@ -61,7 +61,7 @@ class MixedBatch:
         return ids, plans[rows]
 
 
-def _served(cls: type[Any], base: nn.Module, site: str, batch: MixedBatch) -> Any:
+def _served(cls: Any, base: nn.Module, site: str, batch: MixedBatch) -> Any:
     """A layer of ``cls`` on the very parameters of ``base``."""
     layer = cls.__new__(cls)
     layer.__dict__.update(vars(base))

@@ -3,6 +3,7 @@
 import copy
 import random
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from lora_kernels import multi_lora_linear
 from lora_kernels.serving.pages import PageTable
 from lora_kernels.serving.pool import BASE, AdapterPool, PoolFullError
+from lora_kernels.testing import assert_close
 
 COLS, OUT = 12, 10
 LINEARS = {"q": (COLS, OUT), "k": (COLS, 6)}
@@ -38,8 +40,17 @@ def expected(name, x, linear="q"):
     if name == BASE:
         return x.new_zeros(len(x), LINEARS[linear][1])
     i = int(name[1:])
-    lora_a, lora_b = factors(i, rank_of(i))[linear]
-    return (1 + i % 3) * (x @ lora_a.T) @ lora_b.T
+    return delta(x, factors(i, rank_of(i))[linear], 1 + i % 3)
+
+
+def delta(x, pair, scaling):
+    lora_a, lora_b = (factor.to(x.dtype) for factor in pair)
+    return scaling * (x @ lora_a.T) @ lora_b.T
+
+
+def assert_rows(y, x, function):
+    """By the error of ``function`` itself in x's dtype, against fp64."""
+    assert_close(y, function(x), function(x.double()), ulps=2)
 
 
 def assert_right(pool, names, linear="q", **options):
@@ -47,7 +58,7 @@ def assert_right(pool, names, linear="q", **options):
     with pool.use(names, **options) as slots:
         y = multi_lora_linear(x, None, pool.stack(linear), torch.tensor(slots))
     for i, name in enumerate(names):
-        torch.testing.assert_close(y[i : i + 1], expected(name, x[i : i + 1], linear), rtol=1e-5, atol=1e-5)
+        assert_rows(y[i : i + 1], x[i : i + 1], partial(expected, name, linear=linear))
 
 
 def test_a_batch_of_several_ranks_and_the_base():
@@ -165,9 +176,8 @@ def test_update_writes_into_the_adapters_own_pages():
     pool.update("a1", fresh, scaling=0.5)
     assert state_of(pool) == before and pool.resident == ["a0", "a1"]
     y = multi_lora_linear(x, None, stack, ids)
-    lora_a, lora_b = fresh["q"]
-    torch.testing.assert_close(y[:1], 0.5 * (x[:1] @ lora_a.T) @ lora_b.T, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(y[1:2], expected("a0", x[1:2]), rtol=1e-5, atol=1e-5)
+    assert_rows(y[:1], x[:1], partial(delta, pair=fresh["q"], scaling=0.5))
+    assert_rows(y[1:2], x[1:2], partial(expected, "a0"))
     assert torch.equal(stack.pages, kept["pages"]) and torch.equal(stack.spans, kept["spans"])
     pool.pin("a1", False)
     pool.prefetch(["a2"])
@@ -209,7 +219,7 @@ def test_update_waits_for_the_users_to_leave():
     x = torch.randn(1, COLS)
     with pool.use(["a0"]) as slots:
         y = multi_lora_linear(x, None, pool.stack("q"), torch.tensor(slots))
-    torch.testing.assert_close(y, expected("a1", x), rtol=1e-5, atol=1e-5)
+    assert_rows(y, x, partial(expected, "a1"))
 
 
 def test_other_ranks_and_linears_get_other_pages():
@@ -219,7 +229,7 @@ def test_other_ranks_and_linears_get_other_pages():
     x = torch.randn(1, COLS)
     with pool.use(["a1"]) as slots:
         y = multi_lora_linear(x, None, pool.stack("q"), torch.tensor(slots))
-    torch.testing.assert_close(y, expected("a2", x), rtol=1e-5, atol=1e-5)
+    assert_rows(y, x, partial(expected, "a2"))
     with pool.use(["a1"]), pytest.raises(PoolFullError, match="in use"):
         pool.update("a1", factors(2, 2))
 
