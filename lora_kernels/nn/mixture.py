@@ -155,8 +155,8 @@ class LoRAMixtureLinear(nn.Linear):
             self.balance_loss = probs.new_ones(()) if self.training else None
             gate = probs.repeat_interleave(self.r, -1)
             factors = (self.lora_A, self.lora_B, self.scaling)
-            options = {"dropout_p": self.lora_dropout, "training": self.training}
-            return lora_linear(x, self.weight, *factors, self.bias, gate=gate, **options)
+            p = self.lora_dropout if self.training else 0.0
+            return lora_linear(x, self.weight, *factors, self.bias, gate=gate, dropout_p=p)
         weights, ids = probs.topk(self.top_k, -1)
         self.balance_loss = _balance_loss(probs, ids) if self.training else None
         if self.norm_topk_prob:
@@ -174,8 +174,7 @@ class LoRAMixtureLinear(nn.Linear):
 
     def _stack(self) -> AdapterStack:
         """The experts as pages: expert j has r of them from j·r on."""
-        kind = {"dtype": torch.int32, "device": self.lora_A.device}
-        pages = torch.arange(self.num_experts * self.r, **kind)
+        pages = torch.arange(self.num_experts * self.r, dtype=torch.int32, device=self.lora_A.device)
         first = pages[:: self.r]
         whole = torch.promote_types(self.lora_A.dtype, torch.float32)
         scalings = torch.full((self.num_experts,), self.scaling, dtype=whole, device=pages.device)
