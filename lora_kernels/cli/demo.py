@@ -49,12 +49,12 @@ def _run(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     path = args.model or model.bundled_model()
-    sizes = (96, 48) if args.quick else (1024, 600)
+    sizes = (96, 48) if args.quick else (896, 600)
     tasks = [data.from_jsonl(args.data)] if args.data else data.standard_library(*sizes)
     tokenizer = AutoTokenizer.from_pretrained(path)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    epochs, repeats = (1, 3) if args.quick else (args.epochs, 12)
+    epochs, repeats = (1, 3) if args.quick else (args.epochs, 8)
     steps = sum(-(-len(t.train) // 32) * (epochs + 1) + 2 * -(-len(t.test) // 64) for t in tasks)
     with _progress(steps + repeats + 1 + len(tasks) + 1) as tick:
         outcomes = [train.run_task(task, path, tokenizer, output, epochs, tick) for task in tasks]
