@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..nn.groups import Member, group_layers, grouped, ungroup_layers, why_alone
 from ..nn.mlp import fuse_mlps, unfuse_mlps
 from ..ops.dora_linear import fused_dora
 from ..ops.lora_linear import fused
+from ..quant import QuantizedWeight
 from .peft_layers import FUSED as OTHERS
 from .peft_layers import why_not as why_not_other
 
@@ -91,8 +93,16 @@ class FusedLoraLinear(PeftLinear):
         return Member(base.weight, lora_a, lora_b, base.bias, None, self.scaling[name], _dropout(self, name))
 
 
-# The class that takes over each of PEFT's.
+# The class that takes over each of PEFT's, and those of bitsandbytes' layers where PEFT has made any.
 FUSED: dict[type[nn.Module], type[nn.Module]] = {PeftLinear: FusedLoraLinear, **OTHERS}
+
+
+def _fused_types() -> dict[type[nn.Module], type[nn.Module]]:
+    if "peft.tuners.lora.bnb" not in sys.modules:
+        return FUSED
+    from . import peft_quantized  # not at the top: it imports bitsandbytes
+
+    return {**FUSED, **peft_quantized.FUSED}
 
 
 def _dropout(layer: PeftLinear, name: str) -> float:
@@ -100,7 +110,9 @@ def _dropout(layer: PeftLinear, name: str) -> float:
     return module.p if module.training and isinstance(module, nn.Dropout) else 0.0
 
 
-def _branch(layer: PeftLinear, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _branch(
+    layer: PeftLinear, name: str, x: Tensor, weight: Tensor | QuantizedWeight | None, bias: Tensor | None
+) -> Tensor:
     lora_a = layer._modules["lora_A"]._modules[name].weight
     lora_b = layer._modules["lora_B"]._modules[name].weight
     return fused(x, weight, lora_a, lora_b, bias, None, None, layer.scaling[name], _dropout(layer, name))
@@ -121,7 +133,10 @@ def _stacked(layer: PeftLinear, names: list[str], bias: Tensor | None) -> tuple[
 
 
 def _unsupported_now(layer: PeftLinear) -> bool:
-    """What may change after :func:`accelerate`: a variant of an active adapter, hooks on inner modules."""
+    """What may change after :func:`accelerate`: a variant of an active adapter, hooks on inner modules.
+
+    A base layer whose forward was replaced is one of these: Accelerate's device maps do that.
+    """
     modules = layer._modules
     variants = layer.lora_variant
     for name in layer.active_adapters:
@@ -133,7 +148,7 @@ def _unsupported_now(layer: PeftLinear) -> bool:
             module = modules[part]._modules.get(name)
             if module is not None and (_hooked(module) or module.bias is not None):
                 return True
-    return _hooked(modules["base_layer"])
+    return _hooked(modules["base_layer"]) or "forward" in vars(modules["base_layer"])
 
 
 def _plain_dora(layer: PeftLinear, name: str) -> bool:
@@ -158,10 +173,15 @@ def _hooked(module: nn.Module) -> bool:
 
 def _why_not(layer: nn.Module) -> str | None:
     """Why ``layer`` stays PEFT's, or ``None``."""
-    if type(layer) in FUSED.values():
+    types = _fused_types()
+    if type(layer) in types.values():
         return None
     if type(layer) in OTHERS:
         return why_not_other(layer)
+    if type(layer) is not PeftLinear and type(layer) in types:
+        from . import peft_quantized
+
+        return peft_quantized.why_not(layer)
     if type(layer) is not PeftLinear:
         return f"{type(layer).__module__}.{type(layer).__name__} is not PEFT's LoRA Linear"
     base: Any = layer.base_layer
@@ -188,13 +208,17 @@ def _why_not_adapters(layer: PeftLinear) -> str | None:
             return f"adapter {name!r} uses {type(layer.lora_variant[name]).__name__}"
         if name in layer.lora_B and layer.lora_B[name].bias is not None:
             return f"adapter {name!r} has lora_bias"
+    if "forward" in vars(layer.base_layer):
+        return "the forward of its base layer was replaced"
     return "it has forward or backward hooks inside" if _unsupported_now(layer) else None
 
 
 def accelerate(model: nn.Module) -> Report:
     """Makes the LoRA layers of a PEFT model compute with the fused ops, in place.
 
-    That is ``Linear`` (also on a Transformers ``Conv1D``), ``Embedding`` and the convolutions, with DoRA too.
+    That is ``Linear`` (also on a Transformers ``Conv1D``), ``Embedding`` and the convolutions, with DoRA too,
+    and ``Linear`` over bitsandbytes' ``Linear4bit`` (NF4: QLoRA) and ``Linear8bitLt``, whose packed weight is
+    read where it lies.
 
     Layers that a forward calls on one x (query, key and value; gate and up) are computed together, and
     the gated MLPs of Llama, Mistral, Qwen and Gemma with LoRA on all three layers by ``lora_mlp``.
@@ -212,11 +236,11 @@ def accelerate(model: nn.Module) -> Report:
         TypeError: ``model`` is not a module.
         ValueError: it holds no LoRA layer of PEFT.
     """
-    report = Report()
+    report, types = Report(), _fused_types()
     for name, layer in _lora_layers(model):
         reason = _why_not(layer)
         if reason is None:
-            layer.__class__ = FUSED.get(type(layer), type(layer))
+            layer.__class__ = types.get(type(layer), type(layer))
             report.accelerated.append(name)
         else:
             report.skipped.append((name, reason))
@@ -228,7 +252,7 @@ def accelerate(model: nn.Module) -> Report:
 
 def decelerate(model: nn.Module) -> int:
     """Gives every layer back to PEFT; returns how many there were."""
-    plain = {fused_type: peft_type for peft_type, fused_type in FUSED.items()}
+    plain = {fused_type: peft_type for peft_type, fused_type in _fused_types().items()}
     layers = [layer for _, layer in _lora_layers(model) if type(layer) in plain]
     ungroup_layers(model)
     unfuse_mlps(model)

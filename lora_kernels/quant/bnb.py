@@ -38,7 +38,8 @@ def why_not_bitsandbytes(module: Any) -> str | None:
     if kind is None:
         return f"expected bitsandbytes' Linear4bit or Linear8bitLt, got {type(module).__name__}"
     if kind == "Linear4bit":
-        return _why_not_4bit(getattr(module.weight, "quant_state", None))
+        shape = (module.out_features, module.in_features)
+        return _why_not_4bit(getattr(module.weight, "quant_state", None), shape)
     if module.weight.dtype != torch.int8:
         return "the weight of the Linear8bitLt is not quantised (has_fp16_weights, or not moved to a device)"
     if _row_stats(module) is None:
@@ -51,9 +52,11 @@ def _kind(module: Any) -> str | None:
     return next((name for name in names if name in ("Linear4bit", "Linear8bitLt")), None)
 
 
-def _why_not_4bit(state: Any) -> str | None:
+def _why_not_4bit(state: Any, shape: tuple[int, int]) -> str | None:
     if state is None:
         return "the weight of the Linear4bit is not quantised yet"
+    if tuple(state.shape) != shape:
+        return f"its weight was quantised as {tuple(state.shape)}, not {shape}"
     if state.quant_type != "nf4":
         return f"quant_type is {state.quant_type!r}, not 'nf4'"
     if getattr(state, "packing_format_for_cpu", False):
