@@ -12,6 +12,8 @@
 #include "cpu/lora_linear_group.h"
 #include "cpu/low_rank_norm.h"
 #include "cpu/multi_lora_linear.h"
+#include "cpu/panel_pass.h"
+#include "cpu/products.h"
 #include "cpu/quantized_linear.h"
 #include "cpu/stacked_lora.h"
 
@@ -42,9 +44,29 @@ TORCH_LIBRARY_IMPL(lora_kernels, CompositeImplicitAutograd, library) {
   library.impl("cpp_lora_linear_autograd", lora_kernels::lora_linear_autograd);
 }
 
-// Importing lora_kernels._C runs the block above; the module itself is empty.
+namespace {
+
+// multiply_by(0, 1 or 2): the place in lora_kernels/_extension.py's MULTIPLIERS.
+PyObject* multiply_by(PyObject*, PyObject* choice) {
+  const long place = PyLong_AsLong(choice);
+  if (place == -1 && PyErr_Occurred()) return nullptr;
+  lora_kernels::multiply_by(static_cast<lora_kernels::Multiplier>(place));
+  Py_RETURN_NONE;
+}
+
+PyObject* panels_are_faster(PyObject*, PyObject*) {
+  return PyBool_FromLong(lora_kernels::panels_are_faster());
+}
+
+PyMethodDef methods[] = {{"multiply_by", multiply_by, METH_O, nullptr},
+                         {"panels_are_faster", panels_are_faster, METH_NOARGS, nullptr},
+                         {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+// Importing lora_kernels._C binds the ops above.
 extern "C" PyObject* PyInit__C() {
   static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

@@ -20,6 +20,9 @@ class Settings:
     backend: str
     # LORA_KERNELS_SKIP_EXTENSION: 1 leaves the compiled extension unloaded, as if it were not built.
     skip_extension: bool
+    # LORA_KERNELS_CPU_PRODUCTS: auto | panels | vendor; who multiplies float32 matrices on the CPU: the
+    # extension's own loops or torch's BLAS. auto: the loops, on AMD processors with AVX-512.
+    cpu_products: str
     # TRITON_INTERPRET: 1 runs the Triton kernels on CPU tensors in Triton's own interpreter.
     triton_interpret: bool
     # LORA_KERNELS_PLANS: folder of the tables that `lora-kernels tune` writes and the planner reads;
@@ -37,6 +40,7 @@ def read() -> Settings:
     return Settings(
         backend=os.environ.get("LORA_KERNELS_BACKEND", "auto").strip() or "auto",
         skip_extension=_flag("LORA_KERNELS_SKIP_EXTENSION"),
+        cpu_products=os.environ.get("LORA_KERNELS_CPU_PRODUCTS", "auto").strip() or "auto",
         triton_interpret=_flag("TRITON_INTERPRET"),
         plans=os.environ.get("LORA_KERNELS_PLANS", "").strip() or _default_plans(),
     )

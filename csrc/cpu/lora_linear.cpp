@@ -1,11 +1,12 @@
 // y = x W' + b + s ((drop(x_lora) A') * g) B' and its gradients on the CPU.
 //
-// The large products are ATen's (the vendor's GEMM), which accumulates into the branch or takes its
-// rank-r update; the branch itself is one pass over each activation (branch.h).
+// The branch is one pass over each activation (branch.h) and joins the large product: in our own
+// loops as r more columns of it (products.h), in the vendor's GEMM by accumulation or as an update.
 #include "lora_linear.h"
 
 #include "branch.h"
 #include "dropout.h"
+#include "products.h"
 
 namespace lora_kernels {
 namespace {
@@ -47,12 +48,33 @@ Tensor grad_x(const Tensor& dy, const OptTensor& weight, const Tensor& dh, const
               const OptTensor& mask, double p) {
   const int64_t rank = lora_a.size(0);
   const auto dtype = dy.scalar_type();
+  const bool panels = has(weight) && in_panels(dy, lora_a.size(1));
   if (has(mask)) {
     Tensor dx = expand_dropped(dh, lora_a, *mask, p, dtype);
+    if (panels) {
+      sum_products({dy}, {{dx, std::nullopt, {{0, *weight}}, true}});
+      return dx;
+    }
     return has(weight) ? dx.addmm_(dy, *weight) : dx;
   }
-  const Tensor vectors = unpack(dh, rank, dtype), a = lora_a.to(dtype);
+  const Tensor a = lora_a.to(dtype);
+  if (panels) return branched_product(dy, *weight, std::nullopt, dh.narrow(1, 0, rank), a);
+  const Tensor vectors = unpack(dh, rank, dtype);
   return has(weight) ? at::mm(dy, *weight).addmm_(vectors, a) : at::mm(vectors, a);
+}
+
+// y = x W' + b + s V B'.
+Tensor output(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+              const Tensor& vectors, const Tensor& b_t, double scaling) {
+  if (!has(weight)) {
+    Tensor y = at::mm(vectors, b_t).mul_(scaling);
+    return has(bias) ? y.add_(*bias) : y;
+  }
+  if (in_panels(x, weight->size(0))) {
+    return branched_product(x, weight->t(), bias, vectors.mul(scaling), b_t);
+  }
+  Tensor y = has(bias) ? at::addmm(*bias, x, weight->t()) : at::mm(x, weight->t());
+  return y.addmm_(vectors, b_t, 1, scaling);
 }
 
 }  // namespace
@@ -67,15 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear(const Tensor& x, const OptTensor&
                                 : at::empty({0}, x.options().dtype(at::kByte));
   const Dropped branch = {has(x_lora) ? *x_lora : x, mask, dropout_p};
   const Tensor h = unpack(shrink(branch, pack_transposed(lora_a, dtype)), lora_a.size(0), dtype);
-  const Tensor b_t = lora_b.to(dtype).t();
-  Tensor y;
-  if (has(weight)) {
-    y = has(bias) ? at::addmm(*bias, x, weight->t()) : at::mm(x, weight->t());
-    y.addmm_(gated(h, gate), b_t, 1, scaling);
-  } else {
-    y = at::mm(gated(h, gate), b_t).mul_(scaling);
-    if (has(bias)) y.add_(*bias);
-  }
+  const Tensor y = output(x, weight, bias, gated(h, gate), lora_b.to(dtype).t(), scaling);
   return {y, h, mask};
 }
 

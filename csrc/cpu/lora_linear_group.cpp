@@ -2,13 +2,15 @@
 //
 // Without dropout the factors are stacked: one pass over x gives every h, one gives every dA, and
 // one adds every branch to dX. With dropout each member has a mask, and so a pass, of its own. dX
-// is accumulated by the products that make it.
+// is accumulated by the products that make it. In our own loops (products.h) the branches without
+// masks join those products, and x is packed once for all of them.
 #include "lora_linear_group.h"
 
 #include <algorithm>
 
 #include "branch.h"
 #include "dropout.h"
+#include "products.h"
 
 namespace lora_kernels {
 namespace {
@@ -67,6 +69,39 @@ void add_product(Tensor& y, const Tensor& vectors, const Tensor& factor, double 
   }
 }
 
+// y_i = x W_i' + b_i + s_i V_i B_i' for the gated h of each member.
+std::vector<Tensor> outputs(const Tensor& x, at::TensorList weights, const OptTensors& biases,
+                            const std::vector<Tensor>& vectors, at::TensorList lora_bs,
+                            at::ArrayRef<double> scalings) {
+  std::vector<Tensor> ys;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor bias = item(biases, i);
+    ys.push_back(bias.defined() ? at::addmm(bias, x, weights[i].t()) : at::mm(x, weights[i].t()));
+    add_product(ys[i], vectors[i], lora_bs[i].t(), scalings[i]);
+  }
+  return ys;
+}
+
+std::vector<Tensor> outputs_in_panels(const Tensor& x, at::TensorList weights,
+                                      const OptTensors& biases, const std::vector<Tensor>& vectors,
+                                      at::TensorList lora_bs, at::ArrayRef<double> scalings) {
+  std::vector<Tensor> ys, lefts = {x};
+  std::vector<ProductSum> sums;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    ys.push_back(at::empty({x.size(0), weights[i].size(0)}, x.options()));
+    lefts.push_back(vectors[i].mul(scalings[i]));
+    const Tensor b_t = lora_bs[i].to(at::kFloat).t();
+    sums.push_back({ys[i], optional(item(biases, i)), {{0, weights[i].t()}, {i + 1, b_t}}});
+  }
+  sum_products(lefts, sums);
+  return ys;
+}
+
+bool all_in_panels(const Tensor& x, at::TensorList weights) {
+  return std::all_of(weights.begin(), weights.end(),
+                     [&](const Tensor& weight) { return in_panels(x, weight.size(0)); });
+}
+
 }  // namespace
 
 std::vector<Tensor> lora_linear_group(const Tensor& x, at::TensorList weights,
@@ -75,7 +110,7 @@ std::vector<Tensor> lora_linear_group(const Tensor& x, at::TensorList weights,
                                       const OptTensor& seeds, at::ArrayRef<double> scalings,
                                       at::ArrayRef<double> dropout_ps) {
   const size_t size = weights.size();
-  std::vector<Tensor> masks(size), ys, kept, bits;
+  std::vector<Tensor> masks(size), gated, kept, bits;
   for (size_t i = 0, drawn = 0; i < size; ++i) {
     if (dropout_ps[i] <= 0) continue;
     const Tensor seed = seeds->narrow(0, static_cast<int64_t>(drawn++), 1);
@@ -84,13 +119,12 @@ std::vector<Tensor> lora_linear_group(const Tensor& x, at::TensorList weights,
   }
   const std::vector<Tensor> hs = shrink_all(x, lora_as, masks, dropout_ps);
   for (size_t i = 0; i < size; ++i) {
-    const Tensor bias = item(biases, i), gate = item(gates, i);
-    Tensor y = bias.defined() ? at::addmm(bias, x, weights[i].t()) : at::mm(x, weights[i].t());
-    const Tensor h = gate.defined() ? hs[i].mul(gate.to(hs[i].scalar_type())) : hs[i];
-    add_product(y, h, lora_bs[i].t(), scalings[i]);
-    ys.push_back(y);
+    const Tensor gate = item(gates, i);
+    gated.push_back(gate.defined() ? hs[i].mul(gate.to(hs[i].scalar_type())) : hs[i]);
     kept.push_back(hs[i].to(x.scalar_type(), false, true, at::MemoryFormat::Contiguous));
   }
+  const auto& multiplied = all_in_panels(x, weights) ? outputs_in_panels : outputs;
+  std::vector<Tensor> ys = multiplied(x, weights, biases, gated, lora_bs, scalings);
   ys.insert(ys.end(), kept.begin(), kept.end());
   ys.insert(ys.end(), bits.begin(), bits.end());
   return ys;
@@ -138,9 +172,31 @@ void add_branches(const Tensor& dx, at::TensorList lora_as, const std::vector<Te
   }
 }
 
+// The same in our loops, the branches among the products or, under their masks, before them.
+Tensor grad_x_in_panels(at::TensorList dys, const OptTensors& weights, at::TensorList lora_as,
+                        const std::vector<Tensor>& dhs, const OptTensors& masks,
+                        at::ArrayRef<double> ps) {
+  std::vector<Tensor> lefts = dys.vec();
+  std::vector<Product> products;
+  for (size_t i = 0; i < dys.size(); ++i) products.push_back({i, item(weights, i)});
+  const bool drops = any_drops(ps);
+  Tensor dx = at::empty({dys[0].size(0), lora_as[0].size(1)}, dys[0].options());
+  if (drops) {
+    add_branches(dx.zero_(), lora_as, dhs, masks, ps);
+  } else {
+    lefts.push_back(at::cat(dhs, 1));
+    products.push_back({dys.size(), stacked(lora_as).to(at::kFloat)});
+  }
+  sum_products(lefts, {{dx, std::nullopt, products, drops}});
+  return dx;
+}
+
 // dX = sum of dY_i W_i and of the branches' parts, which come first where each sum is rounded.
 Tensor grad_x(at::TensorList dys, const OptTensors& weights, at::TensorList lora_as,
               const std::vector<Tensor>& dhs, const OptTensors& masks, at::ArrayRef<double> ps) {
+  if (in_panels(dys[0], lora_as[0].size(1))) {
+    return grad_x_in_panels(dys, weights, lora_as, dhs, masks, ps);
+  }
   const bool exact = is_math(dys[0].scalar_type());
   Tensor dx;
   if (!exact) {

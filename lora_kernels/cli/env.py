@@ -29,6 +29,7 @@ def report() -> dict[str, Any]:
         **{name: _version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu ({platform.machine()})",
         "active backend": _backend.active_backend(),
+        "cpu products": _products(),
         "auto picks": {kind: _auto(kind) for kind in dict.fromkeys((device, "cpu"))},
         "backends": {name: _state(name, device) for name in _backend.BACKENDS if name != "auto"},
     }
@@ -39,6 +40,14 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _products() -> str:
+    from .. import _extension, _settings
+
+    best = "panels" if _extension.panels_are_faster() else "vendor"
+    chosen = _settings.read().cpu_products
+    return f"auto, which is {best} here" if chosen == "auto" else chosen
 
 
 def _auto(device: str) -> str:

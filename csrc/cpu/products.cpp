@@ -1,0 +1,138 @@
+#include "products.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+
+#include "panel_pass.h"
+
+namespace lora_kernels {
+namespace {
+
+using at::Tensor;
+
+std::atomic<Multiplier> multiplier{Multiplier::kMeasured};
+
+// A few rows are bound by the bytes of the right factor, and a small one does not repay its
+// packing.
+constexpr int64_t kFewRows = 8, kSmallFactor = int64_t(1) << 18;
+// Rows of the left factors that are packed at a time.
+constexpr int64_t kRowsAtOnce = 1024;
+// Elements to pack, and multiply-adds, that are worth a thread.
+constexpr int64_t kPackTask = 1 << 15, kMultiplyTask = 1 << 19;
+
+// A matrix with rows of unit stride.
+Tensor with_dense_rows(const Tensor& matrix) {
+  return matrix.stride(1) == 1 || matrix.size(1) <= 1 ? matrix : matrix.contiguous();
+}
+
+bool is_transposed(const Tensor& right) { return right.stride(1) != 1 && right.stride(0) == 1; }
+
+Tensor readable(const Tensor& right) {
+  return is_transposed(right) ? right : with_dense_rows(right);
+}
+
+// The rows [first, first + rows) of a left factor, in panels.
+Tensor packed_rows(const Tensor& left, int64_t first, int64_t rows) {
+  const int64_t depth = left.size(1), panels = panels_of(rows, kPanelRows);
+  Tensor packed = at::empty({panels * kPanelRows * depth}, left.options());
+  const float* from = left.const_data_ptr<float>() + first * left.stride(0);
+  float* to = packed.mutable_data_ptr<float>();
+  const int64_t grain = std::max<int64_t>(1, kPackTask / std::max<int64_t>(1, kPanelRows * depth));
+  at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
+    pack_rows(from, left.stride(0), rows, depth, {begin, end}, to);
+  });
+  return packed;
+}
+
+std::vector<PanelTerm> terms_of(const ProductSum& sum, const std::vector<Tensor>& packed) {
+  std::vector<PanelTerm> terms;
+  for (const auto& [left, right] : sum.products) {
+    const bool transposed = is_transposed(right);
+    terms.push_back({packed[left].const_data_ptr<float>(), right.const_data_ptr<float>(),
+                     right.stride(transposed ? 1 : 0), transposed, right.size(0)});
+  }
+  return terms;
+}
+
+int64_t depth_of(const std::vector<PanelTerm>& terms) {
+  int64_t depth = 0;
+  for (const PanelTerm& term : terms) depth += term.depth;
+  return depth;
+}
+
+// Tiles are shared out by columns, and where there are few of those by rows as well. Which thread
+// sums a tile changes none of its sums.
+void multiply(const PanelProduct& product, int64_t depth) {
+  const int64_t rows = panels_of(product.rows, kPanelRows);
+  const int64_t cols = panels_of(product.cols, kPanelCols);
+  if (cols == 0) return;
+  const int64_t cuts = std::clamp<int64_t>(panels_of(kPanelsAtOnce * at::get_num_threads(), cols),
+                                           1, std::max<int64_t>(1, rows / 8));
+  const int64_t each =
+      panels_of(rows, cuts) * kPanelRows * kPanelCols * std::max<int64_t>(depth, 1);
+  const int64_t grain = std::max<int64_t>(1, kMultiplyTask / each);
+  at::parallel_for(0, cuts * cols, grain, [&](int64_t begin, int64_t end) {
+    const auto scratch = std::make_unique_for_overwrite<float[]>(kPanelScratch);
+    for (int64_t at = begin, next; at < end; at = next) {
+      const int64_t cut = at / cols;
+      next = std::min(end, (cut + 1) * cols);
+      multiply_panels(product, {rows * cut / cuts, rows * (cut + 1) / cuts},
+                      {at - cut * cols, next - cut * cols}, scratch.get());
+    }
+  });
+}
+
+void add_rows(const ProductSum& sum, const std::vector<Tensor>& packed, int64_t first,
+              int64_t rows) {
+  const std::vector<PanelTerm> terms = terms_of(sum, packed);
+  const PanelProduct product = {terms.data(),
+                                static_cast<int64_t>(terms.size()),
+                                rows,
+                                sum.out.size(1),
+                                sum.out.mutable_data_ptr<float>() + first * sum.out.stride(0),
+                                sum.out.stride(0),
+                                sum.bias ? sum.bias->const_data_ptr<float>() : nullptr,
+                                sum.add};
+  multiply(product, depth_of(terms));
+}
+
+}  // namespace
+
+void multiply_by(Multiplier choice) { multiplier = choice; }
+
+bool in_panels(const Tensor& left, int64_t cols) {
+  static const bool faster = panels_are_faster();
+  const Multiplier choice = multiplier;
+  if (left.scalar_type() != at::kFloat || choice == Multiplier::kVendor) return false;
+  if (choice == Multiplier::kPanels) return true;
+  return faster && left.size(0) >= kFewRows && left.size(1) * cols >= kSmallFactor;
+}
+
+Tensor branched_product(const Tensor& left, const Tensor& right, const std::optional<Tensor>& bias,
+                        const Tensor& vectors, const Tensor& factor) {
+  Tensor out = at::empty({left.size(0), right.size(1)}, left.options());
+  sum_products({left, vectors}, {{out, bias, {{0, right}, {1, factor}}}});
+  return out;
+}
+
+void sum_products(const std::vector<Tensor>& lefts, const std::vector<ProductSum>& sums) {
+  std::vector<ProductSum> readable_sums = sums;
+  for (ProductSum& sum : readable_sums) {
+    if (sum.bias) sum.bias = sum.bias->contiguous();
+    for (Product& product : sum.products) product.right = readable(product.right);
+  }
+  std::vector<Tensor> dense;
+  for (const Tensor& left : lefts) dense.push_back(with_dense_rows(left));
+  const int64_t rows = lefts[0].size(0);
+  for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
+    const int64_t count = std::min(kRowsAtOnce, rows - first);
+    std::vector<Tensor> packed;
+    for (const Tensor& left : dense) packed.push_back(packed_rows(left, first, count));
+    for (const ProductSum& sum : readable_sums) add_rows(sum, packed, first, count);
+  }
+}
+
+}  // namespace lora_kernels

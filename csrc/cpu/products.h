@@ -1,0 +1,41 @@
+// Sums of matrix products on tensors, by the loops of panel_pass.h or by the vendor's GEMM.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <vector>
+
+namespace lora_kernels {
+
+// L R for L [M, k], one of the left factors by its place among them, and R [k, N].
+struct Product {
+  size_t left;
+  at::Tensor right;
+};
+
+// out [M, N] = bias + the sum of its products, or with `add` that sum on top of what `out` holds.
+struct ProductSum {
+  at::Tensor out;
+  std::optional<at::Tensor> bias;
+  std::vector<Product> products;
+  bool add = false;
+};
+
+enum class Multiplier { kMeasured, kPanels, kVendor };
+
+// Who computes them from now on; kMeasured is what was found faster on such a processor.
+void multiply_by(Multiplier choice);
+
+// Whether products with `left` [M, K] as their first factor are worth the loops of panel_pass.h.
+bool in_panels(const at::Tensor& left, int64_t cols);
+
+// bias + L R + V F in panels: what a linear with a branch of a small rank is, and its dX.
+at::Tensor branched_product(const at::Tensor& left, const at::Tensor& right,
+                            const std::optional<at::Tensor>& bias, const at::Tensor& vectors,
+                            const at::Tensor& factor);
+
+// Every sum; a left factor that several of them read is packed once. For float32 and in_panels().
+void sum_products(const std::vector<at::Tensor>& lefts, const std::vector<ProductSum>& sums);
+
+}  // namespace lora_kernels
