@@ -78,9 +78,10 @@ SCHEMAS = {
     # y = x Wᵀ whose rows do not depend, bit for bit, on the other rows.
     "invariant_linear": "(Tensor x, Tensor weight) -> Tensor",
     # G linears that read one x: y of each, h of each, and the keep bits of those that drop, in order.
-    # `seeds` [D]: one for each of the D members whose probability is not zero.
+    # `seeds` [D]: one for each of the D members whose probability is not zero. A weight that is `None` is
+    # quantised: x Wᵀ, and dY W in the backward pass, are added by `quantized_linear`.
     "lora_linear_group": (
-        "(Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, Tensor?[] biases,"
+        "(Tensor x, Tensor?[] weights, Tensor[] lora_as, Tensor[] lora_bs, Tensor?[] biases,"
         " Tensor?[] gates, Tensor? seeds, float[] scalings, float[] dropout_ps) -> Tensor[]"
     ),
     # The gradients that `needs` asks for: of x, and then of A, B and g of each member. All members
@@ -322,7 +323,7 @@ def _fake_dora_linear_backward(
 
 def _fake_lora_linear_group(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     biases: Sequence[Tensor | None],

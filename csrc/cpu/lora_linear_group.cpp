@@ -69,42 +69,58 @@ void add_product(Tensor& y, const Tensor& vectors, const Tensor& factor, double 
   }
 }
 
+// x W' + b, or b alone where W is quantised and added by another op.
+Tensor base_output(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t out) {
+  if (!weight.defined()) {
+    Tensor y = at::zeros({x.size(0), out}, x.options());
+    return bias.defined() ? y.copy_(bias) : y;
+  }
+  return bias.defined() ? at::addmm(bias, x, weight.t()) : at::mm(x, weight.t());
+}
+
 // y_i = x W_i' + b_i + s_i V_i B_i' for the gated h of each member.
-std::vector<Tensor> outputs(const Tensor& x, at::TensorList weights, const OptTensors& biases,
+std::vector<Tensor> outputs(const Tensor& x, const OptTensors& weights, const OptTensors& biases,
                             const std::vector<Tensor>& vectors, at::TensorList lora_bs,
                             at::ArrayRef<double> scalings) {
   std::vector<Tensor> ys;
   for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor bias = item(biases, i);
-    ys.push_back(bias.defined() ? at::addmm(bias, x, weights[i].t()) : at::mm(x, weights[i].t()));
+    ys.push_back(base_output(x, item(weights, i), item(biases, i), lora_bs[i].size(0)));
     add_product(ys[i], vectors[i], lora_bs[i].t(), scalings[i]);
   }
   return ys;
 }
 
-std::vector<Tensor> outputs_in_panels(const Tensor& x, at::TensorList weights,
+std::vector<Tensor> outputs_in_panels(const Tensor& x, const OptTensors& weights,
                                       const OptTensors& biases, const std::vector<Tensor>& vectors,
                                       at::TensorList lora_bs, at::ArrayRef<double> scalings) {
   std::vector<Tensor> ys, lefts = {x};
   std::vector<ProductSum> sums;
   for (size_t i = 0; i < weights.size(); ++i) {
-    ys.push_back(at::empty({x.size(0), weights[i].size(0)}, x.options()));
+    ys.push_back(at::empty({x.size(0), lora_bs[i].size(0)}, x.options()));
     lefts.push_back(vectors[i].mul(scalings[i]));
     const Tensor b_t = lora_bs[i].to(at::kFloat).t();
-    sums.push_back({ys[i], optional(item(biases, i)), {{0, weights[i].t()}, {i + 1, b_t}}});
+    sums.push_back({ys[i], optional(item(biases, i)), {{0, item(weights, i).t()}, {i + 1, b_t}}});
   }
   sum_products(lefts, sums);
   return ys;
 }
 
-bool all_in_panels(const Tensor& x, at::TensorList weights) {
-  return std::all_of(weights.begin(), weights.end(),
-                     [&](const Tensor& weight) { return in_panels(x, weight.size(0)); });
+bool all_dense(const OptTensors& weights) {
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (!item(weights, i).defined()) return false;
+  }
+  return true;
+}
+
+bool all_in_panels(const Tensor& x, const OptTensors& weights, at::TensorList lora_bs) {
+  return all_dense(weights) &&
+         std::all_of(lora_bs.begin(), lora_bs.end(),
+                     [&](const Tensor& lora_b) { return in_panels(x, lora_b.size(0)); });
 }
 
 }  // namespace
 
-std::vector<Tensor> lora_linear_group(const Tensor& x, at::TensorList weights,
+std::vector<Tensor> lora_linear_group(const Tensor& x, const OptTensors& weights,
                                       at::TensorList lora_as, at::TensorList lora_bs,
                                       const OptTensors& biases, const OptTensors& gates,
                                       const OptTensor& seeds, at::ArrayRef<double> scalings,
@@ -123,7 +139,7 @@ std::vector<Tensor> lora_linear_group(const Tensor& x, at::TensorList weights,
     gated.push_back(gate.defined() ? hs[i].mul(gate.to(hs[i].scalar_type())) : hs[i]);
     kept.push_back(hs[i].to(x.scalar_type(), false, true, at::MemoryFormat::Contiguous));
   }
-  const auto& multiplied = all_in_panels(x, weights) ? outputs_in_panels : outputs;
+  const auto& multiplied = all_in_panels(x, weights, lora_bs) ? outputs_in_panels : outputs;
   std::vector<Tensor> ys = multiplied(x, weights, biases, gated, lora_bs, scalings);
   ys.insert(ys.end(), kept.begin(), kept.end());
   ys.insert(ys.end(), bits.begin(), bits.end());
@@ -191,10 +207,11 @@ Tensor grad_x_in_panels(at::TensorList dys, const OptTensors& weights, at::Tenso
   return dx;
 }
 
-// dX = sum of dY_i W_i and of the branches' parts, which come first where each sum is rounded.
+// dX = sum of dY_i W_i, over the weights that are there, and of the branches' parts, which come
+// first where each sum is rounded.
 Tensor grad_x(at::TensorList dys, const OptTensors& weights, at::TensorList lora_as,
               const std::vector<Tensor>& dhs, const OptTensors& masks, at::ArrayRef<double> ps) {
-  if (in_panels(dys[0], lora_as[0].size(1))) {
+  if (all_dense(weights) && in_panels(dys[0], lora_as[0].size(1))) {
     return grad_x_in_panels(dys, weights, lora_as, dhs, masks, ps);
   }
   const bool exact = is_math(dys[0].scalar_type());
@@ -206,8 +223,10 @@ Tensor grad_x(at::TensorList dys, const OptTensors& weights, at::TensorList lora
   }
   for (size_t i = 0; i < dys.size(); ++i) {
     const Tensor weight = item(weights, i);
+    if (!weight.defined()) continue;
     dx = dx.defined() ? dx.addmm_(dys[i], weight) : at::mm(dys[i], weight);
   }
+  if (!dx.defined()) dx = at::zeros({dys[0].size(0), lora_as[0].size(1)}, dys[0].options());
   if (exact) add_branches(dx, lora_as, dhs, masks, ps);
   return dx;
 }

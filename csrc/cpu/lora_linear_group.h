@@ -11,7 +11,7 @@ namespace lora_kernels {
 using OptTensors = c10::List<std::optional<at::Tensor>>;
 
 // y of each member, h of each, the keep bits of those that drop.
-std::vector<at::Tensor> lora_linear_group(const at::Tensor& x, at::TensorList weights,
+std::vector<at::Tensor> lora_linear_group(const at::Tensor& x, const OptTensors& weights,
                                           at::TensorList lora_as, at::TensorList lora_bs,
                                           const OptTensors& biases, const OptTensors& gates,
                                           const std::optional<at::Tensor>& seeds,

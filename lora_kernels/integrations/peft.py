@@ -221,7 +221,7 @@ def accelerate(model: nn.Module) -> Report:
     read where it lies.
 
     Layers that a forward calls on one x (query, key and value; gate and up) are computed together, and
-    the gated MLPs of Llama, Mistral, Qwen and Gemma with LoRA on all three layers by ``lora_mlp``.
+    the gated MLPs of Llama, Mistral, Qwen and Gemma with LoRA on all three dense layers by ``lora_mlp``.
 
     PEFT's API goes on working (``set_adapter``, ``disable_adapter``, ``merge_and_unload``,
     ``save_pretrained``), and so do pickling and copying. :func:`decelerate` reverses it.

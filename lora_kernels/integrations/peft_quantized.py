@@ -12,6 +12,7 @@ import torch
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
+from ..nn.groups import Member, grouped
 from ..ops.lora_linear import _autocasts, _compute_dtype, fused
 from ..ops.quantized_linear import quantized_linear
 from ..quant.bnb import from_bitsandbytes, why_not_bitsandbytes
@@ -31,7 +32,8 @@ class _FusedQuantized:
         names = () if args or kwargs else self._names_now()
         if not names:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        return self._compute(x, names).to(x.dtype)
+        y = grouped(self, x) if len(names) == 1 else None
+        return (self._compute(x, names) if y is None else y).to(x.dtype)
 
     def _names_now(self: Any) -> list[str]:
         """The adapters of a call that is ours, none where it is PEFT's."""
@@ -55,6 +57,16 @@ class _FusedQuantized:
             return fused(x, weight, *_stacked(self, names, bias))
         y = _branch(self, names[0], x, weight, bias)
         return sum((_branch(self, name, x, None, None) for name in names[1:]), start=y)
+
+    def group_member(self: Any, x: Tensor) -> Member | None:
+        """What this layer computes for ``x``, where that is one plain fused linear."""
+        names, dtype = self._names_now(), self._base_dtype(x)
+        if len(names) != 1 or not (_shares_dtype(x, dtype) if _autocasts(x) else x.dtype == dtype):
+            return None
+        (name,), base = names, self._modules["base_layer"]
+        lora_a, lora_b = (self._modules[part]._modules[name].weight for part in ("lora_A", "lora_B"))
+        weight, scaling = from_bitsandbytes(base), self.scaling[name]
+        return Member(weight, lora_a, lora_b, base.bias, None, scaling, _dropout(self, name))
 
 
 class FusedLoraLinear4bit(_FusedQuantized, Linear4bit):

@@ -218,7 +218,7 @@ def group_x_pass_kernel(
 
 def lora_linear_group(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -240,7 +240,8 @@ def lora_linear_group(
         hs, masks = map(list, zip(*passes, strict=True))
         masks = [mask for mask in masks if mask.numel()]
     for y, weight in zip(ys, weights, strict=True):
-        y.addmm_(x, weight.T)
+        if weight is not None:
+            y.addmm_(x, weight.T)
     return ys + hs + masks
 
 

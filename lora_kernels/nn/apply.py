@@ -14,9 +14,9 @@ from ..adapters import Adapter, LoRAConfig
 from .adapter_layer import AdapterLayer, _check_name
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .embedding import LoRAEmbedding
-from .groups import group_layers, layer_groups, ungroup_layers
+from .groups import group_layers, ungroup_layers
 from .linear import LoRALinear
-from .mlp import fuse_mlps, unfuse_mlps
+from .mlp import fuse_mlps, fused_mlps, unfuse_mlps
 from .quantized import QuantizedLinear, QuantizedLoRALinear
 
 ALL_LINEAR = "all-linear"
@@ -408,8 +408,8 @@ def quantize_base(
     ]
     for site, layer in made:
         _install(site, layer)
-    if layer_groups(model):  # of dense layers, some of which are no longer there
-        group_layers(model)
+    if fused_mlps(model):  # of dense layers, some of which are no longer there
+        fuse_mlps(model)
     return model
 
 

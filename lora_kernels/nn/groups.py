@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.lora_linear_group import fused_group
+from ..quant import QuantizedWeight
 
 
 class Member(NamedTuple):
     """The arguments of one layer's linear, as ``lora_linear`` takes them."""
 
-    weight: Tensor
+    weight: Tensor | QuantizedWeight
     lora_a: Tensor
     lora_b: Tensor
     bias: Tensor | None
@@ -94,7 +95,7 @@ def _members(layers: list[Any], x: Tensor, training: bool) -> Iterator[tuple[Any
 def _fits(layer: Any, member: Member, x: Tensor) -> bool:
     """Whether the layer's parameters are there to be used before the layer itself is called."""
     weight = member.weight
-    plain = type(weight) in (Tensor, nn.Parameter) and not layer._forward_pre_hooks
+    plain = type(weight) in (Tensor, nn.Parameter, QuantizedWeight) and not layer._forward_pre_hooks
     return plain and weight.device == x.device and weight.shape[1] == x.shape[-1]
 
 

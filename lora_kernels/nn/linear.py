@@ -112,13 +112,17 @@ class LoRALinear(AdapterLayer, nn.Linear):
 
     def group_member(self, x: Tensor) -> Member | None:
         """What this layer computes for ``x``, where that is one plain fused linear."""
-        if self._single is None or not (x.dtype == self.weight.dtype or _autocasts(x)):
+        if self._single is None or not self._takes(x):
             return None
         adapter = self.adapters[self._single]
         lora_a, lora_b, scaling, gate, magnitude = adapter.lower()
         p = adapter.lora_dropout if self.training else 0.0
         member = Member(self.weight, lora_a, lora_b, self.bias, gate, scaling, p)
         return member if magnitude is None else None
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether x is of a dtype that needs no error."""
+        return x.dtype == self.weight.dtype or _autocasts(x)
 
     def _check_input(self, x: Tensor) -> None:
         if x.shape[-1] != self.in_features:

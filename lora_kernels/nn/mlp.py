@@ -51,9 +51,15 @@ def fuse_mlps(model: nn.Module) -> list[str]:
     """Lets the MLPs whose three layers have LoRA compute with ``lora_mlp``; returns their names."""
     unfuse_mlps(model)
     for module in model.modules():
-        if _is_gated_mlp(module) and all(_groupable(module._modules[name]) for name in _LAYERS):
+        if _is_gated_mlp(module) and all(_fusible(module._modules[name]) for name in _LAYERS):
             module.__dict__["forward"] = _Forward(module)
     return fused_mlps(model)
+
+
+def _fusible(layer: Any) -> bool:
+    """Whether it is a LoRA layer over a dense weight, which is what ``lora_mlp`` takes."""
+    weight = layer.weight if _groupable(layer) else None
+    return isinstance(weight, Tensor) and weight.is_floating_point()
 
 
 def fused_mlps(model: nn.Module) -> list[str]:
@@ -126,7 +132,7 @@ def _projection(member: Any) -> LoRAProjection:
 
 
 def _plain(member: Member | None) -> bool:
-    return member is not None and member.gate is None
+    return member is not None and member.gate is None and isinstance(member.weight, Tensor)
 
 
 def _touched(module: nn.Module) -> bool:

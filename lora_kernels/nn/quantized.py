@@ -155,7 +155,6 @@ class QuantizedLoRALinear(_QuantizedBase, LoRALinear):  # type: ignore[misc]
     """
 
     base_type = QuantizedLinear  # type: ignore[assignment]
-    group_member = None  # type: ignore[assignment]  # groups are of dense weights
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("QuantizedLoRALinear: use LoRALinear.from_linear on a QuantizedLinear")
@@ -185,6 +184,9 @@ class QuantizedLoRALinear(_QuantizedBase, LoRALinear):  # type: ignore[misc]
         if x.shape[-1] != self.in_features:
             got = f"got shape {tuple(x.shape)}"
             raise ValueError(f"x: expected last dimension {self.in_features} (in_features), {got}")
+
+    def _takes(self, x: Tensor) -> bool:
+        return x.is_floating_point()
 
     def _base(self, x: Tensor, weight: Any) -> Tensor:
         return QuantizedLinear.forward(self, x)  # type: ignore[arg-type]

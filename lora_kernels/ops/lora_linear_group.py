@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..quant.weight import QuantizedWeight
 from . import _dispatch
+from .dequantize import parts, sizes
 from .lora_linear import (
     _autocasts,
     _cast,
@@ -19,13 +21,16 @@ from .lora_linear import (
     composite,
 )
 from .lora_linear import fused as fused_single
+from .quantized_linear import accumulate
 
 _PARTS = ("weights", "lora_as", "lora_bs", "biases", "gates")
+# Arguments of the Function before the tensors of the members, x the last of them.
+_LEAD = 4
 
 
 def lora_linear_group(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | QuantizedWeight],
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scalings: float | Sequence[float] = 1.0,
@@ -53,7 +58,7 @@ def lora_linear_group(
 
     Args:
         x: the input of all members.
-        weights: the base weights, one a member.
+        weights: the base weights, one a member, dense or quantised.
         lora_as: the down-projections.
         lora_bs: the up-projections.
         scalings: s, a number for all or one for each.
@@ -70,19 +75,19 @@ def lora_linear_group(
     size = _size(weights)
     biases = (None,) * size if biases is None else biases
     gates = (None,) * size if gates is None else gates
-    parts = dict(zip(_PARTS, (weights, lora_as, lora_bs, biases, gates), strict=True))
-    for name, part in parts.items():
+    given = dict(zip(_PARTS, (weights, lora_as, lora_bs, biases, gates), strict=True))
+    for name, part in given.items():
         _check_length(name, part, size)
     scales, ps = _each("scalings", scalings, size), _each("dropout_p", dropout_p, size)
     for i in range(size):
-        _check_member(i, x, [part[i] for part in parts.values()], ps[i])
+        _check_member(i, x, [part[i] for part in given.values()], ps[i])
     ps = ps if training else (0.0,) * size
     return fused_group(x, weights, lora_as, lora_bs, biases, gates, scales, ps)
 
 
 def fused_group(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | QuantizedWeight],
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -99,9 +104,25 @@ def fused_group(
         dtype = _compute_dtype(x)
         x = x.to(dtype)
         weights, biases = ([_cast(t, dtype) for t in part] for part in (weights, biases))
+    dense, layouts, packed = _unpack(weights)
+    if packed:  # codes have no dtype, so that x may have any
+        biases = [_cast(bias, x.dtype) for bias in biases]
     return _LoRALinearGroup.apply(
-        tuple(scalings), tuple(dropout_ps), x, *weights, *lora_as, *lora_bs, *biases, *gates
+        *(tuple(scalings), tuple(dropout_ps), layouts, x),
+        *(*dense, *lora_as, *lora_bs, *biases, *gates, *packed),
     )
+
+
+def _unpack(weights: Sequence[Any]) -> tuple[list[Tensor | None], tuple[Any, ...], list[Tensor | None]]:
+    """The dense weights, and of the quantised ones, if any, the sizes and the tensors, kind by kind."""
+    quantised = [isinstance(weight, QuantizedWeight) for weight in weights]
+    if not any(quantised):
+        return list(weights), (None,) * len(weights), []
+    pairs = list(zip(weights, quantised, strict=True))
+    kinds = zip(*(parts(weight) if is_one else (None,) * 3 for weight, is_one in pairs), strict=True)
+    dense = [None if is_one else weight for weight, is_one in pairs]
+    layouts = tuple(sizes(weight) if is_one else None for weight, is_one in pairs)
+    return dense, layouts, [part for kind in kinds for part in kind]
 
 
 def _size(weights: Any) -> int:
@@ -131,7 +152,7 @@ def _each(name: str, given: Any, size: int) -> tuple[float, ...]:
 
 
 def _check_member(i: int, x: Tensor, member: list[Any], dropout_p: float) -> None:
-    if not isinstance(member[0], Tensor):
+    if not isinstance(member[0], (Tensor, QuantizedWeight)):
         raise TypeError(f"weights[{i}]: expected a Tensor, got {type(member[0]).__name__}")
     weight, lora_a, lora_b, bias, gate = member
     try:
@@ -141,65 +162,85 @@ def _check_member(i: int, x: Tensor, member: list[Any], dropout_p: float) -> Non
 
 
 class _LoRALinearGroup(torch.autograd.Function):
-    """Saves x once, h of each and one keep bit an element of each, as far as the asked gradients read it."""
+    """Saves x once, h of each and one keep bit an element of each, as far as the asked gradients read it.
+
+    ``tensors``: weights (``None`` where quantised), A, B, b and g of the members, and if any weight is
+    quantised, the codes, scales and nested scales; its sizes are in ``layouts``.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         scalings: tuple[float, ...],
         dropout_ps: tuple[float, ...],
+        layouts: tuple[Any, ...],
         x: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         size = len(scalings)
-        weights, lora_as, lora_bs, biases, gates = _split(tensors, size)
-        inputs = (_rows(x), weights, lora_as, lora_bs, biases, [_gate_rows(g) for g in gates])
+        weights, lora_as, lora_bs, biases, gates, *packed = _split(tensors, size)
+        rows = _rows(x)
+        inputs = (rows, weights, lora_as, lora_bs, biases, [_gate_rows(g) for g in gates])
         ctx.backend = _dispatch.chosen("lora_linear_group", *inputs)
         seeds = _draw_seeds(x, dropout_ps)
         given = _dispatch.call("lora_linear_group", *inputs, seeds, scalings, dropout_ps, backend=ctx.backend)
         ys, hs, masks = given[:size], given[size : 2 * size], iter(given[2 * size :])
+        _add_quantized(ys, [rows] * size, layouts, packed, False)
         masks = [next(masks) if p > 0.0 else None for p in dropout_ps]
-        ctx.scalings, ctx.dropout_ps = scalings, dropout_ps
-        _save(ctx, x, weights, lora_as, lora_bs, gates, hs, masks)
+        ctx.scalings, ctx.dropout_ps, ctx.layouts = scalings, dropout_ps, layouts
+        _save(ctx, x, weights, lora_as, lora_bs, gates, hs, masks, packed)
         ctx.set_materialize_grads(False)
         return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         used = [i for i, dy in enumerate(dys) if dy is not None]
-        grads: list[Tensor | None] = [None] * (3 + 5 * len(dys))
+        needs = ctx.needs_input_grad
+        grads: list[Tensor | None] = [None] * len(needs)
         if not used:
             return tuple(grads)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, dys)
         x, *saved = ctx.saved_tensors
-        size, needs = len(dys), ctx.needs_input_grad
-        parts = [[part[i] for i in used] for part in _split(saved, size)]
-        weights, lora_as, lora_bs, gates, hs, masks = parts
+        size = len(dys)
+        own = [[part[i] for i in used] for part in _split(saved, size)]
+        weights, lora_as, lora_bs, gates, hs, masks, *packed = own
         rows = [_rows(dys[i]) for i in used]
-        places = [(3 + size * kind + i) for i in used for kind in (1, 2, 4)]
-        asked = [needs[2], *(needs[place] for place in places)]
+        places = [(_LEAD + size * kind + i) for i in used for kind in (1, 2, 4)]
+        asked = [needs[_LEAD - 1], *(needs[place] for place in places)]
+        reads_x = any(needs[_LEAD + size : _LEAD + 2 * size])
         given = _dispatch.call(
             "lora_linear_group_backward",
-            *(rows, _rows(x) if any(needs[3 + size : 3 + 2 * size]) else None, weights, lora_as, lora_bs),
+            *(rows, _rows(x) if reads_x else None, weights, lora_as, lora_bs),
             *(hs, [_gate_rows(g) for g in gates], masks),
             *([ctx.scalings[i] for i in used], [ctx.dropout_ps[i] for i in used], asked),
             backend=ctx.backend,
         )
         found = iter(given)
-        for place, needed in zip((2, *places), asked, strict=True):
+        for place, needed in zip((_LEAD - 1, *places), asked, strict=True):
             grads[place] = next(found) if needed else None
-        if grads[2] is not None:
-            grads[2] = grads[2].view(*dys[used[0]].shape[:-1], grads[2].shape[1])
+        dx = grads[_LEAD - 1]
+        if dx is not None:
+            _add_quantized([dx] * len(used), rows, [ctx.layouts[i] for i in used], packed, True)
+            grads[_LEAD - 1] = dx.view(*dys[used[0]].shape[:-1], dx.shape[1])
         for j, i in enumerate(used):
-            gate_at = 3 + 4 * size + i
+            gate_at = _LEAD + 4 * size + i
             if grads[gate_at] is not None:
                 grads[gate_at] = grads[gate_at].view(gates[j].shape)
-            if needs[3 + i]:
-                grads[3 + i] = rows[j].T @ _rows(x)
-            if needs[3 + 3 * size + i]:
-                grads[3 + 3 * size + i] = rows[j].sum(0)
+            if needs[_LEAD + i]:
+                grads[_LEAD + i] = rows[j].T @ _rows(x)
+            if needs[_LEAD + 3 * size + i]:
+                grads[_LEAD + 3 * size + i] = rows[j].sum(0)
         return tuple(grads)
+
+
+def _add_quantized(
+    outs: Sequence[Tensor], xs: Sequence[Any], layouts: Sequence[Any], packed: Sequence[Any], transpose: bool
+) -> None:
+    """Each out += x Wᵀ, or x W, of the members whose weight is quantised; ``packed`` is empty without any."""
+    for out, x, layout, weight in zip(outs, xs, layouts, zip(*packed, strict=True), strict=False):
+        if layout is not None:
+            accumulate(out, x, weight, layout, transpose)
 
 
 def _draw_seeds(x: Tensor, dropout_ps: Sequence[float]) -> Tensor | None:
@@ -221,11 +262,12 @@ def _save(
     gates: list[Tensor | None],
     hs: Sequence[Tensor],
     masks: list[Tensor | None],
+    packed: list[list[Tensor | None]],
 ) -> None:
     """Of the inputs only what the gradients asked for will read."""
     size, needs = len(weights), ctx.needs_input_grad
-    needs_x = needs[2]
-    needs_weight, needs_a, needs_b, _, needs_gate = _split(needs[3:], size)
+    needs_x = needs[_LEAD - 1]
+    needs_weight, needs_a, needs_b, _, needs_gate, *_ = _split(needs[_LEAD:], size)
     ctx.save_for_backward(
         x if any(needs_weight) or any(needs_a) else None,
         *(w if needs_x or needs_weight[i] else None for i, w in enumerate(weights)),
@@ -234,6 +276,7 @@ def _save(
         *gates,
         *(h if needs_b[i] or needs_gate[i] else None for i, h in enumerate(hs)),
         *(mask if needs_x or needs_a[i] else None for i, mask in enumerate(masks)),
+        *(part for kind in packed for part in kind if needs_x),
     )
 
 
@@ -245,10 +288,13 @@ def _differentiable_backward(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Te
             "lora_linear_group: a double backward needs the input, which is not saved when no first"
             " derivative reads it (frozen lora_as)"
         )
-    size, needs = len(dys), ctx.needs_input_grad
-    weights, lora_as, lora_bs, gates, _, masks = _split(saved, size)
+    size, needs = len(dys), ctx.needs_input_grad[_LEAD - 1 :]
+    weights, lora_as, lora_bs, gates, _, masks, *packed = _split(saved, size)
     inputs = (x, *weights, *lora_as, *lora_bs, *([None] * size), *gates)
-    wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and needs[2 + i]]
+    for i, (layout, *weight) in enumerate(zip(ctx.layouts, *packed, strict=True) if packed else ()):
+        if layout is not None:
+            weights[i] = _dispatch.call("dequantize", *weight, *layout, x.dtype)
+    wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and needs[i]]
     used = [i for i, dy in enumerate(dys) if dy is not None]
     ys = [
         composite(
@@ -259,10 +305,10 @@ def _differentiable_backward(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Te
     ]
     rows = [_rows(dys[i]) for i in used]
     given = torch.autograd.grad(ys, [inputs[i] for i in wanted], rows, create_graph=True, allow_unused=True)
-    grads: list[Tensor | None] = [None] * (3 + 5 * size)
+    grads: list[Tensor | None] = [None] * len(needs)
     for i, grad in zip(wanted, given, strict=True):
-        grads[2 + i] = grad
+        grads[i] = grad
     for j, i in enumerate(used):
-        if needs[3 + 3 * size + i]:
-            grads[3 + 3 * size + i] = rows[j].sum(0)
-    return tuple(grads)
+        if needs[1 + 3 * size + i]:
+            grads[1 + 3 * size + i] = rows[j].sum(0)
+    return (*(None,) * (_LEAD - 1), *grads)

@@ -12,7 +12,7 @@ from .lora_linear import lora_linear, lora_linear_backward
 
 def lora_linear_group(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -59,8 +59,9 @@ def lora_linear_group_backward(
     return grads if dx is None else [accumulate(dx.to(dys[0].dtype), dys, weights), *grads]
 
 
-def accumulate(dx: Tensor, dys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """dx + Σ dY_i W_i, in place: each product adds itself."""
+def accumulate(dx: Tensor, dys: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Tensor:
+    """dx + Σ dY_i W_i over the weights that are there, in place: each product adds itself."""
     for dy, weight in zip(dys, weights, strict=True):
-        dx.addmm_(dy, weight)
+        if weight is not None:
+            dx.addmm_(dy, weight)
     return dx

@@ -12,6 +12,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from test_peft import FixedDropout, randomise
 from torch import nn
 
+import lora_kernels.nn.groups as groups
 from lora_kernels.integrations.peft import accelerate, decelerate
 from lora_kernels.quant import from_bitsandbytes
 from lora_kernels.reference.dropout import dropout_mask
@@ -145,6 +146,30 @@ def test_outputs_and_all_gradients_are_pefts(llama, tokens, dtype, compute, auto
     assert len(report.accelerated) == 2 * 7 and not report.skipped
     assert not any(type(layer) is peft_bnb.Linear4bit for layer in model.modules())
     assert_same_as_peft(model, tokens, autocast)
+
+
+@pytest.mark.parametrize("autocast", [None, BF16])
+def test_layers_that_share_an_input_are_one_call(llama, tokens, autocast, monkeypatch):
+    calls, real = [], groups.fused_group
+    monkeypatch.setattr(
+        groups, "fused_group", lambda x, *parts: (calls.append(len(parts[0])), real(x, *parts))[1]
+    )
+    model = wrap(llama(BF16 if autocast else F32, autocast or F32), lora_dropout=0.3)
+    report = accelerate(model)
+    assert [len(group) for group in report.groups] == [3, 2] * 2 and not report.mlps
+    torch.manual_seed(3)
+    got = run(model, tokens, autocast)
+    assert calls == [3, 2] * 2
+    groups.ungroup_layers(model)
+    torch.manual_seed(3)
+    alone = run(model, tokens, autocast)
+    assert len(calls) == 4
+    dense = exact(model)
+    accelerate(dense)  # for the same masks
+    groups.ungroup_layers(dense)
+    torch.manual_seed(3)
+    truth = run(dense, tokens)
+    assert distance(got, truth) <= 2 * distance(alone, truth)
 
 
 @pytest.mark.parametrize("rows", [1, 40])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import lora_kernels.nn.groups as groups
 from lora_kernels import (
     LoRAConfig,
     LoRALinear,
@@ -188,7 +189,7 @@ def test_a_transformer_layer_calls_its_linears():
 
 
 class _Pair(nn.Module):
-    """Two linears on one x: a group while both are dense."""
+    """Two linears on one x: a group, dense or quantised."""
 
     def __init__(self):
         super().__init__()
@@ -198,14 +199,28 @@ class _Pair(nn.Module):
         return self.q(x) + self.k(x)
 
 
-def test_groups_are_of_dense_layers():
-    pair = apply_lora(_Pair(), LoRAConfig(r=2, target_modules=["q", "k"], init_lora_weights=False))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("formats", ({"k": "int8"}, {"q": "nf4", "k": "nf4"}), ids=str)
+def test_groups_of_quantised_layers(formats, dtype, monkeypatch):
+    calls, real = [], groups.fused_group
+    monkeypatch.setattr(groups, "fused_group", lambda x, *parts: (calls.append(1), real(x, *parts))[1])
+    config = LoRAConfig(r=2, target_modules=["q", "k"], init_lora_weights=False, lora_dropout=0.3)
+    pair = apply_lora(_Pair(), config)
+    for name, format in formats.items():
+        quantize_base(pair, format, [name])
     assert layer_groups(pair) == [("q", "k")]
-    quantize_base(pair, "int8", ["k"])
-    assert layer_groups(pair) == []
-    x = rand(3, 32)
-    want = [nn.functional.linear(x, layer.merged_weight(), layer.bias) for layer in (pair.q, pair.k)]
-    torch.testing.assert_close(pair(x), sum(want))
+    alone, found = copy.deepcopy(pair), []
+    groups.ungroup_layers(alone)
+    x = rand(40, 32).to(torch.float64 if len(formats) == 1 else dtype)  # a dense member takes its own dtype
+    for one in (pair, alone):
+        torch.manual_seed(3)
+        v = x.clone().requires_grad_()
+        y = one(v)
+        y.square().sum().backward()
+        found.append([y, v.grad, *(p.grad for p in one.parameters() if p.grad is not None)])
+    assert calls == [1]
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_batches_of_mixed_adapters():

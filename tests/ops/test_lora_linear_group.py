@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import lora_linear, lora_linear_group, use_backend
+from lora_kernels import dequantize, lora_linear, lora_linear_group, quantize, use_backend
 from lora_kernels.reference.dropout import dropout_mask
 from lora_kernels.reference.lora_linear import composite
 from lora_kernels.testing import LoraCase, assert_close, leaves, lora_inputs
@@ -99,7 +99,17 @@ def backward(ys, dys):
         torch.autograd.backward(*zip(*pairs, strict=True))
 
 
-def run_group(backend, group, device, requires_grad=("x", *OWN), used=None, ulps=0.5):
+def quantise(formats, *results):
+    """Quantises the weights that have a format: the first result gets codes, the others what they mean."""
+    for i, format in enumerate(formats):
+        if format is not None:
+            q = quantize(results[0][f"weight{i}"].detach(), format)
+            for inputs in results:
+                dense = inputs is not results[0]
+                inputs[f"weight{i}"] = dequantize(q, inputs["x"].dtype) if dense else q
+
+
+def run_group(backend, group, device, requires_grad=("x", *OWN), used=None, ulps=0.5, formats=()):
     for case in group.members():
         skip_unavailable(backend, case, device)
     generator = torch.Generator().manual_seed(1)
@@ -108,13 +118,15 @@ def run_group(backend, group, device, requires_grad=("x", *OWN), used=None, ulps
     masks = masks_of_next_call(group, device)
     got, eager = (make(group, device, requires_grad) for _ in range(2))
     exact = make(group, device, requires_grad, FP64)
+    quantise(formats, got, eager, exact)
     results = call(backend, got, group), expected(eager, group, masks), expected(exact, group, masks)
     for ys in results:
         backward(ys, dys)
     for i, ys in enumerate(zip(*results, strict=True)):
         assert ys[0].dtype == group.case.dtype and ys[0].shape == ys[2].shape
         assert_close(*ys, f"y{i}", group.case.dtype, ulps)
-    for name, leaf in got.items():
+    tensors = {name: t for name, t in got.items() if t is None or isinstance(t, torch.Tensor)}
+    for name, leaf in tensors.items():
         grads = [None if t[name] is None else t[name].grad for t in (got, eager, exact)]
         if grads[2] is None:
             assert grads[0] is None, f"{name} got a gradient that nothing asked for"
@@ -122,7 +134,7 @@ def run_group(backend, group, device, requires_grad=("x", *OWN), used=None, ulps
         assert grads[0] is not None, f"{name} got no gradient"
         assert grads[0].dtype == leaf.dtype
         assert_close(*grads, name, group.case.dtype, ulps)
-    return [*results[0], *(t.grad for t in got.values() if t is not None)]
+    return [*results[0], *(t.grad for t in tensors.values() if t is not None)]
 
 
 DROPS = (0.3, 0.3, 0.3)
@@ -167,6 +179,34 @@ def test_variant_triton(name, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float32_adapters_on_a_half_base(backend, device):
     run_group(backend, Group(LoraCase(dtype=BF16, adapter_dtype=FP32, gate="rank"), ps=DROPS), device)
+
+
+QUANTISED = {
+    "plain": (Group(), ("nf4", "int8", "fp8")),
+    "dropout": (Group(LoraCase(bias=True, gate="rank"), ps=DROPS), ("nf4", "nf4", "nf4")),
+    "one dense": (Group(LoraCase(lead=(2, 21), cols=40, bias=True), ps=DROPS), ("nf4", None, "int8")),
+    "half": (Group(LoraCase(lead=(40,), dtype=BF16, bias=True), ps=(0.2, 0.0, 0.4)), ("nf4", "nf4", "fp8")),
+    "half, one dense": (Group(LoraCase(dtype=HALF)), (None, "nf4", "int8")),
+    "double": (Group(LoraCase(dtype=FP64), ps=DROPS), ("nf4", "int8", "fp8")),
+    "no rows": (Group(LoraCase(lead=(0,))), ("nf4", "nf4", "nf4")),
+    "one": (Group(outs=(9,), ranks=(3,), ps=(0.2,)), ("nf4",)),
+}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_quantised_weights(backend, name, device):
+    group, formats = QUANTISED[name]
+    run_group(backend, group, device, formats=formats)
+
+
+@pytest.mark.parametrize(
+    "subset", (("x",), ("lora_a", "lora_b"), ("x", "lora_a0", "bias1"), ()), ids="+".join
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_quantised_weights_and_some_gradients(backend, subset, device):
+    formats = ("nf4", None, "int8")
+    run_group(backend, Group(LoraCase(bias=True), ps=DROPS), device, subset, (0, 1), formats=formats)
 
 
 SUBSETS = [
@@ -239,6 +279,38 @@ def test_equals_separate_calls_after_the_same_seed(backend, ps, device):
             torch.testing.assert_close(ys[i], y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("ps", ((0.0,) * 3, DROPS), ids=("plain", "dropout"))
+@pytest.mark.parametrize("dtype", (FP64, BF16), ids=str)
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_quantised_is_separate_calls_and_keeps_no_more(backend, dtype, ps, device):
+    group, found = Group(LoraCase(lead=(40,), cols=64, dtype=dtype), ps=ps), []
+    inputs = make(group, device)
+    quantise(("nf4",) * 3, inputs)
+
+    def separate():
+        owns = [[inputs[f"{name}{i}"] for name in ("weight", "lora_a", "lora_b")] for i in range(3)]
+        members = zip(owns, group.scalings, group.ps, strict=True)
+        return [lora_linear(inputs["x"], *own, s, dropout_p=p) for own, s, p in members]
+
+    for run in (lambda: call(backend, inputs, group), separate):
+        torch.manual_seed(SEED)
+        kept = {}
+        with (
+            use_backend(backend),
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda t, kept=kept: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+            ),
+        ):
+            ys = run()
+        wanted = [inputs["x"], *part(inputs, group, "lora_a"), *part(inputs, group, "lora_b")]
+        grads = torch.autograd.grad(sum(y.float().square().sum() for y in ys), wanted)
+        found.append((sum(t.untyped_storage().nbytes() for t in kept.values()), [*ys, *grads]))
+    (ours, got), (theirs, want) = found
+    assert ours <= theirs
+    for one, other in zip(got, want, strict=True) if dtype == FP64 else ():
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_training_false_switches_dropout_off(backend, device):
     inputs = make(Group(), device)
@@ -293,11 +365,13 @@ def test_checkpoint_repeats_the_masks(backend, device):
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("formats", ((), ("nf4", "int8", None)), ids=("dense", "quantised"))
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast(backend, device):
+def test_autocast(backend, formats, device):
     group = Group(LoraCase(bias=True, gate="rank"))
     got, eager = make(group, device), make(group, device)
     exact = make(group, device, dtype=FP64)
+    quantise(formats, got, eager, exact)
     with torch.autocast(device.type, dtype=BF16):
         ys = call(backend, got, group)
     half = {name: None if t is None else t.bfloat16() for name, t in eager.items()}
@@ -306,7 +380,7 @@ def test_autocast(backend, device):
     for each in results:
         sum(y.float().square().sum() for y in each).backward()
     for name, leaf in got.items():
-        if leaf is not None:
+        if isinstance(leaf, torch.Tensor):
             assert leaf.grad.dtype == leaf.dtype
             assert_close(leaf.grad, eager[name].grad, exact[name].grad, name, BF16)
 
@@ -336,16 +410,18 @@ def test_gradcheck_twice(backend, group):
     assert gradgradcheck(*checked(backend, group), fast_mode=True)
 
 
+@pytest.mark.parametrize("formats", ((), ("nf4", "int8", None)), ids=("dense", "quantised"))
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_double_backward_of_one_output(backend, device):
+def test_double_backward_of_one_output(backend, formats, device):
     group = Group(ps=DROPS)
     masks = masks_of_next_call(group, device)
     got, exact = make(group, device), make(group, device, dtype=FP64)
+    quantise(formats, got, exact)
     for ys, inputs in ((call(backend, got, group), got), (expected(exact, group, masks), exact)):
         (first,) = torch.autograd.grad(ys[1].square().sum(), inputs["x"], create_graph=True)
         first.square().sum().backward()
     for name, leaf in got.items():
-        if leaf is not None and exact[name].grad is not None:
+        if isinstance(leaf, torch.Tensor) and exact[name].grad is not None:
             torch.testing.assert_close(leaf.grad.double(), exact[name].grad, rtol=1e-4, atol=1e-4)
 
 
@@ -370,12 +446,14 @@ def test_functional_gradients(device):
     torch.testing.assert_close(torch.func.grad(loss)(x), want["x"].grad)
 
 
+@pytest.mark.parametrize("formats", ((), ("nf4", None, "int8")), ids=("dense", "quantised"))
 @pytest.mark.parametrize("ps", ((0.0,) * 3, DROPS), ids=("plain", "dropout"))
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiled_equals_eager_for_any_token_count(backend, ps, device):
+def test_compiled_equals_eager_for_any_token_count(backend, ps, formats, device):
     torch._dynamo.reset()
     group = Group(ps=ps)
     inputs = make(group, device, ("lora_a", "lora_b"))
+    quantise(formats, inputs)
     counter = CompileCounterWithBackend("aot_eager")
 
     def layer(x):
