@@ -1,6 +1,6 @@
 // A few rows are multiplied while the weight is decoded (quantized_pass.h): its codes are the only
-// bytes read. For more rows a panel of the weight at a time is decoded and given to the vendor's
-// GEMM.
+// bytes read. For more rows a panel of the weight at a time is decoded and multiplied as any dense
+// one is.
 #include "quantized_linear.h"
 
 #include <ATen/Parallel.h>
@@ -9,6 +9,7 @@
 
 #include "lora_linear.h"
 #include "math_type.h"
+#include "products.h"
 #include "quantized_pass.h"
 
 namespace lora_kernels {
@@ -18,7 +19,9 @@ using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
 // Elements of a panel: 4 MB of float, which the last cache holds while the GEMM reads it.
-constexpr int64_t kPanel = 1 << 20;
+constexpr int64_t kPanel = 1 << 22;
+// Up to so many rows, decoding the weight again for each kMostRows of them is faster than a panel.
+constexpr int64_t kDecodedRows = 4 * kMostRows;
 // Elements worth a thread.
 constexpr int64_t kTask = 1 << 15;
 
@@ -55,7 +58,7 @@ void decode_rows(const QuantizedMatrix& weight, int64_t first, Tensor& out) {
   });
 }
 
-// x W' in float32, for at most kMostRows rows.
+// x W' in float32, for a few rows.
 Tensor decoded_dots(const QuantizedMatrix& weight, const Tensor& x) {
   const int64_t count = x.size(0), padded = (weight.cols + kLanes - 1) / kLanes * kLanes;
   Tensor rows = at::zeros({count, padded}, x.options().dtype(at::kFloat));
@@ -65,10 +68,22 @@ Tensor decoded_dots(const QuantizedMatrix& weight, const Tensor& x) {
   const int64_t tiles = (weight.rows + 3) / 4;
   at::parallel_for(
       0, tiles, std::max<int64_t>(1, kTask / (4 * weight.cols)), [&](int64_t begin, int64_t end) {
-        dots(weight, rows.const_data_ptr<float>(), padded, count, 4 * begin,
-             std::min(4 * end, weight.rows), sums.mutable_data_ptr<float>(), weight.rows);
+        for (int64_t first = 0; first < count; first += kMostRows) {
+          dots(weight, rows.const_data_ptr<float>() + first * padded, padded,
+               std::min(kMostRows, count - first), 4 * begin, std::min(4 * end, weight.rows),
+               sums.mutable_data_ptr<float>() + first * weight.rows, weight.rows);
+        }
       });
   return sums;
+}
+
+// out += left right.
+void add_dense(Tensor out, const Tensor& left, const Tensor& right) {
+  if (in_panels(left, right.size(1))) {
+    sum_products({left}, {{out, std::nullopt, {{0, right}}, true}});
+  } else {
+    out.addmm_(left, right);
+  }
 }
 
 void add_panels(Tensor& out, const Tensor& x, const QuantizedMatrix& weight, bool transpose) {
@@ -82,15 +97,15 @@ void add_panels(Tensor& out, const Tensor& x, const QuantizedMatrix& weight, boo
     Tensor panel = memory.narrow(0, 0, count);
     decode_rows(weight, first, panel);
     if (transpose) {
-      out.addmm_(x.narrow(1, first, count), panel);
+      add_dense(out, x.narrow(1, first, count), panel);
     } else {
-      out.narrow(1, first, count).addmm_(x, panel.t());
+      add_dense(out.narrow(1, first, count), x, panel.t());
     }
   }
 }
 
 void add_product(Tensor& out, const Tensor& x, const QuantizedMatrix& weight, bool transpose) {
-  if (!transpose && x.size(0) <= kMostRows && x.scalar_type() != at::kDouble) {
+  if (!transpose && x.size(0) <= kDecodedRows && x.scalar_type() != at::kDouble) {
     out.add_(decoded_dots(weight, x));
   } else {
     add_panels(out, x, weight, transpose);

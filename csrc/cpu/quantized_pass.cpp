@@ -33,8 +33,6 @@ alignas(64) constexpr float kNf4[16] = {
     1.0f,
 };
 
-typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1)));
-typedef int8_t SignedBytes __attribute__((vector_size(kLanes), aligned(1)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4)));
 typedef float Half __attribute__((vector_size(32), aligned(4)));
 typedef int32_t HalfInts __attribute__((vector_size(32), aligned(4)));
@@ -46,38 +44,21 @@ LK_INLINE Floats as_floats(const Ints& bits) {
   return out;
 }
 
-LK_INLINE Ints bytes_at(const uint8_t* codes) {
-  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(codes), Ints);
-}
-
-// kNf4[index], eight lanes at a time: a table of sixteen is two registers of AVX2.
-LK_INLINE Floats nf4_values(const Ints& index) {
-  Floats out;
+// out = kNf4[index] * scale, eight lanes at a time: a table of sixteen is two registers of AVX2.
+LK_INLINE void store_nf4(const Ints& index, const Floats& scale, float* out) {
 #if defined(__clang__)
-  for (int i = 0; i < kLanes; ++i) out[i] = kNf4[index[i]];
+  for (int i = 0; i < kLanes; ++i) out[i] = kNf4[index[i]] * scale[i];
 #else
   const Half low = *reinterpret_cast<const Half*>(kNf4),
              high = *reinterpret_cast<const Half*>(kNf4 + 8);
-  HalfInts halves[2];
-  std::memcpy(halves, &index, sizeof(halves));
-  const Half values[2] = {__builtin_shuffle(low, high, halves[0]),
-                          __builtin_shuffle(low, high, halves[1])};
-  std::memcpy(&out, values, sizeof(out));
-#endif
-  return out;
-}
-
-// first[0], second[0], first[1], second[1], ...
-LK_INLINE void interleave(const Floats& first, const Floats& second, float* out) {
-#if defined(__clang__)
-  for (int lane = 0; lane < kLanes; ++lane) {
-    out[2 * lane] = first[lane];
-    out[2 * lane + 1] = second[lane];
+  HalfInts indices[2];
+  Half scales[2];
+  std::memcpy(indices, &index, sizeof(indices));
+  std::memcpy(scales, &scale, sizeof(scales));
+  for (int i = 0; i < 2; ++i) {
+    // Stored as it is: a whole vector put together from halves would wait for both in memory.
+    *reinterpret_cast<Half*>(out + 8 * i) = __builtin_shuffle(low, high, indices[i]) * scales[i];
   }
-#else
-  constexpr Ints kLow = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-  vector(out) = __builtin_shuffle(first, second, kLow);
-  vector(out + kLanes) = __builtin_shuffle(first, second, kLow + 8);
 #endif
 }
 
@@ -116,52 +97,96 @@ LK_INLINE float value_at(const uint8_t* codes, int64_t i) {
   }
 }
 
-// Elements that one vector step decodes, and whose first is a multiple of it.
+// Codes of a 32-bit word. A vector of words gives as many vectors of codes by a permutation and
+// shifts; bytes that are spread over lanes would cost more, since gcc does that one by one.
 template <Format F>
-constexpr int64_t kStep = F == Format::kNf4 ? 2 * kLanes : kLanes;
+constexpr int64_t kPerWord = F == Format::kNf4 ? 8 : 4;
+template <Format F>
+constexpr int64_t kChunk = kPerWord<F> * kLanes;
 
+// For each lane its word, among those of one vector of codes.
 template <Format F>
-LK_INLINE void decode_step(const uint8_t* codes, int64_t i, float scale, float* out) {
+LK_INLINE Ints words_of_lanes() {
+  if constexpr (F == Format::kNf4) return Ints{0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+  return Ints{0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+}
+
+// How far in its word a lane's code is; of the two in a byte of NF4 the high half is the first.
+template <Format F>
+LK_INLINE Ints shifts_of_lanes() {
   if constexpr (F == Format::kNf4) {
-    const Ints pair = bytes_at(codes + i / 2);
-    interleave(nf4_values(pair >> 4) * scale, nf4_values(pair & 15) * scale, out);
+    return Ints{4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24};
+  }
+  return Ints{0, 8, 16, 24, 0, 8, 16, 24, 0, 8, 16, 24, 0, 8, 16, 24};
+}
+
+LK_INLINE Ints permuted(const Ints& words, const Ints& places) {
+#if defined(__clang__)
+  Ints out;
+  for (int i = 0; i < kLanes; ++i) out[i] = words[places[i]];
+  return out;
+#else
+  return __builtin_shuffle(words, places);
+#endif
+}
+
+// The v-th vector of a chunk, times its scale.
+template <Format F>
+LK_INLINE void store_values(const Ints& words, int v, const Floats& scale, float* out) {
+  const Ints word =
+      permuted(words, words_of_lanes<F>() + v * static_cast<int>(kLanes / kPerWord<F>));
+  if constexpr (F == Format::kNf4) {
+    store_nf4((word >> shifts_of_lanes<F>()) & 15, scale, out);
   } else if constexpr (F == Format::kInt8) {
-    const auto bytes = *reinterpret_cast<const SignedBytes*>(codes + i);
-    vector(out) = __builtin_convertvector(bytes, Floats) * scale;
+    const Ints code = (word << (24 - shifts_of_lanes<F>())) >> 24;
+    vector(out) = __builtin_convertvector(code, Floats) * scale;
   } else {
-    vector(out) = fp8_values(bytes_at(codes + i)) * scale;
+    vector(out) = fp8_values((word >> shifts_of_lanes<F>()) & 0xFF) * scale;
   }
 }
 
-// Elements [begin, end), all of one block.
+// Whether a chunk is of one block or of two, a half each.
 template <Format F>
-LK_INLINE void decode_block(const uint8_t* codes, int64_t begin, int64_t end, float scale,
-                            float* out) {
-  int64_t i = begin;
-  if constexpr (F == Format::kNf4) {
-    const int64_t start = std::min(end, (begin + kStep<F> - 1) / kStep<F> * kStep<F>);
-    for (; i < start; ++i) out[i - begin] = value_at<F>(codes, i) * scale;
-  }
-  for (; i + kStep<F> <= end; i += kStep<F>) decode_step<F>(codes, i, scale, out + i - begin);
-  for (; i < end; ++i) out[i - begin] = value_at<F>(codes, i) * scale;
+LK_INLINE bool has_chunks(const QuantizedMatrix& w) {
+  return w.block % (kChunk<F> / 2) == 0;
 }
 
+// The chunk of elements from i on.
 template <Format F>
-LK_INLINE void decode_block(const uint8_t* codes, int64_t begin, int64_t end, float scale,
-                            double* out) {
-  for (int64_t i = begin; i < end; ++i) {
-    out[i - begin] = static_cast<double>(value_at<F>(codes, i)) * scale;
+LK_INLINE void decode_chunk(const QuantizedMatrix& w, int64_t i, float* out) {
+  constexpr float kUnit = F == Format::kInt8 ? kInt8Unit : 1.0f;
+  const int64_t block = i / w.block, next = (i + kChunk<F> / 2) / w.block;
+  const Floats first = Floats{} + scale_at(w, block) * kUnit;
+  const Floats second = next == block ? first : Floats{} + scale_at(w, next) * kUnit;
+  Ints words;
+  std::memcpy(&words, w.codes + i / (F == Format::kNf4 ? 2 : 1), sizeof(words));
+  for (int v = 0; v < kPerWord<F>; ++v) {
+    store_values<F>(words, v, 2 * v < kPerWord<F> ? first : second, out + v * kLanes);
   }
 }
 
 template <Format F, typename Math>
-LK_INLINE void decode_range(const QuantizedMatrix& w, int64_t begin, int64_t end, Math* out) {
+LK_INLINE void decode_one_by_one(const QuantizedMatrix& w, int64_t begin, int64_t end, Math* out) {
+  constexpr float kUnit = F == Format::kInt8 ? kInt8Unit : 1.0f;
   for (int64_t i = begin, stop; i < end; i = stop) {
     const int64_t block = i / w.block;
     stop = std::min(end, (block + 1) * w.block);
-    const float scale = scale_at(w, block) * (F == Format::kInt8 ? kInt8Unit : 1.0f);
-    decode_block<F>(w.codes, i, stop, scale, out + i - begin);
+    const float scale = scale_at(w, block) * kUnit;
+    for (int64_t j = i; j < stop; ++j) {
+      out[j - begin] = static_cast<Math>(value_at<F>(w.codes, j)) * scale;
+    }
   }
+}
+
+// Elements [begin, end).
+template <Format F>
+LK_INLINE void decode_range(const QuantizedMatrix& w, int64_t begin, int64_t end, float* out) {
+  const int64_t start = std::min(end, (begin + kChunk<F> - 1) / kChunk<F> * kChunk<F>);
+  const int64_t chunks = has_chunks<F>(w) ? (end - start) / kChunk<F> : 0;
+  const int64_t stop = start + chunks * kChunk<F>;
+  decode_one_by_one<F>(w, begin, start, out);
+  for (int64_t i = start; i < stop; i += kChunk<F>) decode_chunk<F>(w, i, out + i - begin);
+  decode_one_by_one<F>(w, stop, end, out + stop - begin);
 }
 
 // Calls run with the format as a constant.
@@ -195,7 +220,7 @@ LK_SIMD void decode_f32(const QuantizedMatrix& w, int64_t begin, int64_t end, vo
 
 void decode_f64(const QuantizedMatrix& w, int64_t begin, int64_t end, double* out) {
   with_format(w.format, [&](auto format) LK_LAMBDA {
-    decode_range<decltype(format)::value>(w, begin, end, out);
+    decode_one_by_one<decltype(format)::value>(w, begin, end, out);
   });
 }
 

@@ -9,7 +9,7 @@ import torch
 from lora_linear_harness import case_id, compare, expected, mask_of_next_call, results, skip_unavailable
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import dequantize, lora_linear, quantize, use_backend
+from lora_kernels import _extension, dequantize, lora_linear, quantize, use_backend
 from lora_kernels.ops.quantized_linear import quantized_linear
 from lora_kernels.reference.dequantize import dequantize as reference_dequantize
 from lora_kernels.testing import TENSORS, LoraCase, assert_close, leaves, lora_inputs
@@ -39,6 +39,7 @@ CASES = [
     LoraCase(dropout_p=0.3, cols=35, bias=True),
     LoraCase(lead=(20,), x_lora=True, dropout_p=0.2),
     LoraCase(lead=(3,), cols=1050, out=6, rank=8),
+    LoraCase(lead=(38,), cols=256, out=9, rank=3),
 ]
 OF_TRITON = (0, 1, 2, 4, 5, 7, 9, 10)
 
@@ -106,12 +107,15 @@ def test_many_rows_take_the_dense_path(backend, format, device):
     run_case(backend, LoraCase(lead=(70,), cols=40, out=24, dtype=BF16), device, format)
 
 
-def test_a_weight_of_several_panels(device):
-    run_case("cpp", LoraCase(lead=(18,), cols=2050, out=1100, rank=2), device, "nf4")
+@pytest.mark.parametrize("multiplier", ("panels", "vendor"))
+def test_a_weight_of_several_panels(multiplier, device):
+    skip_unavailable("cpp", CASES[0], device)
+    with _extension.multiplied_by(multiplier):
+        run_case("cpp", LoraCase(lead=(66,), cols=2050, out=2100, rank=2), device, "nf4")
 
 
 @pytest.mark.parametrize("dtype", (FP32, BF16, HALF, FP64), ids=str)
-@pytest.mark.parametrize("shape", ((33, 70), (7, 9), (64, 64), (1, 1), (5, 530)))
+@pytest.mark.parametrize("shape", ((33, 70), (7, 9), (64, 64), (1, 1), (5, 530), (3, 640)))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dequantize_has_the_same_bits_everywhere(backend, shape, dtype, device):
     skip_unavailable(backend, LoraCase(dtype=dtype), device)
