@@ -45,7 +45,6 @@ _HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")
 # Options of PEFT that change the function computed; a checkpoint that sets one is refused.
 _REFUSED = (
     "lora_bias",
-    "fan_in_fan_out",
     "layers_to_transform",
     "layers_pattern",
     "layer_replication",
@@ -88,7 +87,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    text = json.dumps(_config_dict(config), indent=2, sort_keys=True)
+    # PEFT goes by the type of each layer and writes down what it found.
+    transposed = any(layer.fan_in_fan_out for layer in layers.values())
+    text = json.dumps(_config_dict(config, transposed), indent=2, sort_keys=True)
     _replace(folder / CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
 
 
@@ -104,9 +105,9 @@ def _replace(target: Path, write: Any) -> None:
         raise
 
 
-def _config_dict(config: LoRAConfig) -> dict[str, Any]:
+def _config_dict(config: LoRAConfig, fan_in_fan_out: bool) -> dict[str, Any]:
     plain = config.method in _PLAIN_METHODS
-    values = {name: getattr(config, name) for name in _FIELDS}
+    values = {name: getattr(config, name) for name in _FIELDS} | {"fan_in_fan_out": fan_in_fan_out}
     ours = {"version": __version__, "method": config.method, "method_options": config.method_options}
     return {**values, "peft_type": "LORA" if plain else _OWN_TYPE, "lora_kernels": ours}
 

@@ -44,6 +44,8 @@ class AdapterLayer(nn.Module):
     """
 
     base_type: ClassVar[type[nn.Module]]
+    # Whether the weight is [in, out]; PEFT's config has the name.
+    fan_in_fan_out: ClassVar[bool] = False
     weight: Tensor
     adapters: _Adapters
     _unmerged: Tensor | None

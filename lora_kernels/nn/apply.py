@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from .adapter_layer import AdapterLayer, _check_name
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .embedding import LoRAEmbedding
 from .groups import group_layers, ungroup_layers
-from .linear import LoRALinear
+from .linear import LinearAdapterLayer, LoRALinear
 from .mlp import fuse_mlps, fused_mlps, unfuse_mlps
 from .quantized import QuantizedLinear, QuantizedLoRALinear
 
@@ -27,6 +28,19 @@ LAYERS: dict[type[nn.Module], type[AdapterLayer]] = {
     for cls in (LoRALinear, QuantizedLoRALinear, LoRAEmbedding, LoRAConv1d, LoRAConv2d, LoRAConv3d)
 }
 LINEARS = (nn.Linear, QuantizedLinear)
+
+
+def layer_types() -> dict[type[nn.Module], type[AdapterLayer]]:
+    """:data:`LAYERS`, and with Transformers' ``Conv1D`` where that is loaded."""
+    if "transformers.pytorch_utils" not in sys.modules:
+        return LAYERS
+    from .transposed import LoRATransposedLinear
+
+    return {**LAYERS, LoRATransposedLinear.base_type: LoRATransposedLinear}
+
+
+def _linear_types() -> tuple[type[nn.Module], ...]:
+    return tuple(base for base, layer in layer_types().items() if issubclass(layer, LinearAdapterLayer))
 
 
 class Site(NamedTuple):
@@ -41,8 +55,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig, adapter_name: str = "defaul
     """Replaces the targeted layers of ``model`` in place by ones with adapters and freezes the rest.
 
     A target is an ``nn.Linear``, ``nn.Embedding`` or ``nn.Conv1d``, ``2d`` or ``3d``; it becomes a
-    :class:`LoRALinear`, :class:`LoRAEmbedding`, … on the same parameters; so does a
-    :class:`QuantizedLinear`. A layer that is shared by several
+    :class:`LoRALinear`, :class:`LoRAEmbedding`, … on the same parameters; so do a
+    :class:`QuantizedLinear` and the ``Conv1D`` of Transformers' GPT-2. A layer that is shared by several
     parents is replaced once, in all of them. A second call with another ``adapter_name`` adds an adapter to
     the layers, inactive until :func:`set_adapter`. Linears that a forward calls on one x (query, key and
     value; gate and up) are computed together; :func:`layer_groups` lists them.
@@ -111,7 +125,7 @@ def _prepare(site: Site, config: LoRAConfig, adapter_name: str) -> tuple[Adapter
         _check_name(adapter_name, layer.adapters)
     else:
         trained = [p for p in layer.parameters() if p.requires_grad]
-        layer = LAYERS[type(layer)]._share(layer)
+        layer = layer_types()[type(layer)]._share(layer)
         for parameter in trained:  # frozen once everything is known to fit
             parameter.requires_grad_(True)
     return layer, layer.make_adapter(config.for_module(site.name))
@@ -137,18 +151,21 @@ def _drop_hook(module: nn.Module) -> None:
 
 
 def find_sites(
-    model: nn.Module, config: LoRAConfig, kinds: tuple[type[nn.Module], ...] = tuple(LAYERS)
+    model: nn.Module, config: LoRAConfig, kinds: tuple[type[nn.Module], ...] | None = None
 ) -> list[Site]:
     """The layers that ``config`` targets: linears alone where it says "all-linear", else any of ``kinds``.
+
+    Without ``kinds`` these are all that an adapter can be put on.
 
     Raises:
         ValueError: there are none, or a named target is not plainly of one of ``kinds``.
     """
     if config.target_modules is None:
         raise ValueError(f"target_modules: expected names, an expression or {ALL_LINEAR!r}, got None")
+    kinds = tuple(layer_types()) if kinds is None else kinds
     everything = _is_all_linear(config)
     skipped = _output_head(model) if everything else None
-    linears = tuple(kind for kind in kinds if kind in LINEARS)
+    linears = tuple(kind for kind in kinds if kind in _linear_types())
     sites: dict[int, Site] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if not name or module is skipped or _inside_adapters(name) or not _targets(config, name):
@@ -159,7 +176,7 @@ def find_sites(
             site.places.append((model.get_submodule(parent), attribute))
         elif isinstance(config.target_modules, list):
             kind = type(module).__name__
-            want = " or ".join(f"nn.{one.__name__}" for one in kinds if one is not QuantizedLinear)
+            want = " or ".join(f"nn.{one.__name__}" for one in kinds if one.__module__.startswith("torch."))
             raise ValueError(f"target_modules: {name!r} is of type {kind}, not a plain {want}")
     if not sites:
         raise ValueError(_no_match(model, config))
@@ -202,7 +219,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 def _no_match(model: nn.Module, config: LoRAConfig) -> str:
-    names = [name for name, module in model.named_modules() if name and isinstance(module, LINEARS)]
+    names = [name for name, module in model.named_modules() if name and isinstance(module, _linear_types())]
     shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "none"
     return f"target_modules: {config.target_modules!r} matches no nn.Linear of the model; it has {shown}"
 

@@ -15,7 +15,99 @@ from .adapter_layer import AdapterLayer
 from .groups import Member, grouped
 
 
-class LoRALinear(AdapterLayer, nn.Linear):
+class LinearAdapterLayer(AdapterLayer):
+    """The forward pass of a linear with adapters, whose weight as ``_matrix`` gives it is [out, in]."""
+
+    bias: Any
+    in_features: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y for x ``[..., in_features]``."""
+        weight = self._matrix(self.weight)
+        if x.shape[-1] != self.in_features or x.dtype != weight.dtype:
+            self._check_input(x)
+        if self._single is None:
+            return self._forward_general(x)
+        y = grouped(self, x)
+        if y is not None:
+            return y
+        # Inline, and past ModuleDict's lookup: at small sizes each of these microseconds shows.
+        adapter: Any = self.adapters._modules[self._single]
+        lora_a, lora_b, scaling, gate, magnitude = adapter.lower()
+        p = adapter.lora_dropout if self.training else 0.0
+        if magnitude is not None:
+            return fused_dora(x, weight, lora_a, lora_b, magnitude, self.bias, scaling, p)
+        return fused(x, weight, lora_a, lora_b, self.bias, gate, None, scaling, p)
+
+    def group_member(self, x: Tensor) -> Member | None:
+        """What this layer computes for ``x``, where that is one plain fused linear."""
+        if self._single is None or not self._takes(x):
+            return None
+        adapter = self.adapters[self._single]
+        lora_a, lora_b, scaling, gate, magnitude = adapter.lower()
+        p = adapter.lora_dropout if self.training else 0.0
+        member = Member(self._matrix(self.weight), lora_a, lora_b, self.bias, gate, scaling, p)
+        return member if magnitude is None else None
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether x is of a dtype that needs no error."""
+        return x.dtype == self.weight.dtype or _autocasts(x)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.shape[-1] != self.in_features:
+            got = f"got shape {tuple(x.shape)}"
+            raise ValueError(f"x: expected last dimension {self.in_features} (in_features), {got}")
+        if not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x: expected {self.weight.dtype} (the weight's), got {x.dtype}")
+
+    def _forward_general(self, x: Tensor) -> Tensor:
+        """The cases that need more, or less, than one fused call on one adapter."""
+        if not self.enabled:
+            return self._base(x, self.base_weight)
+        if self.merged or not self.active:
+            return self._base(x, self.weight)
+        weight, active = self._matrix(self.weight), [self.adapters[name] for name in self.active]
+        if any(adapter.lower().magnitude is not None for adapter in active):
+            return self._forward_scaled(x, active)
+        if not self.training or not any(adapter.lora_dropout for adapter in active):
+            lora_a, lora_b, scaling, gate, _ = stack([adapter.lower() for adapter in active])
+            return fused(x, weight, lora_a, lora_b, self.bias, gate, None, scaling, 0.0)
+        first, *others = active
+        y = self._call(x, first, weight, self.bias)
+        for adapter in others:
+            y = y + self._call(x, adapter, None, None)
+        return y
+
+    def _base(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, self._matrix(weight), self.bias)
+
+    def _call(self, x: Tensor, adapter: Adapter, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        lora_a, lora_b, scaling, gate, _ = adapter.lower()
+        p = adapter.lora_dropout if self.training else 0.0
+        return fused(x, weight, lora_a, lora_b, bias, gate, None, scaling, p)
+
+    def _forward_scaled(self, x: Tensor, active: list[Adapter]) -> Tensor:
+        """Several adapters with DoRA among them, as PEFT adds them up.
+
+        One after the other, each scales what those before it gave; its norms are those of W with itself
+        alone. Under its dropout it adds to that instead.
+        """
+        weight = self._matrix(self.weight)
+        y = F.linear(x, weight)
+        for adapter in active:
+            lora_a, lora_b, scaling, _, magnitude = adapter.lower()
+            p = adapter.lora_dropout if self.training else 0.0
+            if magnitude is None:
+                y = y + self._call(x, adapter, None, None)
+                continue
+            scale = output_scale(weight, lora_a, lora_b, magnitude, scaling).to(y.dtype)
+            d = F.dropout(x, p) if p else x
+            branch = fused(d, None, lora_a, lora_b, None, None, None, scaling, 0.0)
+            y = y + (scale - 1) * (F.linear(d, weight) if p else y) + scale * branch
+        return y if self.bias is None else y + self.bias
+
+
+class LoRALinear(LinearAdapterLayer, nn.Linear):
     """y = x Wᵀ + b + Σ_i s_i · (drop_i(x) A_iᵀ ⊙ g_i) B_iᵀ over the active adapters i
 
     and for DoRA :func:`lora_kernels.dora_linear`.
@@ -91,90 +183,6 @@ class LoRALinear(AdapterLayer, nn.Linear):
             TypeError: ``linear`` is neither of the two, or both a config and options were given.
         """
         return cls._wrap(linear, config, adapter_name, options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """y for x ``[..., in_features]``."""
-        weight = self.weight
-        if x.shape[-1] != self.in_features or x.dtype != weight.dtype:
-            self._check_input(x)
-        if self._single is None:
-            return self._forward_general(x)
-        y = grouped(self, x)
-        if y is not None:
-            return y
-        # Inline, and past ModuleDict's lookup: at small sizes each of these microseconds shows.
-        adapter: Any = self.adapters._modules[self._single]
-        lora_a, lora_b, scaling, gate, magnitude = adapter.lower()
-        p = adapter.lora_dropout if self.training else 0.0
-        if magnitude is not None:
-            return fused_dora(x, weight, lora_a, lora_b, magnitude, self.bias, scaling, p)
-        return fused(x, weight, lora_a, lora_b, self.bias, gate, None, scaling, p)
-
-    def group_member(self, x: Tensor) -> Member | None:
-        """What this layer computes for ``x``, where that is one plain fused linear."""
-        if self._single is None or not self._takes(x):
-            return None
-        adapter = self.adapters[self._single]
-        lora_a, lora_b, scaling, gate, magnitude = adapter.lower()
-        p = adapter.lora_dropout if self.training else 0.0
-        member = Member(self.weight, lora_a, lora_b, self.bias, gate, scaling, p)
-        return member if magnitude is None else None
-
-    def _takes(self, x: Tensor) -> bool:
-        """Whether x is of a dtype that needs no error."""
-        return x.dtype == self.weight.dtype or _autocasts(x)
-
-    def _check_input(self, x: Tensor) -> None:
-        if x.shape[-1] != self.in_features:
-            got = f"got shape {tuple(x.shape)}"
-            raise ValueError(f"x: expected last dimension {self.in_features} (in_features), {got}")
-        if not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"x: expected {self.weight.dtype} (the weight's), got {x.dtype}")
-
-    def _forward_general(self, x: Tensor) -> Tensor:
-        """The cases that need more, or less, than one fused call on one adapter."""
-        if not self.enabled:
-            return self._base(x, self.base_weight)
-        if self.merged or not self.active:
-            return self._base(x, self.weight)
-        active = [self.adapters[name] for name in self.active]
-        if any(adapter.lower().magnitude is not None for adapter in active):
-            return self._forward_scaled(x, active)
-        if not self.training or not any(adapter.lora_dropout for adapter in active):
-            lora_a, lora_b, scaling, gate, _ = stack([adapter.lower() for adapter in active])
-            return fused(x, self.weight, lora_a, lora_b, self.bias, gate, None, scaling, 0.0)
-        first, *others = active
-        y = self._call(x, first, self.weight, self.bias)
-        for adapter in others:
-            y = y + self._call(x, adapter, None, None)
-        return y
-
-    def _base(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, self.bias)
-
-    def _call(self, x: Tensor, adapter: Adapter, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        lora_a, lora_b, scaling, gate, _ = adapter.lower()
-        p = adapter.lora_dropout if self.training else 0.0
-        return fused(x, weight, lora_a, lora_b, bias, gate, None, scaling, p)
-
-    def _forward_scaled(self, x: Tensor, active: list[Adapter]) -> Tensor:
-        """Several adapters with DoRA among them, as PEFT adds them up.
-
-        One after the other, each scales what those before it gave; its norms are those of W with itself
-        alone. Under its dropout it adds to that instead.
-        """
-        y = F.linear(x, self.weight)
-        for adapter in active:
-            lora_a, lora_b, scaling, _, magnitude = adapter.lower()
-            p = adapter.lora_dropout if self.training else 0.0
-            if magnitude is None:
-                y = y + self._call(x, adapter, None, None)
-                continue
-            scale = output_scale(self.weight, lora_a, lora_b, magnitude, scaling).to(y.dtype)
-            d = F.dropout(x, p) if p else x
-            branch = fused(d, None, lora_a, lora_b, None, None, None, scaling, 0.0)
-            y = y + (scale - 1) * (F.linear(d, self.weight) if p else y) + scale * branch
-        return y if self.bias is None else y + self.bias
 
     def to_linear(self, *, merge: bool = False) -> nn.Linear:
         """The ``nn.Linear`` this layer was, or with ``merge`` the one it has become."""

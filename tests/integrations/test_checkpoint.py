@@ -56,6 +56,28 @@ def test_we_read_what_peft_writes(bert, tokens, tmp_path, options):
     torch.testing.assert_close(output(model, tokens), output(peft, tokens), rtol=0, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("targets", ["all-linear", ["c_attn", "wte"]], ids=str)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_gpt2_goes_both_ways(gpt2, tokens, tmp_path, use_dora, targets):
+    options = {**OPTIONS, "rank_pattern": {"c_attn": 2}, "target_modules": targets, "use_dora": use_dora}
+    peft = randomise_all(get_peft_model(gpt2(), LoraConfig(**options)).eval())
+    peft.save_pretrained(tmp_path / "theirs")
+    model = load_adapter(gpt2().eval(), tmp_path / "theirs")
+    torch.testing.assert_close(output(model, tokens), output(peft, tokens), rtol=0, atol=1e-5)
+    save_adapter(model, tmp_path / "ours")
+    files = [load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs")]
+    theirs = {key: value for key, value in files[1].items() if not key.endswith("base_layer.weight")}
+    assert files[0].keys() == theirs.keys()
+    assert all(torch.equal(files[0][key], theirs[key]) for key in theirs)
+    configs = [
+        json.loads((tmp_path / side / "adapter_config.json").read_text()) for side in ("ours", "theirs")
+    ]
+    assert configs[0]["fan_in_fan_out"] is configs[1]["fan_in_fan_out"] is True
+    again = PeftModel.from_pretrained(gpt2(), tmp_path / "ours").eval()
+    torch.testing.assert_close(output(again, tokens), output(peft, tokens), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_embeddings_go_both_ways(bert, tokens, tmp_path, use_dora):
     options = {**OPTIONS, "target_modules": ["word_embeddings", "query"], "use_dora": use_dora}
@@ -211,7 +233,6 @@ FAULTS = {
     "config a list": (lambda f: (f / "adapter_config.json").write_text("[]"), ValueError, "JSON object"),
     "another PEFT type": (_edit_config(peft_type="IA3"), ValueError, "peft_type"),
     "DoRA without magnitudes": (_edit_config(use_dora=True), ValueError, "missing"),
-    "fan_in_fan_out": (_edit_config(fan_in_fan_out=True), ValueError, "fan_in_fan_out"),
     "PiSSA": (_edit_config(init_lora_weights="pissa"), ValueError, "init_lora_weights"),
     "bias": (_edit_config(bias="some"), ValueError, "bias"),
     "biases absent": (_edit_config(bias="all"), ValueError, "missing"),
