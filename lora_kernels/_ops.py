@@ -117,12 +117,13 @@ SCHEMAS = {
 # Ops that write into their arguments; csrc/ implements them too.
 IN_PLACE = {
     # Adds the deltas of one or several linears that share x into y [M, ΣN], their columns side by side, in
-    # two launches for all. Entry i of each list is linear i's; `weights` [S] is one factor a slot; `table`
-    # int64 [linears, TABLE_WIDTH] has the addresses and sizes of the lists, where there are several.
+    # two launches for all, or one. Entry i of each list is linear i's; `weights` [S] is one factor a slot;
+    # `table` int64 [linears, TABLE_WIDTH] has the addresses and sizes of the lists, where there are several;
+    # with `batch_invariant` the kernels are those that a batch of any size gets.
     "multi_lora_linear_add": (
         "(Tensor(a!) y, Tensor x, Tensor[] a_pages, Tensor[] b_pages, Tensor[] pages, Tensor[] spans,"
         " Tensor[] scalings, Tensor? weights, Tensor order, Tensor offsets, Tensor tiles, Tensor? table,"
-        " SymInt max_rank) -> ()"
+        " SymInt max_rank, bool batch_invariant) -> ()"
     ),
     # Fills the buffers of a BatchPlan: ids int64 [S], order [S], offsets [adapters + 2], tiles [*, 2].
     "batch_plan": (
@@ -169,12 +170,12 @@ CPP_OPS = (
 # Elementwise ops that PyTorch's own vectorised kernels do as well on a CPU.
 LEFT_TO_TORCH = ("glu", "glu_backward")
 # Ops that csrc/cuda implements, under the name `cuda_<op>`.
-CUDA_OPS = ("multi_lora_linear",)
+CUDA_OPS = ("multi_lora_linear", "multi_lora_linear_add")
 # With the base product in the same launch: what an eager call on a card runs for a few rows.
 CUDA_FUSED = (
     "cuda_multi_lora_linear_fused(Tensor x, Tensor weight, Tensor? bias, Tensor a_pages, Tensor b_pages,"
-    " Tensor pages, Tensor spans, Tensor coef, Tensor order, Tensor offsets, Tensor tiles,"
-    " SymInt max_rank) -> Tensor"
+    " Tensor pages, Tensor spans, Tensor scalings, Tensor? weights, Tensor order, Tensor offsets,"
+    " Tensor tiles, SymInt max_rank) -> Tensor"
 )
 # Differentiable in C++: what an eager call on the CPU runs. It decomposes, so it has no fake.
 CPP_AUTOGRAD = (
@@ -468,5 +469,5 @@ for _op, _schema in IN_PLACE.items():
     _define(f"cpp_{_op}", _schema, _fake_in_place)
 _library.define(CPP_AUTOGRAD)
 for _op in CUDA_OPS:
-    _define(f"cuda_{_op}", SCHEMAS[_op], _FAKES[_op])
+    _define(f"cuda_{_op}", (SCHEMAS | IN_PLACE)[_op], _FAKES.get(_op, _fake_in_place))
 _library.define(CUDA_FUSED)

@@ -48,3 +48,18 @@ def any_backend():
     before = _backend._active
     yield
     _backend._active = before
+
+
+@pytest.fixture
+def pretended_card(monkeypatch):
+    """A card of compute capability 9.0 and its kernels: what is chosen can be asked on tensors of the CPU."""
+    from lora_kernels import _backend
+    from lora_kernels.ops import _decode
+
+    def fits_but_for_the_device(device_type, dtype, rank):
+        if dtype not in _backend.CUDA_DTYPES:
+            return f"its kernels take float16 and bfloat16, not {dtype}"
+        return None if 1 <= rank <= _backend.CUDA_MAX_RANK else f"its kernels take rank 1 to 256, not {rank}"
+
+    monkeypatch.setattr(_backend, "_cuda_unavailable", fits_but_for_the_device)
+    monkeypatch.setattr(_decode, "_card", lambda device: (227 * 1024, 9))

@@ -94,7 +94,7 @@ def multi_add_args(linears=1, k=1):
     lists = [[getattr(stack, name) for stack in stacks] for name in names]
     weights = torch.rand(5 * k) if k > 1 else None
     table = slice_adapters(*stacks).table
-    return (torch.randn(5, 11 * linears), torch.randn(5, 19), *lists, weights, *plan[1:], table, 4)
+    return (torch.randn(5, 11 * linears), torch.randn(5, 19), *lists, weights, *plan[1:], table, 4, False)
 
 
 def plan_args(slots=9):

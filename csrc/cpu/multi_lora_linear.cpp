@@ -298,8 +298,8 @@ std::vector<Tensor> multi_lora_linear_backward(
 void multi_lora_linear_add(const Tensor& y, const Tensor& x, at::TensorList a_pages,
                            at::TensorList b_pages, at::TensorList pages, at::TensorList spans,
                            at::TensorList scalings, const OptTensor& weights, const Tensor& order,
-                           const Tensor& offsets, const Tensor&, const OptTensor&,
-                           int64_t max_rank) {
+                           const Tensor& offsets, const Tensor&, const OptTensor&, int64_t max_rank,
+                           bool) {
   const auto math = math_of(x.scalar_type());
   const Tensor rows = readable(x.to(math), math);
   const bool direct = y.stride(1) == 1 || y.size(1) <= 1;

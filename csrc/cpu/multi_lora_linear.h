@@ -30,6 +30,6 @@ void multi_lora_linear_add(const at::Tensor& y, const at::Tensor& x, at::TensorL
                            at::TensorList scalings, const std::optional<at::Tensor>& weights,
                            const at::Tensor& order, const at::Tensor& offsets,
                            const at::Tensor& tiles, const std::optional<at::Tensor>& table,
-                           int64_t max_rank);
+                           int64_t max_rank, bool batch_invariant);
 
 }  // namespace lora_kernels

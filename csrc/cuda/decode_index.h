@@ -40,11 +40,13 @@ LK_HOST_DEVICE constexpr int widest_slice(int total, int parts) {
   return ceil_div(total / 16, parts) * 16;
 }
 
-// The adapters of one projection of x; several projections write side by side into y.
+// The adapters of one projection of x; several projections write side by side into y. `scalings`
+// has a factor for each adapter; null is 1.
 struct Projection {
   const uint16_t *a, *b;
   int64_t a_stride, b_stride;
   const int32_t *pages, *spans;
+  const float* scalings;
   int out_begin, out_cols;
 };
 
@@ -52,6 +54,7 @@ struct DecodeProblem {
   const uint16_t* x;
   int64_t x_stride;
   int rows, cols;
+  // A factor for each row; null is 1.
   const float* coef;
   const int32_t *order, *offsets, *tiles;
   int adapters, tile_count, max_rank;
@@ -61,16 +64,20 @@ struct DecodeProblem {
   int cluster_cols;
   uint16_t* y;
   int64_t y_stride;
+  // The delta is added to what y has, and rows without an adapter are left alone; not with a base
+  // product.
+  bool accumulate;
   Projection projection[kMaxProjections];
   int projections;
   // Where blocks do not share memory, their sums: [projection, tile, kCluster, sums of a block].
   float* parts;
 };
 
-// The rows of one adapter among those of a cluster, and where its pages are.
+// The rows of one adapter among those of a cluster, where its pages are, and its factor.
 struct Segment {
   int first_page, rank, first_block;
   uint32_t members;
+  float scaling;
 };
 
 // Which rows of x a cluster has, and their adapters; a block is up to kPages pages.

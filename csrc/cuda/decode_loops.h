@@ -48,10 +48,13 @@ struct Decode {
     const bool known = adapter >= 0 && adapter < p.adapters;
     const int rank = known ? projection.spans[2 * adapter + 1] : 0;
     if (rank == 0) return false;
-    to->segment[s] = {projection.spans[2 * adapter], rank, to->blocks, members};
+    const float scaling = projection.scalings == nullptr ? 1.0f : projection.scalings[adapter];
+    to->segment[s] = {projection.spans[2 * adapter], rank, to->blocks, members, scaling};
     to->blocks += ceil_div(rank, kPages);
     return true;
   }
+
+  LK_HOST_DEVICE float coef_of(int row) const { return p.coef == nullptr ? 1.0f : p.coef[row]; }
 
   // The slots of one tile, sorted by adapter.
   LK_HOST_DEVICE void assign_tile(Assignment* to) const {
@@ -60,7 +63,7 @@ struct Decode {
     cta.lanes([&](int lane) {
       if (lane < rows) {
         to->row[lane] = p.order[first + lane];
-        to->coef[lane] = p.coef[to->row[lane]];
+        to->coef[lane] = coef_of(to->row[lane]);
       }
       if (lane == 31) {
         to->rows = rows, to->blocks = 0;
@@ -74,7 +77,7 @@ struct Decode {
     cta.lanes([&](int lane) {
       if (lane < p.rows) {
         to->row[lane] = lane;
-        to->coef[lane] = p.coef[lane];
+        to->coef[lane] = coef_of(lane);
       }
       if (lane != 31) return;
       to->rows = p.rows, to->blocks = 0, to->segments = 0;
@@ -106,7 +109,7 @@ struct Decode {
     n = {columns.begin + n.begin, columns.begin + n.end};
     todo = {mine().blocks, kBase ? columns.size() / kPages : 0,
             slice_of(p.cols, cta.rank(), kCluster), n};
-    return true;
+    return kBase || !p.accumulate || todo.blocks > 0;
   }
 
   // Row i of a row block: a page of A, or a row of the weight.
@@ -254,7 +257,8 @@ struct Decode {
         const Segment& segment = who.of_block(column / kPages);
         const bool live = column - segment.first_block * kPages < segment.rank &&
                           (segment.members >> row & 1) != 0;
-        h[row * at.h_pitch + column] = live ? cta.narrow(who.coef[row] * whole_sum(i)) : 0;
+        const float coef = segment.scaling * who.coef[row];
+        h[row * at.h_pitch + column] = live ? cta.narrow(coef * whole_sum(i)) : 0;
       }
     });
     cta.sync_compute();
@@ -270,6 +274,7 @@ struct Decode {
       zero(total);
       zero(sums);
       if (kBase) load_base(total, cols);
+      if (!kBase && p.accumulate) load_y(total, cols);
       for (int block = 0; block < todo.blocks; ++block, ++step) {
         const int place = step - first;
         cta.wait(step % kStages, place / kStages & 1);
@@ -299,6 +304,28 @@ struct Decode {
           const int col = projection.out_begin + cols.begin + tile_column(t) + page_of(lane, i);
           const float bias = p.bias == nullptr ? 0.0f : cta.widen(p.bias[col]);
           total[t](lane, i) = whole_sum(place) + bias;
+        }
+      });
+    }
+  }
+
+  // What the delta is added to, before its pages have come: the sums are rounded once.
+  LK_HOST_DEVICE void load_y(Sums (&total)[kTiles * kRowTiles], Extent cols) const {
+    const Assignment& who = mine();
+    LK_UNROLL
+    for (int t = 0; t < kTiles; ++t) {
+      if (tile_column(t) >= cols.size()) break;
+      const int begin = projection.out_begin + cols.begin + tile_column(t);
+      cta.lanes([&](int lane) {
+        LK_UNROLL
+        for (int r = 0; r < kRowTiles; ++r) {
+          LK_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            const int row = r * 8 + row_of(lane, i);
+            if (row >= who.rows) continue;
+            const uint16_t* line = p.y + who.row[row] * p.y_stride + begin;
+            total[t * kRowTiles + r](lane, i) = cta.widen(line[page_of(lane, i)]);
+          }
         }
       });
     }

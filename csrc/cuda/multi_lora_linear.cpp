@@ -5,22 +5,12 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <map>
-#include <mutex>
+#include <vector>
 
-#include "decode_launch.h"
+#include "decode_card.h"
 
 namespace lora_kernels::cuda {
 namespace {
-
-DecodeCard card_of(int device) {
-  static std::mutex mutex;
-  static std::map<int, DecodeCard> cards;
-  const std::lock_guard lock(mutex);
-  const auto [place, is_new] = cards.try_emplace(device);
-  if (is_new) C10_CUDA_CHECK(decode_card(device, &place->second));
-  return place->second;
-}
 
 // A matrix of x's dtype whose rows can be copied sixteen bytes at a time.
 const uint16_t* rows_of(const char* name, const Tensor& matrix, const Tensor& x) {
@@ -43,37 +33,51 @@ const int32_t* indices(const char* name, const Tensor& tensor, const Tensor& x) 
   return tensor.const_data_ptr<int32_t>();
 }
 
+const float* factors(const char* name, const Tensor& tensor, int64_t count, const Tensor& x) {
+  TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.is_contiguous() &&
+                  tensor.numel() == count && tensor.device() == x.device(),
+              name, ": expected contiguous float32 [", count, "] on ", x.device());
+  return tensor.const_data_ptr<float>();
+}
+
 struct Plan {
-  const Tensor &a_pages, &b_pages, &pages, &spans, &coef, &order, &offsets, &tiles;
+  const Tensor &order, &offsets, &tiles;
 };
 
-DecodeProblem problem_of(const Tensor& x, const Plan& plan, int64_t max_rank, const Tensor& y) {
+// Rows of x, each with the adapter that the plan has for it; projections are yet to come.
+DecodeProblem problem_of(const Tensor& x, const Plan& plan, int64_t adapters, int64_t max_rank,
+                         const Tensor& y) {
   const auto dtype = x.scalar_type();
   TORCH_CHECK(dtype == at::kHalf || dtype == at::kBFloat16, "x: expected float16 or bfloat16, got ",
               dtype);
   TORCH_CHECK(plan.order.size(0) == x.size(0), "order: expected one adapter a row");
   TORCH_CHECK(max_rank >= 1 && max_rank <= kMaxRank, "max_rank: expected 1 to ", kMaxRank, ", got ",
               max_rank);
-  TORCH_CHECK(plan.coef.scalar_type() == at::kFloat && plan.coef.is_contiguous(),
-              "coef: expected contiguous float32");
   DecodeProblem p = {};
   p.x = rows_of("x", x, x), p.x_stride = x.stride(0);
   p.rows = static_cast<int>(x.size(0)), p.cols = static_cast<int>(x.size(1));
-  p.coef = plan.coef.const_data_ptr<float>();
   p.order = indices("order", plan.order, x), p.offsets = indices("offsets", plan.offsets, x);
   p.tiles = indices("tiles", plan.tiles, x), p.tile_count = static_cast<int>(plan.tiles.size(0));
-  p.adapters = static_cast<int>(plan.spans.size(0)), p.max_rank = static_cast<int>(max_rank);
+  p.adapters = static_cast<int>(adapters), p.max_rank = static_cast<int>(max_rank);
   p.y = static_cast<uint16_t*>(y.mutable_data_ptr()), p.y_stride = y.stride(0);
-  p.projections = 1;
-  p.projection[0] = {rows_of("a_pages", plan.a_pages, x),
-                     rows_of("b_pages", plan.b_pages, x),
-                     plan.a_pages.stride(0),
-                     plan.b_pages.stride(0),
-                     indices("pages", plan.pages, x),
-                     indices("spans", plan.spans, x),
-                     0,
-                     static_cast<int>(plan.b_pages.size(1))};
   return p;
+}
+
+// Adds the adapters of one linear, whose columns of y come after those that are there.
+void add_projection(DecodeProblem& p, const Tensor& x, const Tensor& a_pages, const Tensor& b_pages,
+                    const Tensor& pages, const Tensor& spans, const float* scalings,
+                    int64_t out_begin) {
+  TORCH_CHECK(spans.size(0) == p.adapters, "spans: expected ", p.adapters, " adapters, got ",
+              spans.size(0));
+  p.projection[p.projections++] = {rows_of("a_pages", a_pages, x),
+                                   rows_of("b_pages", b_pages, x),
+                                   a_pages.stride(0),
+                                   b_pages.stride(0),
+                                   indices("pages", pages, x),
+                                   indices("spans", spans, x),
+                                   scalings,
+                                   static_cast<int>(out_begin),
+                                   static_cast<int>(b_pages.size(1))};
 }
 
 DecodeElement element_of(const Tensor& x) {
@@ -84,6 +88,17 @@ void check_shared(const DecodeProblem& p, int rows, const DecodeCard& card) {
   const int bytes = shared_layout(p, rows).bytes;
   TORCH_CHECK(bytes <= card.shared_limit, "the decode kernel needs ", bytes,
               " bytes of shared memory a block, and this card has ", card.shared_limit);
+}
+
+void launch_delta(DecodeProblem& p, const Tensor& x, const DecodeCard& card) {
+  check_shared(p, kTileRows, card);
+  Tensor parts;
+  if (!card.clusters) {
+    const int64_t tiles = int64_t(p.projections) * p.tile_count;
+    parts = at::empty({tiles * part_elements(p.max_rank)}, x.options().dtype(at::kFloat));
+    p.parts = parts.mutable_data_ptr<float>();
+  }
+  C10_CUDA_CHECK(launch_decode_delta(p, element_of(x), card, c10::cuda::getCurrentCUDAStream()));
 }
 
 }  // namespace
@@ -100,31 +115,56 @@ std::tuple<Tensor, Tensor> multi_lora_linear(const Tensor& x, const Tensor& a_pa
   const c10::cuda::CUDAGuard guard(x.device());
   const DecodeCard card = card_of(x.get_device());
   Tensor y = at::empty({x.size(0), b_pages.size(1)}, x.options());
-  const Plan plan = {a_pages, b_pages, pages, spans, coef, order, offsets, tiles};
-  DecodeProblem p = problem_of(x, plan, max_rank, y);
-  check_shared(p, kTileRows, card);
-  Tensor parts;
-  if (!card.clusters) {
-    parts = at::empty({p.tile_count * part_elements(p.max_rank)}, x.options().dtype(at::kFloat));
-    p.parts = parts.mutable_data_ptr<float>();
-  }
-  C10_CUDA_CHECK(launch_decode_delta(p, element_of(x), card, c10::cuda::getCurrentCUDAStream()));
+  DecodeProblem p = problem_of(x, {order, offsets, tiles}, spans.size(0), max_rank, y);
+  p.coef = factors("coef", coef, x.size(0), x);
+  add_projection(p, x, a_pages, b_pages, pages, spans, nullptr, 0);
+  launch_delta(p, x, card);
   return {y, at::empty({0, max_rank}, x.options())};
+}
+
+void multi_lora_linear_add(const Tensor& y, const Tensor& x, at::TensorList a_pages,
+                           at::TensorList b_pages, at::TensorList pages, at::TensorList spans,
+                           at::TensorList scalings, const std::optional<Tensor>& weights,
+                           const Tensor& order, const Tensor& offsets, const Tensor& tiles,
+                           const std::optional<Tensor>&, int64_t max_rank, bool) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  const DecodeCard card = card_of(x.get_device());
+  const size_t count = a_pages.size();
+  const int64_t adapters = spans[0].size(0);
+  rows_of("y", y, x);
+  DecodeProblem p = problem_of(x, {order, offsets, tiles}, adapters, max_rank, y);
+  p.accumulate = true;
+  if (weights.has_value()) p.coef = factors("weights", *weights, x.size(0), x);
+  // All of them before the first launch: what does not fit leaves y alone.
+  std::vector<DecodeProblem> problems(ceil_div(static_cast<int>(count), kMaxProjections), p);
+  int64_t width = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const float* own = factors("scalings", scalings[i], adapters, x);
+    add_projection(problems[i / kMaxProjections], x, a_pages[i], b_pages[i], pages[i], spans[i],
+                   own, width);
+    width += b_pages[i].size(1);
+  }
+  TORCH_CHECK(y.size(0) == x.size(0) && y.size(1) == width, "y: expected shape [", x.size(0), ", ",
+              width, "], got ", y.sizes());
+  for (DecodeProblem& problem : problems) launch_delta(problem, x, card);
 }
 
 Tensor multi_lora_linear_fused(const Tensor& x, const Tensor& weight,
                                const std::optional<Tensor>& bias, const Tensor& a_pages,
                                const Tensor& b_pages, const Tensor& pages, const Tensor& spans,
-                               const Tensor& coef, const Tensor& order, const Tensor& offsets,
-                               const Tensor& tiles, int64_t max_rank) {
+                               const Tensor& scalings, const std::optional<Tensor>& weights,
+                               const Tensor& order, const Tensor& offsets, const Tensor& tiles,
+                               int64_t max_rank) {
   TORCH_CHECK(x.size(0) <= kLinearRows, "x: expected at most ", kLinearRows, " rows, got ",
               x.size(0));
   const c10::cuda::CUDAGuard guard(x.device());
   const DecodeCard card = card_of(x.get_device());
   TORCH_CHECK(card.clusters, "the fused decode kernel needs compute capability 9.0");
   Tensor y = at::empty({x.size(0), weight.size(0)}, x.options());
-  const Plan plan = {a_pages, b_pages, pages, spans, coef, order, offsets, tiles};
-  DecodeProblem p = problem_of(x, plan, max_rank, y);
+  DecodeProblem p = problem_of(x, {order, offsets, tiles}, spans.size(0), max_rank, y);
+  if (weights.has_value()) p.coef = factors("weights", *weights, x.size(0), x);
+  const float* own = factors("scalings", scalings, spans.size(0), x);
+  add_projection(p, x, a_pages, b_pages, pages, spans, own, 0);
   p.weight = rows_of("weight", weight, x), p.weight_stride = weight.stride(0);
   if (bias.has_value()) {
     TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->is_contiguous(),

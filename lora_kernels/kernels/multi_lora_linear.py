@@ -441,6 +441,7 @@ def multi_lora_linear_add(
     tiles: Tensor,
     table: Tensor | None,
     max_rank: int,
+    batch_invariant: bool,
 ) -> None:
     """The op of ``_ops.py`` that adds into y."""
     per_row, slots, linears = order.shape[0] // x.shape[0], order.shape[0], len(a_pages)

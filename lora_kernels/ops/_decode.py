@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,19 +35,75 @@ def misfit(op: str, args: tuple[Any, ...]) -> str | None:
     """Why the CUDA backend cannot compute ``op`` with ``args``, or ``None``."""
     if op not in _ops.CUDA_OPS:
         return f"it has kernels for {', '.join(_ops.CUDA_OPS)}, not {op}"
-    x, a_pages, b_pages, _, _, coef, order, _, _, mask, keep_scale, max_rank, keep_h = args
+    return _add_misfit(*args) if op == "multi_lora_linear_add" else _delta_misfit(*args)
+
+
+def _delta_misfit(
+    x: Tensor,
+    a_pages: Tensor,
+    b_pages: Tensor,
+    pages: Tensor,
+    spans: Tensor,
+    coef: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    tiles: Tensor,
+    mask: Tensor | None,
+    keep_scale: Tensor | None,
+    max_rank: int,
+    keep_h: bool,
+) -> str | None:
+    """Of ``multi_lora_linear``."""
+    if keep_h or mask is not None or keep_scale is not None:
+        return "its kernels are for inference: no dropout, no gradient of an adapter"
+    return _batch_misfit(x, order, max_rank, (x, a_pages, b_pages), (coef,), (pages, spans))
+
+
+def _add_misfit(
+    y: Tensor,
+    x: Tensor,
+    a_pages: Sequence[Tensor],
+    b_pages: Sequence[Tensor],
+    pages: Sequence[Tensor],
+    spans: Sequence[Tensor],
+    scalings: Sequence[Tensor],
+    weights: Tensor | None,
+    order: Tensor,
+    offsets: Tensor,
+    tiles: Tensor,
+    table: Tensor | None,
+    max_rank: int,
+    batch_invariant: bool,
+) -> str | None:
+    """Of ``multi_lora_linear_add``: what one linear does not fit, all go without."""
+    if batch_invariant and _backend.active_backend() == "auto":
+        return "a larger batch would get other kernels, with other bits"
+    factors = scalings if weights is None else (*scalings, weights)
+    return _batch_misfit(x, order, max_rank, (x, y, *a_pages, *b_pages), factors, (*pages, *spans))
+
+
+def _batch_misfit(
+    x: Tensor,
+    order: Tensor,
+    max_rank: int,
+    matrices: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    indices: Sequence[Tensor],
+) -> str | None:
+    """What holds of any op: ``factors`` are scalings and weights, ``indices`` say which pages are whose."""
     reason = _backend.unavailable("cuda", x.device.type, x.dtype, max_rank)
     if reason is not None:
         return reason
-    if keep_h or mask is not None or keep_scale is not None:
-        return "its kernels are for inference: no dropout, no gradient of an adapter"
     if order.shape[0] != x.shape[0] or order.shape[0] > MAX_SLOTS:
         return f"its kernels take up to {MAX_SLOTS} rows with one adapter each"
-    if coef.dtype != torch.float32:
-        return f"its kernels take float32 scalings, not {coef.dtype}"
+    for kind, dtype, tensors in (("scalings", torch.float32, factors), ("indices", torch.int32, indices)):
+        for tensor in tensors:
+            if tensor.dtype != dtype or not tensor.is_contiguous():
+                form = "" if tensor.is_contiguous() else " with gaps"
+                return f"its kernels take contiguous {dtype} {kind}, not {tensor.dtype}{form}"
     if shared_bytes(16, x.shape[1], max_rank) > _card(x.device)[0]:
         return f"{x.shape[1]} columns are more than its thread blocks can hold"
-    return unreadable(x, x.dtype) or unreadable(a_pages, x.dtype) or unreadable(b_pages, x.dtype)
+    return next(filter(None, (unreadable(matrix, x.dtype) for matrix in matrices)), None)
 
 
 def unreadable(matrix: Tensor, dtype: torch.dtype) -> str | None:
@@ -58,10 +115,10 @@ def unreadable(matrix: Tensor, dtype: torch.dtype) -> str | None:
     return None
 
 
-def fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, layout: tuple[Tensor, ...]) -> Tensor | None:
+def fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, layout: tuple[Any, ...]) -> Tensor | None:
     """x Wᵀ + b + the delta in one launch; ``None`` where that kernel does not fit.
 
-    ``layout`` has the op's arguments from ``a_pages`` to ``tiles``, and the widest rank.
+    ``layout`` has the arguments of ``_ops.CUDA_FUSED`` from ``a_pages`` on.
     """
     if weight is None or x.device.type != "cuda" or _backend.active_backend() not in ("auto", "cuda"):
         return None
@@ -71,13 +128,16 @@ def fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, layout: tuple[T
         and torch.is_grad_enabled()
     ):
         return None
+    a_pages, b_pages, pages, spans, scalings, weights, order, *_ = tensors
     rows = x.reshape(-1, x.shape[-1])
-    adapters = min(rows.shape[0], layout[3].shape[0])
+    adapters = min(rows.shape[0], spans.shape[0])
     if not 0 < rows.shape[0] <= MAX_FUSED_ROWS or adapters * max_rank > MAX_FUSED_RANKS:
         return None
-    if misfit("multi_lora_linear", (rows, *tensors, None, None, max_rank, False)) is not None:
+    factors = (scalings,) if weights is None else (scalings, weights)
+    matrices = (rows, weight, a_pages, b_pages)
+    if _batch_misfit(rows, order, max_rank, matrices, factors, (pages, spans)) is not None:
         return None
-    if unreadable(weight, x.dtype) is not None or _card(x.device)[1] < 9:
+    if _card(x.device)[1] < 9 or (bias is not None and not bias.is_contiguous()):
         return None
     y = torch.ops.lora_kernels.cuda_multi_lora_linear_fused.default(rows, weight, bias, *tensors, max_rank)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -26,7 +26,7 @@ _RANKS: dict[str, Callable[[tuple[Any, ...]], int]] = {
     "dora_linear_backward": lambda args: args[3].shape[0],
     "multi_lora_linear": lambda args: args[-2],
     "multi_lora_linear_backward": lambda args: args[-2],
-    "multi_lora_linear_add": lambda args: args[-1],
+    "multi_lora_linear_add": lambda args: args[-2],
     "invariant_linear": lambda args: 1,
     "glu": lambda args: 1,
     "glu_backward": lambda args: 1,
@@ -54,8 +54,8 @@ def _choose(op: str, args: tuple[Any, ...]) -> str:
     lead = _lead(args)
     if op == "dequantize":
         return _backend.resolve(lead.device.type, args[-1], 1)
-    if op not in _RANKS:  # a mask or a plan: any backend of the device will do
-        return _backend.resolve(lead.device.type, torch.float32, 1)
+    if op not in _RANKS:  # a mask or a plan: any backend of the device will do, by a dtype that all take
+        return _backend.resolve(lead.device.type, torch.float16, 1)
     if lead.shape[0] == 0:  # nothing to launch a kernel for
         return "reference"
     active = _backend.active_backend()

@@ -163,8 +163,9 @@ def multi_lora_linear(
     Each row of the batch has its own adapter, or k of them with weights (a mixture, Punica, Chen et al.
     2023, arXiv 2310.18547; S-LoRA, Sheng et al. 2023, arXiv 2311.03285). Ranks may differ. The sum over an
     adapter's ranks has an order that depends on that row and adapter alone, so a row's delta is the same,
-    bit for bit, whoever else is in the batch, on every backend but the reference. The base product is the
-    vendor's and promises nothing, unless ``batch_invariant`` asks for it.
+    bit for bit, whoever else is in the batch, on every backend but the reference (``auto`` has two on a CUDA
+    card: small batches get other kernels than large ones). The base product is the vendor's and promises
+    nothing. With ``batch_invariant`` both hold, under ``auto`` too.
 
     Shapes: x ``[..., K]``, weight ``[N, K]`` or ``None`` (the delta alone), adapter_ids ``[...]`` as x's
     rows, or x's first dimension (one a sample), or ``[..., k]`` with weights of the same shape; y
@@ -215,15 +216,12 @@ def _infer(
     batch_invariant: bool,
 ) -> Tensor:
     if not batch_invariant and x.device.type == "cuda":  # where one launch may do
-        coef = _coefficients(adapters, weights, plan)
         factors = (adapters.a_pages, adapters.b_pages, adapters.pages, adapters.spans)
-        y = _dispatch.fused_decode(x, weight, bias, (*factors, coef, *plan[1:], adapters.max_rank))
+        flat = _flat_weights(weights)
+        layout = (*factors, adapters.scalings.float(), flat, *plan[1:], adapters.max_rank)
+        y = _dispatch.fused_decode(x, weight, bias, layout)
         if y is not None:
             return y
-        rows = x.reshape(-1, x.shape[-1])
-        args = (rows, *factors, coef, *plan[1:], None, None, adapters.max_rank, False)
-        if _dispatch.chosen("multi_lora_linear", *args) == "cuda":
-            return _differentiable(x, weight, adapters, weights, bias, None, plan)
     y = _base(x, weight, bias, adapters.b_pages.shape[1], batch_invariant)
     _add(y, x, AdapterSlices((adapters,), None), weights, plan, batch_invariant)
     return y
@@ -242,7 +240,8 @@ def add_multi_lora_(
 
     Shapes: x ``[..., K]``, y ``[..., N]`` of x's dtype with rows that :meth:`Tensor.view` can flatten (they
     may be part of a wider matrix's); with :class:`AdapterSlices` N is the sum of theirs, side by side. All
-    else as :func:`multi_lora_linear`, whose delta this adds in two launches.
+    else as :func:`multi_lora_linear`, whose delta this adds in two launches; up to 512 rows with one adapter
+    each have a CUDA kernel that does four linears in one.
 
     Returns:
         ``y``.
@@ -279,9 +278,9 @@ def multi_lora_linear_slices(
 ) -> tuple[Tensor, ...]:
     """y_s = multi_lora_linear(x, W_s, stack_s, …) for every linear s that reads x
 
-    Without gradients the deltas of all linears take one pair of launches, and the results are views of one
-    matrix ``[..., ΣN_s]``. With gradients, or dropout (which each linear draws for itself), each linear is a
-    call of its own, on one plan.
+    Without gradients the deltas of all linears take one pair of launches, or as :func:`add_multi_lora_` one
+    for four linears, and the results are views of one matrix ``[..., ΣN_s]``. With gradients, or dropout
+    (which each linear draws for itself), each linear is a call of its own, on one plan.
 
     Args:
         x: the input ``[..., K]``.
@@ -344,16 +343,16 @@ def _base(x: Tensor, weight: Tensor | None, bias: Tensor | None, out: int, invar
 
 
 def _add(
-    y: Tensor, x: Tensor, slices: AdapterSlices, weights: Tensor | None, plan: BatchPlan, one_by_one: bool
+    y: Tensor, x: Tensor, slices: AdapterSlices, weights: Tensor | None, plan: BatchPlan, invariant: bool
 ) -> None:
     target, rows = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
     stacks = slices.stacks
     lists = [[getattr(s, name) for s in stacks] for name in ("a_pages", "b_pages", "pages", "spans")]
     lists.append([s.scalings.float() for s in stacks])
-    flat = None if weights is None else weights.reshape(-1).float()
-    last = (slices.table, slices.max_rank)
+    flat = _flat_weights(weights)
+    last = (slices.table, slices.max_rank, invariant)
     args = (target, rows, *lists, flat, *plan[1:], *last)
-    if not one_by_one or _dispatch.chosen("multi_lora_linear_add", *args) != "reference":
+    if not invariant or _dispatch.chosen("multi_lora_linear_add", *args) != "reference":
         _dispatch.call("multi_lora_linear_add", *args)
         return
     k = plan.ids.numel() // max(1, len(rows))
@@ -364,6 +363,11 @@ def _add(
         # A copy starts at an aligned address, as that of any other row does.
         row_args = (target[m : m + 1], rows[m : m + 1].clone(), *lists, own, *alone[1:], *last)
         _dispatch.call("multi_lora_linear_add", *row_args)
+
+
+def _flat_weights(weights: Tensor | None) -> Tensor | None:
+    """One a slot, as kernels read them."""
+    return None if weights is None else weights.reshape(-1).float().contiguous()
 
 
 def _differentiable(

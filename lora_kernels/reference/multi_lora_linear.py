@@ -106,6 +106,7 @@ def multi_lora_linear_add(
     tiles: Tensor,
     table: Tensor | None,
     max_rank: int,
+    batch_invariant: bool,
 ) -> None:
     """The op of ``_ops.py`` that adds into y: one linear after the other."""
     first, counts = 0, offsets.diff().long()

@@ -24,7 +24,7 @@ class Projection(ctypes.Structure):
     _fields_ = (
         *((name, pointer) for name in ("a", "b")),
         *((name, i64) for name in ("a_stride", "b_stride")),
-        *((name, pointer) for name in ("pages", "spans")),
+        *((name, pointer) for name in ("pages", "spans", "scalings")),
         *((name, i32) for name in ("out_begin", "out_cols")),
     )
 
@@ -41,6 +41,7 @@ class DecodeProblem(ctypes.Structure):
         ("cluster_cols", i32),
         ("y", pointer),
         ("y_stride", i64),
+        ("accumulate", ctypes.c_bool),
         ("projection", Projection * MAX_PROJECTIONS),
         ("projections", i32),
         ("parts", pointer),
@@ -79,24 +80,48 @@ def simulate(library, x, stacks, ids, weight=None, bias=None, two_launches=False
     coef = torch.cat([stacks[0].scalings, torch.zeros(1)])[plan.ids].contiguous()
     outs = [stack.b_pages.shape[1] for stack in stacks]
     y = torch.full((rows, sum(outs)), torch.nan, dtype=x.dtype)
-    max_rank = max(stack.max_rank for stack in stacks)
-    problem = DecodeProblem(
-        *(x.data_ptr(), x.stride(0), rows, x.shape[1], coef.data_ptr(), plan.order.data_ptr()),
-        *(plan.offsets.data_ptr(), plan.tiles.data_ptr(), adapters, len(plan.tiles), max_rank),
-    )
+    problem = problem_of(x, stacks, plan, coef, y)
     if weight is not None:
         problem.weight, problem.weight_stride = weight.data_ptr(), weight.stride(0)
         problem.bias = None if bias is None else bias.data_ptr()
         problem.cluster_cols = library.columns_per_cluster_of(max(outs), clusters)
+    run(library, problem, x.dtype, two_launches)
+    return y
+
+
+def simulate_add(library, y, x, stacks, ids, weights=None, two_launches=False):
+    """Adds the deltas of all projections to ``y``, each with the scalings of its own stack."""
+    plan = plan_batch(ids, len(stacks[0]))
+    problem = problem_of(x, stacks, plan, weights, y)
+    problem.accumulate = True
+    for i, stack in enumerate(stacks):
+        problem.projection[i].scalings = stack.scalings.data_ptr()
+    run(library, problem, x.dtype, two_launches)
+
+
+def problem_of(x, stacks, plan, coef, y):
+    """The projections side by side in ``y``; ``coef`` has a factor for each row, or is None."""
+    problem = DecodeProblem(
+        *(x.data_ptr(), x.stride(0), *x.shape, None if coef is None else coef.data_ptr()),
+        *(plan.order.data_ptr(), plan.offsets.data_ptr(), plan.tiles.data_ptr()),
+        *(len(stacks[0]), len(plan.tiles), max(stack.max_rank for stack in stacks)),
+    )
     problem.y, problem.y_stride, problem.projections = y.data_ptr(), y.stride(0), len(stacks)
+    first = 0
     for i, stack in enumerate(stacks):
         problem.projection[i] = Projection(
             *(stack.a_pages.data_ptr(), stack.b_pages.data_ptr()),
             *(stack.a_pages.stride(0), stack.b_pages.stride(0)),
-            *(stack.pages.data_ptr(), stack.spans.data_ptr(), sum(outs[:i]), outs[i]),
+            *(stack.pages.data_ptr(), stack.spans.data_ptr(), None, first, stack.b_pages.shape[1]),
         )
+        first += stack.b_pages.shape[1]
+    return problem
+
+
+def run(library, problem, dtype, two_launches):
+    """Both launches have sums between them, which start as NaN."""
     if two_launches:
-        parts = torch.full((len(stacks) * len(plan.tiles) * library.part_elements_of(max_rank),), torch.nan)
+        tiles = problem.projections * problem.tile_count
+        parts = torch.full((tiles * library.part_elements_of(problem.max_rank),), torch.nan)
         problem.parts = parts.data_ptr()
-    library.simulate(ctypes.byref(problem), int(x.dtype == torch.bfloat16))
-    return y
+    library.simulate(ctypes.byref(problem), int(dtype == torch.bfloat16))

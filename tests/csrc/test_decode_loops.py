@@ -95,6 +95,74 @@ def test_projections_of_one_input(library, two_launches):
     check(library, ids, (5, 18), 144, [96, 32, 48], torch.bfloat16, two_launches=two_launches)
 
 
+QKV = {"q": (5, 18, 0, 1), "k": (0, 3, 40, 0), "v": (16, 0, 2, 0)}
+WIDTHS = {"q": 96, "k": 32, "v": 304}
+
+
+def qkv(dtype, cols=144):
+    """Stacks of other widths, ranks and scalings, for one x."""
+    return [Adapters(ranks, cols, [WIDTHS[name]], dtype) for name, ranks in QKV.items()]
+
+
+def added(linears, y, x, ids, weights, kind):
+    """y + w delta in the dtype ``kind``, one linear after the other."""
+    deltas = torch.cat([linear.delta(x, ids, kind) for linear in linears], 1)
+    return y.to(kind) + (deltas if weights is None else weights.to(kind)[:, None] * deltas)
+
+
+@pytest.mark.parametrize("two_launches", (False, True), ids=("cluster", "two_launches"))
+@pytest.mark.parametrize("weighted", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_it_adds_the_deltas_of_query_key_and_value(library, dtype, weighted, two_launches):
+    """Each with its own ranks and scalings; rows with no page in a linear keep their bits."""
+    linears, ids = qkv(dtype), torch.tensor([1, 0, -1, 3, 1, 2, 0, -1, 2])
+    x, base = torch.randn(9, 144).to(dtype), torch.randn(9, 432).to(dtype)
+    weights = torch.rand(9) if weighted else None
+    stacks, y = [linear.stacks[0] for linear in linears], base.clone()
+    harness.simulate_add(library, y, x, stacks, ids, weights, two_launches)
+    eager, exact = (added(linears, base, x, ids, weights, kind) for kind in (dtype, torch.float64))
+    assert_close(y, eager, exact, "y", dtype)
+    broken = torch.full_like(base, torch.nan)
+    harness.simulate_add(library, broken, x, stacks, ids, weights, two_launches)
+    assert broken.isnan().all(), "what was there counts"
+    first = 0
+    for ranks, width in zip(QKV.values(), WIDTHS.values(), strict=True):
+        untouched = torch.tensor([i < 0 or ranks[i] == 0 for i in ids.tolist()])
+        part = slice(first, first + width)
+        assert torch.equal(y[untouched, part], base[untouched, part])
+        first += width
+
+
+@pytest.mark.parametrize("rank", (1, 15, 17, 128, 256))
+def test_it_adds_to_part_of_a_wider_matrix(library, rank):
+    """More rows of an adapter than a tile has, more columns than a step has, and nothing beside them."""
+    linear = Adapters((rank, 5), 80, [2080], torch.float16)
+    x, ids = torch.randn(21, 80).half(), torch.tensor([0] * 18 + [1, -1, 1])
+    wide = torch.randn(21, 2112).half()
+    before = wide.clone()
+    harness.simulate_add(library, wide[:, 16:2096], x, linear.stacks, ids)
+    eager, exact = (
+        added([linear], before[:, 16:2096], x, ids, None, kind) for kind in (x.dtype, torch.float64)
+    )
+    assert_close(wide[:, 16:2096], eager, exact, "y", x.dtype)
+    assert torch.equal(wide[:, :16], before[:, :16]) and torch.equal(wide[:, 2096:], before[:, 2096:])
+
+
+def test_what_is_added_does_not_depend_on_the_company(library):
+    """Bitwise: of rows, of linears in the launch, and whether the sums go through a cluster's memory."""
+    stacks = [linear.stacks[0] for linear in qkv(torch.bfloat16)]
+    x, base, ids = torch.randn(20, 144).bfloat16(), torch.randn(20, 432).bfloat16(), torch.arange(20) % 5 - 1
+    whole = base.clone()
+    harness.simulate_add(library, whole, x, stacks, ids)
+    some = torch.randperm(20)[:7]
+    few, two, alone = base[some], base.clone(), base.clone()
+    harness.simulate_add(library, few, x[some].contiguous(), stacks, ids[some])
+    harness.simulate_add(library, two, x, stacks, ids, two_launches=True)
+    for part, stack in zip(alone.split(list(WIDTHS.values()), 1), stacks, strict=True):
+        harness.simulate_add(library, part, x, [stack], ids)
+    assert torch.equal(few, whole[some]) and torch.equal(two, whole) and torch.equal(alone, whole)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", (1, 3, 8))
 def test_with_the_base_product(library, rows, dtype):

@@ -87,6 +87,16 @@ def test_y_may_be_part_of_a_wider_matrix_and_x_strided(backend, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_may_be_strided(backend, device):
+    ids, x = torch.arange(9, device=device)[:, None] % 4, torch.randn(9, 72, device=device)
+    weights, adapters = torch.rand(9, 2, device=device)[:, :1], stack("q", torch.float32, device)
+    with use_backend(backend):
+        y = add_multi_lora_(torch.zeros(9, 50, device=device), x, adapters, ids, weights)
+        plain = add_multi_lora_(torch.zeros(9, 50, device=device), x, adapters, ids, weights.clone())
+    assert torch.equal(y, plain)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("grad", [False, True])
 def test_slices_are_their_linears(backend, grad, device):
     stacks = [stack(name, torch.float32, device) for name in RANKS]

@@ -1,0 +1,7 @@
+#pragma once
+
+namespace c10::cuda {
+
+inline void* getCurrentCUDAStream() { return nullptr; }
+
+}  // namespace c10::cuda
