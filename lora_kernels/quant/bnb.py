@@ -16,6 +16,8 @@ def from_bitsandbytes(module: Any) -> QuantizedWeight:
 
     An int8 layer of bitsandbytes rounds its input to eight bits as well (LLM.int8); computed by this
     package the input stays as it is, which is closer to the dense layer.
+    Blocks of a four-bit layer run through the whole weight, as on a card: on a CPU bitsandbytes 0.50 decodes
+    a row that is not of whole blocks otherwise than it was encoded.
 
     Args:
         module: the layer, already quantised (bitsandbytes does that on the move to a device).
