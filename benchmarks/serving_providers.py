@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from lora_kernels import (
     add_multi_lora_,
-    multi_lora_linear,
     plan_batch,
     slice_adapters,
     stack_adapters,
@@ -394,18 +393,6 @@ def _ours(backend: str) -> Callable[[ServingProblem], Runner]:
     return build
 
 
-def _ours_cuda(problem: ServingProblem) -> Runner:
-    """The decode kernel, one launch a linear; the delta is then added: it has no form that does."""
-    stacks = [stack_adapters([a for a, _ in pairs], [b for _, b in pairs]) for pairs in problem.factors]
-    plan, ids = plan_batch(problem.ids, problem.case.adapters), problem.ids
-
-    def add(y: Tensor) -> None:
-        for view, stack in zip(y.split(problem.case.outs, 1), stacks, strict=True):
-            view += multi_lora_linear(problem.x, None, stack, ids, plan=plan)
-
-    return _runner(problem, add, "cuda")
-
-
 def _needs(module: str) -> Callable[[ServingCase, str], str | None]:
     def missing(case: ServingCase, mode: str) -> str | None:
         try:
@@ -460,7 +447,7 @@ PROVIDERS = (
     Provider("ours_reference", _ours("reference"), _backend_missing("reference")),
     Provider("ours_cpp", _ours("cpp"), _backend_missing("cpp")),
     Provider("ours_triton", _ours("triton"), _backend_missing("triton")),
-    Provider("ours_cuda", _ours_cuda, _backend_missing("cuda")),
+    Provider("ours_cuda", _ours("cuda"), _backend_missing("cuda")),
     Provider("ours_in_vllm", _vllm_bridge),
     Provider("ours_in_sglang", _sglang_bridge),
 )
