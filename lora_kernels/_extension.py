@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-from collections.abc import Iterator
 
 import torch
 
-from . import _ops, _settings
-
-# Who multiplies float32 matrices in the `cpp` backend; the order is that of csrc/cpu/products.h.
-MULTIPLIERS = ("auto", "panels", "vendor")
+from . import _ops, _products, _settings
 
 
 @functools.cache
@@ -21,39 +16,13 @@ def load() -> str | None:
     if _settings.read().skip_extension:
         return "LORA_KERNELS_SKIP_EXTENSION is set"
     try:
-        multiply_by(_settings.read().cpu_products)
+        importlib.import_module("lora_kernels._C")
     except ModuleNotFoundError:
         return "the extension was not built (no C++ compiler at install time)"
     except ImportError as error:
         return f"the extension does not load, rebuild it against this torch: {error}"
+    _products.settle()
     return None
-
-
-def multiply_by(name: str) -> None:
-    """Chooses who multiplies from now on, in the whole process.
-
-    Raises:
-        ValueError: the name is not one of :data:`MULTIPLIERS`.
-        ImportError: there is no extension.
-    """
-    if name not in MULTIPLIERS:
-        raise ValueError(f"LORA_KERNELS_CPU_PRODUCTS: expected one of {', '.join(MULTIPLIERS)}, got {name!r}")
-    importlib.import_module("lora_kernels._C").multiply_by(MULTIPLIERS.index(name))
-
-
-@contextlib.contextmanager
-def multiplied_by(name: str) -> Iterator[None]:
-    """:func:`multiply_by` inside the ``with`` block, and what the environment says after it."""
-    multiply_by(name)
-    try:
-        yield
-    finally:
-        multiply_by(_settings.read().cpu_products)
-
-
-def panels_are_faster() -> bool:
-    """Whether ``auto`` multiplies by the extension's own loops on this processor."""
-    return load() is None and importlib.import_module("lora_kernels._C").panels_are_faster()
 
 
 @functools.cache

@@ -21,7 +21,7 @@ class Settings:
     # LORA_KERNELS_SKIP_EXTENSION: 1 leaves the compiled extension unloaded, as if it were not built.
     skip_extension: bool
     # LORA_KERNELS_CPU_PRODUCTS: auto | panels | vendor; who multiplies float32 matrices on the CPU: the
-    # extension's own loops or torch's BLAS. auto: the loops, on AMD processors with AVX-512.
+    # extension's own loops or torch's BLAS. auto: what `lora-kernels tune --cpu` found, see _products.py.
     cpu_products: str
     # TRITON_INTERPRET: 1 runs the Triton kernels on CPU tensors in Triton's own interpreter.
     triton_interpret: bool

@@ -7,10 +7,11 @@ compile, does not fit the card or is not exact is left out, with the reason.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import planner
+from . import _products, planner
 from .kernels import traffic
+from .ops.lora_linear import lora_linear
 from .planner import Entry, Plan, Problem, Table
 from .reference import dropout as reference_dropout
 from .reference import lora_linear as reference
 from .testing.assertions import assert_close
-from .testing.timers import Sampler, Timer, interleave
+from .testing.timers import Sampler, Timer, interleave, paired_ratio
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DROPOUT_P = 0.1
@@ -146,6 +148,38 @@ def predict(wanted: Sequence[Problem], card: str) -> Table:
         times = tuple((plan, round(traffic.predict(problem, plan), 2)) for plan in defaults)
         entries.append(Entry(problem, times))
     return Table(card, "predicted", tuple(entries))
+
+
+def panels_to_vendor(rows: int, cols: int, out: int, rank: int, timer: Timer, repeats: int) -> float:
+    """The time of one step of ``lora_linear`` on the CPU with our products, over that with the vendor's."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (rows, cols), (out, cols), (rank, cols), (out, rank)
+    x, weight, a, b = (torch.randn(shape, generator=generator) for shape in shapes)
+    for leaf in (x, a, b):
+        leaf.requires_grad_()
+
+    def step(name: str) -> Sampler:
+        def run(_: Any) -> None:
+            lora_linear(x, weight, a, b).sum().backward()
+
+        sample = timer.sampler(lambda: None, run)
+
+        def sampler() -> float:
+            with _products.multiplied_by(name):
+                return sample()
+
+        return sampler
+
+    samples = interleave({name: step(name) for name in ("panels", "vendor")}, repeats)
+    return paired_ratio(samples["panels"], samples["vendor"])
+
+
+def save_products(path: Path, ratios: Mapping[str, float]) -> str:
+    """Writes who is the faster one over all shapes, and uses it from now on."""
+    best = "panels" if math.prod(ratios.values()) < 1.0 else "vendor"
+    write(path, _products.to_text(best, ratios))
+    _products.settle()
+    return best
 
 
 def save(path: Path, card: str, entries: Sequence[Entry]) -> None:

@@ -29,7 +29,7 @@ def report() -> dict[str, Any]:
         **{name: _version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu ({platform.machine()})",
         "active backend": _backend.active_backend(),
-        "cpu products": _products(),
+        "cpu products": _cpu_products(),
         "auto picks": {kind: _auto(kind) for kind in dict.fromkeys((device, "cpu"))},
         "backends": {name: _state(name, device) for name in _backend.BACKENDS if name != "auto"},
     }
@@ -42,12 +42,13 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _products() -> str:
-    from .. import _extension, _settings
+def _cpu_products() -> str:
+    from .. import _extension, _products, _settings
 
-    best = "panels" if _extension.panels_are_faster() else "vendor"
+    if reason := _extension.load():
+        return f"vendor: {reason}"
     chosen = _settings.read().cpu_products
-    return f"auto, which is {best} here" if chosen == "auto" else chosen
+    return f"auto, which is {_products.automatic()} here" if chosen == "auto" else chosen
 
 
 def _auto(device: str) -> str:

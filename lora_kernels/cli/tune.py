@@ -14,6 +14,7 @@ from typing import Any
 from .. import planner
 from ..planner import Problem
 
+_CPU_SHAPES = ("32x768x768", "512x1024x1024", "512x2048x2048")
 _SHAPES = ("16x4096x4096", "2048x4096x4096", "8192x4096x4096")
 _OPS = ("lora_linear", "lora_linear_backward")
 
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dropout", type=float, action="append", help="repeatable (0 and 0.1)")
     parser.add_argument("--repeats", type=int, default=20, help="rounds of the timing")
+    parser.add_argument("--cpu", action="store_true", help="who multiplies on this processor, in float32")
     parser.add_argument("--predict", choices=("sm_80", "sm_90"), help="write what byte counts say; no card")
     parser.add_argument("--output", help="file to write (the folder LORA_KERNELS_PLANS, by the card's name)")
 
@@ -82,8 +84,13 @@ def run(args: argparse.Namespace) -> int:
 
     if args.predict:
         return _predict(args)
+    if args.cpu:
+        from ..testing.timers import HostTimer
+
+        return tune_cpu(args, HostTimer())
     if not torch.cuda.is_available():
-        print("tune: there is no CUDA device here, and times in an interpreter say nothing about a card")
+        print("tune: there is no CUDA device here, and times in an interpreter say nothing about a card;")
+        print("      --cpu measures who multiplies on this processor")
         return 2
     if reason := _backend.triton_missing():
         print(f"tune: the strategies are Triton kernels, and {reason}")
@@ -114,6 +121,32 @@ def tune(args: argparse.Namespace, device: Any, card: str, timer: Any) -> int:
         _report(result)
     print(f"table: {path}")
     return 0 if any(result.entry for result in measured) else 1
+
+
+def tune_cpu(args: argparse.Namespace, timer: Any) -> int:
+    """The command for the processor: the loops of the extension against the vendor's GEMM."""
+    from .. import _extension, _products, tuning
+
+    if reason := _extension.load():
+        print(f"tune: {reason}")
+        return 2
+    try:
+        shapes = [parse_shape(text) for text in args.shape or _CPU_SHAPES]
+    except ValueError as error:
+        print(f"tune: {error}", file=sys.stderr)
+        return 2
+    ratios = {}
+    with progress(len(shapes)) as tick:
+        for shape in shapes:
+            name = "x".join(map(str, shape))
+            ratios[name] = tuning.panels_to_vendor(*shape, (args.rank or [16])[0], timer, args.repeats)
+            tick()
+    path = Path(args.output) if args.output else _products.table()
+    best = tuning.save_products(path, ratios)
+    for name, ratio in ratios.items():
+        print(f"{name}: panels take {ratio:.2f} x the vendor's time")
+    print(f"{best} from now on; table: {path}")
+    return 0
 
 
 def _predict(args: argparse.Namespace) -> int:

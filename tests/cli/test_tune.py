@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import argparse
 
-from lora_kernels import planner, tuning
+from lora_kernels import _extension, _products, planner, tuning
 from lora_kernels.cli import main, tune
 from lora_kernels.planner import Plan, Problem
 
@@ -41,6 +41,8 @@ def folder(tmp_path, monkeypatch):
     yield tmp_path
     monkeypatch.undo()
     planner.refresh()
+    if _extension.load() is None:
+        _products.settle()
 
 
 @pytest.fixture
@@ -142,7 +144,47 @@ def test_every_plan_to_try_is_one_that_a_table_can_hold():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 def test_without_a_card_it_says_so(capsys):
     assert main(["tune"]) == 2
-    assert "there is no CUDA device here" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "there is no CUDA device here" in said and "--cpu" in said
+
+
+class Alternating:
+    """Says in turn what our products and what the vendor's take: whichever runs first is a coin's toss."""
+
+    def __init__(self, panels, vendor):
+        self.times = {"panels": panels, "vendor": vendor}
+        self.names = iter(("panels", "vendor") * 9)
+
+    def sampler(self, prepare, run):
+        run(prepare())
+        name = next(self.names)
+        return lambda: self.times[name]
+
+
+@pytest.mark.skipif(_extension.load() is not None, reason="the extension is not built")
+@pytest.mark.parametrize(("panels", "vendor", "best"), [(8.0, 10.0, "panels"), (10.0, 8.0, "vendor")])
+def test_the_faster_multiplier_is_remembered(panels, vendor, best, folder, capsys):
+    assert _products.remembered() is None
+    args = arguments("--cpu", "--shape", "9x40x33", "--shape", "20x16x24")
+    assert tune.tune_cpu(args, Alternating(panels, vendor)) == 0
+    assert f"9x40x33: panels take {panels / vendor:.2f} x the vendor's time" in capsys.readouterr().out
+    assert _products.remembered() == _products.automatic() == best
+    assert json.loads((folder / "cpu.json").read_text())["processor"] == _products.processor()
+
+
+def test_a_table_of_another_processor_is_not_ours(folder):
+    text = _products.to_text("vendor", {}).replace(_products.processor(), "another")
+    (folder / "cpu.json").write_text(text)
+    assert _products.remembered() is None
+
+
+@pytest.mark.parametrize(
+    "text", ("no JSON", "{}", '{"format": "lora-kernels cpu 1", "products": "mkl"}', "[]")
+)
+def test_an_unsound_table_of_the_processor_is_left_out(text, folder):
+    (folder / "cpu.json").write_text(text)
+    with pytest.warns(UserWarning, match=r"cpu.json is left out, tune again"):
+        assert _products.remembered() is None
 
 
 @pytest.mark.parametrize("shape", ("8x8", "8x8x8x8", "axbxc", "0x8x8", "-1x8x8"))

@@ -9,7 +9,7 @@ import torch
 from lora_linear_harness import case_id, run_case
 from test_lora_linear_group import Group, run_group
 
-from lora_kernels import _extension, lora_linear, lora_linear_group, use_backend
+from lora_kernels import _extension, _products, lora_linear, lora_linear_group, use_backend
 from lora_kernels.testing import LoraCase, assert_close, leaves, lora_inputs
 
 pytestmark = pytest.mark.skipif(_extension.load() is not None, reason="the extension is not built")
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def panels():
-    with _extension.multiplied_by("panels"):
+    with _products.multiplied_by("panels"):
         yield
 
 
@@ -107,7 +107,7 @@ def test_the_vendors_products_and_ours_agree():
     wide = lora_linear(*(arg.double() for arg in args), 1.0, inputs["bias"].double())
     with use_backend("cpp"):
         ours = lora_linear(*args, 1.0, inputs["bias"])
-        with _extension.multiplied_by("vendor"):
+        with _products.multiplied_by("vendor"):
             vendors = lora_linear(*args, 1.0, inputs["bias"])
     assert not torch.equal(ours, vendors), "both came from the same loops"
     assert_close(ours, vendors, wide)
@@ -115,4 +115,4 @@ def test_the_vendors_products_and_ours_agree():
 
 def test_an_unknown_name_says_which_there_are():
     with pytest.raises(ValueError, match="LORA_KERNELS_CPU_PRODUCTS: expected one of auto, panels, vendor"):
-        _extension.multiply_by("mkl")
+        _products.multiply_by("mkl")
