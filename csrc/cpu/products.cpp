@@ -18,8 +18,9 @@ std::atomic<Multiplier> multiplier{Multiplier::kMeasured};
 // A few rows are bound by the bytes of the right factor, and a small one does not repay its
 // packing.
 constexpr int64_t kFewRows = 8, kSmallFactor = int64_t(1) << 18;
-// Rows of the left factors that are packed at a time.
-constexpr int64_t kRowsAtOnce = 1024;
+// Rows of the left factors that are packed at a time: enough for a right factor to repay its
+// packing, and no more elements than kPacked where that leaves enough.
+constexpr int64_t kFewestAtOnce = 512, kMostAtOnce = 1024, kPacked = int64_t(1) << 23;
 // Elements to pack, and multiply-adds, that are worth a thread.
 constexpr int64_t kPackTask = 1 << 15, kMultiplyTask = 1 << 19;
 
@@ -34,25 +35,52 @@ Tensor readable(const Tensor& right) {
   return is_transposed(right) ? right : with_dense_rows(right);
 }
 
-// The rows [first, first + rows) of a left factor, in panels.
-Tensor packed_rows(const Tensor& left, int64_t first, int64_t rows) {
-  const int64_t depth = left.size(1), panels = panels_of(rows, kPanelRows);
-  Tensor packed = at::empty({panels * kPanelRows * depth}, left.options());
-  const float* from = left.const_data_ptr<float>() + first * left.stride(0);
-  float* to = packed.mutable_data_ptr<float>();
-  const int64_t grain = std::max<int64_t>(1, kPackTask / std::max<int64_t>(1, kPanelRows * depth));
-  at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
-    pack_rows(from, left.stride(0), rows, depth, {begin, end}, to);
-  });
-  return packed;
+// Memory that a thread keeps between calls, as BLAS libraries keep theirs: fresh pages can cost
+// more than what is written into them.
+enum class Kept { kPacked, kScratch };
+
+template <Kept>
+float* kept(int64_t elements) {
+  thread_local std::unique_ptr<float[]> memory;
+  thread_local int64_t size = 0;
+  if (size < elements) {
+    memory.reset();
+    memory = std::make_unique_for_overwrite<float[]>(elements);
+    size = elements;
+  }
+  return memory.get();
 }
 
-std::vector<PanelTerm> terms_of(const ProductSum& sum, const std::vector<Tensor>& packed) {
+int64_t total_depth(const std::vector<Tensor>& lefts) {
+  int64_t depth = 0;
+  for (const Tensor& left : lefts) depth += left.size(1);
+  return depth;
+}
+
+// The rows [first, first + rows) of each left factor, in panels, one after the other.
+std::vector<const float*> packed_rows(const std::vector<Tensor>& lefts, int64_t first,
+                                      int64_t rows) {
+  const int64_t panels = panels_of(rows, kPanelRows), depth = total_depth(lefts);
+  std::vector<float*> packed = {kept<Kept::kPacked>(panels * kPanelRows * depth)};
+  for (const Tensor& left : lefts) {
+    packed.push_back(packed.back() + panels * kPanelRows * left.size(1));
+  }
+  const int64_t grain = std::max<int64_t>(1, kPackTask / std::max<int64_t>(1, kPanelRows * depth));
+  at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
+    for (size_t i = 0; i < lefts.size(); ++i) {
+      const float* from = lefts[i].const_data_ptr<float>() + first * lefts[i].stride(0);
+      pack_rows(from, lefts[i].stride(0), rows, lefts[i].size(1), {begin, end}, packed[i]);
+    }
+  });
+  return {packed.begin(), packed.end()};
+}
+
+std::vector<PanelTerm> terms_of(const ProductSum& sum, const std::vector<const float*>& packed) {
   std::vector<PanelTerm> terms;
   for (const auto& [left, right] : sum.products) {
     const bool transposed = is_transposed(right);
-    terms.push_back({packed[left].const_data_ptr<float>(), right.const_data_ptr<float>(),
-                     right.stride(transposed ? 1 : 0), transposed, right.size(0)});
+    terms.push_back({packed[left], right.const_data_ptr<float>(), right.stride(transposed ? 1 : 0),
+                     transposed, right.size(0)});
   }
   return terms;
 }
@@ -75,17 +103,17 @@ void multiply(const PanelProduct& product, int64_t depth) {
       panels_of(rows, cuts) * kPanelRows * kPanelCols * std::max<int64_t>(depth, 1);
   const int64_t grain = std::max<int64_t>(1, kMultiplyTask / each);
   at::parallel_for(0, cuts * cols, grain, [&](int64_t begin, int64_t end) {
-    const auto scratch = std::make_unique_for_overwrite<float[]>(kPanelScratch);
+    float* scratch = kept<Kept::kScratch>(kPanelScratch);
     for (int64_t at = begin, next; at < end; at = next) {
       const int64_t cut = at / cols;
       next = std::min(end, (cut + 1) * cols);
       multiply_panels(product, {rows * cut / cuts, rows * (cut + 1) / cuts},
-                      {at - cut * cols, next - cut * cols}, scratch.get());
+                      {at - cut * cols, next - cut * cols}, scratch);
     }
   });
 }
 
-void add_rows(const ProductSum& sum, const std::vector<Tensor>& packed, int64_t first,
+void add_rows(const ProductSum& sum, const std::vector<const float*>& packed, int64_t first,
               int64_t rows) {
   const std::vector<PanelTerm> terms = terms_of(sum, packed);
   const PanelProduct product = {terms.data(),
@@ -127,10 +155,11 @@ void sum_products(const std::vector<Tensor>& lefts, const std::vector<ProductSum
   std::vector<Tensor> dense;
   for (const Tensor& left : lefts) dense.push_back(with_dense_rows(left));
   const int64_t rows = lefts[0].size(0);
-  for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
-    const int64_t count = std::min(kRowsAtOnce, rows - first);
-    std::vector<Tensor> packed;
-    for (const Tensor& left : dense) packed.push_back(packed_rows(left, first, count));
+  const int64_t each =
+      std::clamp(kPacked / std::max<int64_t>(1, total_depth(dense)), kFewestAtOnce, kMostAtOnce);
+  for (int64_t first = 0; first < rows; first += each) {
+    const int64_t count = std::min(each, rows - first);
+    const std::vector<const float*> packed = packed_rows(dense, first, count);
     for (const ProductSum& sum : readable_sums) add_rows(sum, packed, first, count);
   }
 }
