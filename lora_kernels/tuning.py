@@ -153,14 +153,14 @@ def predict(wanted: Sequence[Problem], card: str) -> Table:
 def panels_to_vendor(rows: int, cols: int, out: int, rank: int, timer: Timer, repeats: int) -> float:
     """The time of one step of ``lora_linear`` on the CPU with our products, over that with the vendor's."""
     generator = torch.Generator().manual_seed(0)
-    shapes = (rows, cols), (out, cols), (rank, cols), (out, rank)
-    x, weight, a, b = (torch.randn(shape, generator=generator) for shape in shapes)
+    shapes = (rows, cols), (out, cols), (rank, cols), (out, rank), (rows, out)
+    x, weight, a, b, dy = (torch.randn(shape, generator=generator) for shape in shapes)
     for leaf in (x, a, b):
         leaf.requires_grad_()
 
     def step(name: str) -> Sampler:
         def run(_: Any) -> None:
-            lora_linear(x, weight, a, b).sum().backward()
+            lora_linear(x, weight, a, b).backward(dy)
 
         sample = timer.sampler(lambda: None, run)
 
