@@ -326,35 +326,66 @@ LK_SIMD void expand_f32(const Expansion<float>& e, Range rows) { expand_strips(e
 
 LK_SIMD void expand_f64(const Expansion<double>& e, Range rows) { expand_strips(e, rows); }
 
-// The sum of (a + b)^2.
-template <typename Math>
-LK_INLINE double squares(const Math* a, const Math* b, int64_t count) {
-  VectorOf<Math> sums = {};
-  int64_t k = 0;
-  for (; k + kLanes <= count; k += kLanes) {
-    const VectorOf<Math> total = vector(a + k) + vector(b + k);
-    sums += total * total;
+// lanes += (w + vectors * factor)^2 for `Vectors` vectors from column k on, in registers.
+template <int Rows, int Vectors, typename Math>
+LK_INLINE void add_squares(const Expansion<Math>& e, int64_t row, int64_t k, const Math* w,
+                           int64_t stride, VectorOf<Math>* lanes) {
+  VectorOf<Math> sums[Rows][Vectors];
+  for (int i = 0; i < Rows; ++i) {
+    for (int v = 0; v < Vectors; ++v) sums[i][v] = vector(w + i * stride + v * kLanes);
   }
-  double result = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) result += sums[lane];
-  for (; k < count; ++k) result += static_cast<double>(a[k] + b[k]) * (a[k] + b[k]);
-  return result;
+  const Math* vectors = e.vectors + row * e.vector_stride;
+  for (int64_t r = 0; r < e.rank; ++r) {
+    VectorOf<Math> f[Vectors];
+    for (int v = 0; v < Vectors; ++v) {
+      f[v] = vector(e.factor + r * e.factor_stride + k + v * kLanes);
+    }
+    for (int i = 0; i < Rows; ++i) {
+      for (int v = 0; v < Vectors; ++v) sums[i][v] += vectors[i * e.vector_stride + r] * f[v];
+    }
+  }
+  for (int i = 0; i < Rows; ++i) {
+    for (int v = 0; v < Vectors; ++v) lanes[i] += sums[i][v] * sums[i][v];
+  }
+}
+
+// What a strip adds to the sum of each row: whole vectors in lanes, the rest one by one.
+template <int Rows, typename Math>
+LK_INLINE void norm_strip(const Expansion<Math>& e, int64_t row, Range cols, const Math* w,
+                          int64_t stride, double* totals) {
+  VectorOf<Math> lanes[Rows] = {};
+  const int64_t width = cols.end - cols.begin;
+  int64_t k = 0;
+  for (; k + 2 * kLanes <= width; k += 2 * kLanes) {
+    add_squares<Rows, 2>(e, row, cols.begin + k, w + k, stride, lanes);
+  }
+  for (; k + kLanes <= width; k += kLanes) {
+    add_squares<Rows, 1>(e, row, cols.begin + k, w + k, stride, lanes);
+  }
+  for (int i = 0; i < Rows; ++i) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) totals[i] += lanes[i][lane];
+    const Math* vectors = e.vectors + (row + i) * e.vector_stride;
+    for (int64_t c = k; c < width; ++c) {
+      Math sum = w[i * stride + c];
+      for (int64_t r = 0; r < e.rank; ++r) {
+        sum += vectors[r] * e.factor[r * e.factor_stride + cols.begin + c];
+      }
+      totals[i] += static_cast<double>(sum) * sum;
+    }
+  }
 }
 
 template <int Rows, typename Math>
 LK_INLINE void norm_block(const Norms<Math>& n, int64_t row) {
-  alignas(64) Math update[Rows * kStrip], tile[Rows * kStrip];
-  double sums[Rows] = {};
+  alignas(64) Math tile[Rows * kStrip];
+  double totals[Rows] = {};
   int64_t stride;
   for (int64_t k = 0; k < n.expansion.cols; k += kStrip) {
     const Range strip = {k, std::min(k + kStrip, n.expansion.cols)};
-    expand_block<Rows>(n.expansion, row, strip, update);
     const Math* w = load(n.w, row, strip, Rows, tile, &stride);
-    for (int i = 0; i < Rows; ++i) {
-      sums[i] += squares(w + i * stride, update + i * kStrip, strip.end - strip.begin);
-    }
+    norm_strip<Rows>(n.expansion, row, strip, w, stride, totals);
   }
-  for (int i = 0; i < Rows; ++i) n.out[row + i] = static_cast<Math>(__builtin_sqrt(sums[i]));
+  for (int i = 0; i < Rows; ++i) n.out[row + i] = static_cast<Math>(__builtin_sqrt(totals[i]));
 }
 
 template <typename Math>
