@@ -10,6 +10,23 @@ namespace lora_kernels {
 
 enum class Storage { kFloat, kDouble, kHalf, kBFloat16 };
 
+// A matrix that is read or written, its rows `stride` apart; data is null where it is not wanted.
+struct Matrix {
+  void* data;
+  Storage storage;
+  int64_t stride;
+};
+
+LK_INLINE int64_t bytes(Storage storage) {
+  return storage == Storage::kDouble ? 8 : storage == Storage::kFloat ? 4 : 2;
+}
+
+// Whether what is stored needs no conversion to be summed.
+template <typename Math>
+LK_INLINE bool stored_as(Storage storage) {
+  return storage == (sizeof(Math) == sizeof(double) ? Storage::kDouble : Storage::kFloat);
+}
+
 struct Brain {
   uint16_t bits;
 };

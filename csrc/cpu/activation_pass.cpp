@@ -178,10 +178,6 @@ LK_INLINE Products<Math> moved(Products<Math> p, int64_t row, int64_t col) {
   return p;
 }
 
-LK_INLINE int64_t bytes(Storage storage) {
-  return storage == Storage::kDouble ? 8 : storage == Storage::kFloat ? 4 : 2;
-}
-
 LK_INLINE Ahead after(const Activation& x, int64_t row, int64_t col, Range rows) {
   const int64_t element = bytes(x.storage), next = std::min(row + kRows, rows.end - 1);
   const auto* data = static_cast<const char*>(x.data) + (next * x.stride + col) * element;
@@ -265,9 +261,10 @@ LK_INLINE void store(const Expansion<Math>& e, int64_t row, Range cols, Math* ti
   }
 }
 
-// Rows [0, Rows) of out += scale * vectors * factor from column k on, in registers from end to end.
-template <int Rows, int Vectors, typename Math>
-LK_INLINE void add_block(const Expansion<Math>& e, int64_t row, int64_t k) {
+// Rows [0, Rows) of out = scale * vectors * factor from column k on, or += that, in registers from
+// end to end.
+template <int Rows, int Vectors, bool Add, typename Math>
+LK_INLINE void direct_block(const Expansion<Math>& e, int64_t row, int64_t k) {
   VectorOf<Math> sums[Rows][Vectors] = {};
   const Math* vectors = e.vectors + row * e.vector_stride;
   const Math* factor = e.factor + k;
@@ -280,24 +277,27 @@ LK_INLINE void add_block(const Expansion<Math>& e, int64_t row, int64_t k) {
   }
   Math* out = static_cast<Math*>(e.out) + row * e.cols + k;
   for (int i = 0; i < Rows; ++i) {
-    for (int v = 0; v < Vectors; ++v) vector(out + i * e.cols + v * kLanes) += sums[i][v] * e.scale;
+    for (int v = 0; v < Vectors; ++v) {
+      VectorOf<Math>& to = vector(out + i * e.cols + v * kLanes);
+      to = Add ? to + sums[i][v] * e.scale : sums[i][v] * e.scale;
+    }
   }
 }
 
 // The columns of `rows` that are whole vectors; returns where the rest begins.
-template <typename Math>
-LK_INLINE int64_t add_strips(const Expansion<Math>& e, Range rows) {
+template <bool Add, typename Math>
+LK_INLINE int64_t direct_strips(const Expansion<Math>& e, Range rows) {
   const int64_t whole = e.cols / kLanes * kLanes;
   for (int64_t begin = 0; begin < whole; begin += kStrip) {
     const int64_t end = std::min(begin + kStrip, whole);
     int64_t m = rows.begin;
     for (; m + kRows <= rows.end; m += kRows) {
       int64_t k = begin;
-      for (; k + 2 * kLanes <= end; k += 2 * kLanes) add_block<kRows, 2>(e, m, k);
-      for (; k < end; k += kLanes) add_block<kRows, 1>(e, m, k);
+      for (; k + 2 * kLanes <= end; k += 2 * kLanes) direct_block<kRows, 2, Add>(e, m, k);
+      for (; k < end; k += kLanes) direct_block<kRows, 1, Add>(e, m, k);
     }
     for (; m < rows.end; ++m) {
-      for (int64_t k = begin; k < end; k += kLanes) add_block<1, 1>(e, m, k);
+      for (int64_t k = begin; k < end; k += kLanes) direct_block<1, 1, Add>(e, m, k);
     }
   }
   return whole;
@@ -307,7 +307,10 @@ template <typename Math>
 LK_INLINE void expand_strips(const Expansion<Math>& e, Range rows) {
   alignas(64) Math tile[kRows * kStrip];
   const bool wide = e.storage == Storage::kFloat || e.storage == Storage::kDouble;
-  const int64_t first = wide && e.add && !e.keep ? add_strips(e, rows) : 0;
+  const bool direct = wide && !e.keep;
+  const int64_t first = !direct ? 0
+                        : e.add ? direct_strips<true>(e, rows)
+                                : direct_strips<false>(e, rows);
   for (int64_t k = first; k < e.cols; k += kStrip) {
     const Range strip = {k, std::min(k + kStrip, e.cols)};
     int64_t m = rows.begin;

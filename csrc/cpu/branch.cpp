@@ -3,9 +3,11 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "activation_pass.h"
 #include "math_type.h"
+#include "scale_pass.h"
 
 namespace lora_kernels {
 namespace {
@@ -18,6 +20,8 @@ constexpr int64_t kTask = 1 << 19;
 constexpr int64_t kPieces = 16;
 // Rows that one chain of additions runs over; a longer one would round worse than a GEMM.
 constexpr int64_t kChain = 512;
+// Rows of a strip that are written and then read while they are in the cache.
+constexpr int64_t kBlockRows = 32;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -70,9 +74,16 @@ void clear(Math* sums, Range range, int64_t rank) {
   std::fill(sums + range.begin * rank, sums + range.end * rank, Math(0));
 }
 
-template <typename Math>
+// Nothing to do before a piece of x is read.
+struct Ready {
+  void operator()(int64_t /*chunk*/, Range /*rows*/, Range /*cols*/) const {}
+};
+
+// before(chunk, rows, columns) makes the part of x that is read next.
+template <typename Math, typename Before = Ready>
 void pass(const Activation& x, int64_t rows, int64_t cols, const Cut& cut,
-          const Products<Math>& whole) {
+          const Products<Math>& whole, const Before& before = {}) {
+  const int64_t step = std::is_same_v<Before, Ready> ? kChain : kBlockRows;
   const int64_t each = cut.rows_each * std::min(cols, kStrip) * whole.rank;
   at::parallel_for(0, cut.strips * cut.chunks, grain(each), [&](int64_t begin, int64_t end) {
     for (int64_t piece = begin; piece < end; ++piece) {
@@ -84,7 +95,11 @@ void pass(const Activation& x, int64_t rows, int64_t cols, const Cut& cut,
       part.outer += chunk * cols * part.rank;
       clear(part.outer, k, part.rank);
       if (part.shrunk) clear(part.shrunk += strip * rows * part.rank, m, part.rank);
-      accumulate(x, m, k, part);
+      for (int64_t row = m.begin; row < m.end; row += step) {
+        const Range block = {row, std::min(row + step, m.end)};
+        before(chunk, block, k);
+        accumulate(x, block, k, part);
+      }
     }
   });
 }
@@ -198,6 +213,36 @@ std::pair<Tensor, Tensor> shrink_outer(const Tensor& x, const Tensor& factor, co
     sum_parts(products.outer, cut.chunks, cols * rank, scaling);
   });
   return {shrunk[0], outer[0]};
+}
+
+UnscaledProducts unscale_shrink_outer(const Tensor& dy_in, const Tensor& scale, const Tensor& z,
+                                      const Tensor& factor, const Tensor& vectors, double scaling) {
+  const Tensor dy = with_dense_rows(dy_in);
+  const int64_t rows = dy.size(0), cols = dy.size(1), rank = factor.size(1);
+  const Cut cut(rows, cols, rank);
+  UnscaledProducts from = {at::empty({rows, cols}, dy.options()),
+                           at::empty({cut.strips, rows, rank}, factor.options()),
+                           at::empty({cut.chunks, cols, rank}, factor.options()),
+                           at::zeros({cut.chunks, cols}, factor.options())};
+  in_math(factor.scalar_type(), [&](auto math) {
+    using Math = decltype(math);
+    const Products<Math> products = {
+        rank, factor.const_data_ptr<Math>(), from.shrunk.mutable_data_ptr<Math>(),
+        vectors.const_data_ptr<Math>(), from.outer.mutable_data_ptr<Math>()};
+    Math* sums = z.defined() ? from.sums.mutable_data_ptr<Math>() : nullptr;
+    const Unscaling<Math> unscaling = {matrix_of(dy), scale.const_data_ptr<Math>(),
+                                       matrix_of(from.dz), matrix_of(z), sums};
+    pass(activation(from.dz, std::nullopt, 0.0), rows, cols, cut, products,
+         [&](int64_t chunk, Range block, Range strip) {
+           Unscaling<Math> part = unscaling;
+           if (sums) part.sums += chunk * cols;
+           run(part, block, strip);
+         });
+    sum_parts(products.shrunk, cut.strips, rows * rank, scaling);
+    sum_parts(products.outer, cut.chunks, cols * rank, scaling);
+    if (sums) sum_parts(sums, cut.chunks, cols, 1.0);
+  });
+  return {from.dz, from.shrunk[0], from.outer[0], from.sums[0]};
 }
 
 void expand_into(const Tensor& out, const Tensor& vectors, const Tensor& factor,

@@ -39,6 +39,16 @@ at::Tensor outer(const Dropped& x, const at::Tensor& vectors, double scaling);
 std::pair<at::Tensor, at::Tensor> shrink_outer(const at::Tensor& x, const at::Tensor& factor,
                                                const at::Tensor& vectors, double scaling);
 
+// What one pass over dY gives of dZ = dY * c, c by column: dZ itself, packed s dZ F and s dZ' V,
+// and the column sums of dY * z, where there is a z.
+struct UnscaledProducts {
+  at::Tensor dz, shrunk, outer, sums;
+};
+
+UnscaledProducts unscale_shrink_outer(const at::Tensor& dy, const at::Tensor& scale,
+                                      const at::Tensor& z, const at::Tensor& factor,
+                                      const at::Tensor& vectors, double scaling);
+
 // out = keep * s V F, or added to what `out` holds; out [M, K] contiguous, V packed, F [r, K].
 void expand_into(const at::Tensor& out, const at::Tensor& vectors, const at::Tensor& factor,
                  const std::optional<at::Tensor>& mask, double scaling, bool add);

@@ -16,6 +16,7 @@
 #include "dropped_pass.h"
 #include "lora_linear.h"
 #include "math_type.h"
+#include "products.h"
 #include "scale_pass.h"
 
 namespace lora_kernels {
@@ -25,10 +26,6 @@ using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
 bool has(const OptTensor& tensor) { return tensor.has_value() && tensor->defined(); }
-
-Matrix matrix(const Tensor& tensor) {
-  return {tensor.data_ptr(), storage_of(tensor.scalar_type()), tensor.stride(0)};
-}
 
 Tensor dense(const Tensor& tensor) {
   return tensor.stride(1) == 1 || tensor.size(1) <= 1 ? tensor : tensor.contiguous();
@@ -52,8 +49,8 @@ Tensor scaled(const Tensor& z, const Tensor& scale, const OptTensor& bias, bool 
   const Tensor b = has(bias) ? vector_of(*bias, z.scalar_type()) : Tensor();
   in_math(c.scalar_type(), [&](auto math) {
     using Math = decltype(math);
-    const Scaling<Math> pass = {matrix(z), c.const_data_ptr<Math>(),
-                                b.defined() ? b.const_data_ptr<Math>() : nullptr, matrix(y)};
+    const Scaling<Math> pass = {matrix_of(z), c.const_data_ptr<Math>(),
+                                b.defined() ? b.const_data_ptr<Math>() : nullptr, matrix_of(y)};
     over_rows(pass, z.size(0), z.size(1));
   });
   return y;
@@ -63,8 +60,9 @@ Tensor scaled(const Tensor& z, const Tensor& scale, const OptTensor& bias, bool 
 void add_scaled(Tensor& y, const Tensor& z, const Tensor& scale, const OptTensor& bias) {
   const Tensor factor = vector_of(scale, at::kFloat).sub(1);
   const Tensor b = has(bias) ? vector_of(*bias, at::kFloat) : Tensor();
-  const Scaling<float> pass = {matrix(z), factor.const_data_ptr<float>(),
-                               b.defined() ? b.const_data_ptr<float>() : nullptr, matrix(y), true};
+  const Scaling<float> pass = {matrix_of(z), factor.const_data_ptr<float>(),
+                               b.defined() ? b.const_data_ptr<float>() : nullptr, matrix_of(y),
+                               true};
   over_rows(pass, z.size(0), z.size(1));
 }
 
@@ -74,7 +72,8 @@ std::pair<Tensor, Tensor> split(const Tensor& x_in, const Tensor& mask, double p
   Tensor dropped = at::empty({x.size(0), x.size(1)}, x.options());
   Tensor rest = at::empty_like(dropped);
   const Keep keep = {mask.const_data_ptr<uint8_t>(), mask.stride(0), 1.0 / (1.0 - p)};
-  over_rows(Splitting{matrix(x), keep, matrix(dropped), matrix(rest)}, x.size(0), x.size(1));
+  over_rows(Splitting{matrix_of(x), keep, matrix_of(dropped), matrix_of(rest)}, x.size(0),
+            x.size(1));
   return {dropped, rest};
 }
 
@@ -85,11 +84,10 @@ std::pair<Tensor, Tensor> unscaled(const Tensor& dy_in, const Tensor& factor, bo
   const int64_t rows = dy.size(0), cols = dy.size(1);
   Tensor result = needs_scaled ? at::empty({rows, cols}, dy.options()) : Tensor();
   Tensor sums = has(z) ? at::zeros({cols}, factor.options()) : Tensor();
-  const Matrix none = {nullptr, Storage::kFloat, 0};
   in_math(factor.scalar_type(), [&](auto math) {
     using Math = decltype(math);
-    const Unscaling<Math> pass = {matrix(dy), factor.const_data_ptr<Math>(),
-                                  needs_scaled ? matrix(result) : none, has(z) ? matrix(*z) : none,
+    const Unscaling<Math> pass = {matrix_of(dy), factor.const_data_ptr<Math>(), matrix_of(result),
+                                  matrix_of(z.value_or(Tensor())),
                                   has(z) ? sums.mutable_data_ptr<Math>() : nullptr};
     // By columns, so that each sum runs over the rows in their order.
     at::parallel_for(0, (cols + kStrip - 1) / kStrip, 1, [&](int64_t begin, int64_t end) {
@@ -102,7 +100,7 @@ std::pair<Tensor, Tensor> unscaled(const Tensor& dy_in, const Tensor& factor, bo
 // into += keep * x.
 void add_kept(Tensor& into, const Tensor& x, const Tensor& mask) {
   const Keep keep = {mask.const_data_ptr<uint8_t>(), mask.stride(0), 1.0};
-  over_rows(Keeping{matrix(x), keep, matrix(into)}, x.size(0), x.size(1));
+  over_rows(Keeping{matrix_of(x), keep, matrix_of(into)}, x.size(0), x.size(1));
 }
 
 // Sparse products run at about a third of the dense one's speed, so p is well below that.
@@ -201,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_dora_linear(
   const Tensor packed = shrink({x, mask, p}, pack_transposed(lora_a, at::kFloat));
   const Tensor h = unpack(packed, lora_a.size(0), at::kFloat);
   const Tensor b_t = lora_b.to(at::kFloat).t();
-  Tensor y = at::mm(x, weight.t());
+  Tensor y = product(x, weight.t());
   Tensor z = without_dropped(y, x, mask, weight);
   z.addmm_(h, b_t, 1.0 / (1.0 - p), scaling);
   // y = x W' + b - d W' + z * c, and z = d W' + s h B'.
@@ -231,45 +229,82 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dora_linear(const Tensor& x, const Te
   }
   const Tensor packed = shrink({branch, std::nullopt, 0.0}, pack_transposed(lora_a, dtype));
   const Tensor h = unpack(packed, lora_a.size(0), dtype);
-  Tensor z = at::mm(branch, weight.t());
-  z.addmm_(h, lora_b.to(dtype).t(), 1, scaling);
+  Tensor z = branched_product(branch, weight.t(), std::nullopt, packed, lora_b.t(), scaling);
   Tensor y = scaled(z, scale, bias, keep_z);
-  if (has(seed)) y.addmm_(rest, weight.t());
+  if (has(seed)) accumulate_product(y, rest, weight.t());
   return {y, keep_z ? z : at::empty({0, z.size(1)}, z.options()), h, mask};
 }
 
-std::vector<Tensor> dora_linear_backward(const Tensor& dy, const OptTensor& x, const Tensor& weight,
-                                         const Tensor& lora_a, const Tensor& lora_b,
-                                         const Tensor& scale, const OptTensor& z,
-                                         const OptTensor& h, const OptTensor& mask, double scaling,
-                                         double dropout_p, std::array<bool, 4> needs) {
+namespace {
+
+// The gradients without dropout, all that read dY from one pass over it.
+std::vector<Tensor> grads_in_one_pass(const Tensor& dy, const OptTensor& x, const Tensor& weight,
+                                      const Tensor& lora_a, const Tensor& lora_b, const Tensor& c,
+                                      const OptTensor& z, const Tensor& h, double scaling,
+                                      std::array<bool, 4> needs) {
+  const auto dtype = dy.scalar_type();
+  const int64_t rank = lora_a.size(0);
+  const auto from = unscale_shrink_outer(dy, c, needs[3] ? *z : Tensor(), pack(lora_b, dtype),
+                                         pack(h, dtype), scaling);
+  std::vector<Tensor> grads;
+  if (needs[0]) {
+    grads.push_back(lora_linear_grad_x(from.dz, weight, from.shrunk, lora_a, std::nullopt, 0.0));
+  }
+  if (needs[1]) {
+    const Tensor da = outer({*x, std::nullopt, 0.0}, from.shrunk, 1.0);
+    grads.push_back(unpack_transposed(da, rank, lora_a.scalar_type()));
+  }
+  grads.push_back(unpack(from.outer, rank, lora_b.scalar_type()));
+  if (needs[3]) grads.push_back(from.sums);
+  return grads;
+}
+
+// The same for any of them, and with dropout: c goes to the rows of B, and of dB.
+std::vector<Tensor> grads_in_turn(const Tensor& dy, const OptTensor& x, const Tensor& weight,
+                                  const Tensor& lora_a, const Tensor& lora_b, const Tensor& c,
+                                  const OptTensor& z, const OptTensor& h, const OptTensor& mask,
+                                  double scaling, double p, std::array<bool, 4> needs) {
   const auto [needs_x, needs_a, needs_b, needs_scale] = needs;
-  const bool drops = has(mask), few = drops && sparse(dy, weight, dropout_p);
+  const bool drops = has(mask), few = drops && sparse(dy, weight, p);
   const bool needs_branch = needs_x || needs_a || needs_b;
-  const Tensor c = vector_of(scale, dy.scalar_type());
-  Tensor factor = drops ? c.sub(1).mul_(1.0 / (1.0 - dropout_p)) : c;
+  Tensor factor = drops ? c.sub(1).mul_(1.0 / (1.0 - p)) : c;
   if (few) factor.add_(1);  // what a kept element of x sees of dY W
   const auto [dz, sums] =
       unscaled(dy, factor, drops ? needs_x : needs_branch, needs_scale ? z : std::nullopt);
   std::vector<Tensor> grads;
   if (needs_branch && drops) {
-    // c goes to the rows of B, and of dB.
-    grads = lora_linear_backward(
-        dy, x, std::nullopt, lora_a, lora_b.to(c.scalar_type()) * c.unsqueeze(1), h, std::nullopt,
-        mask, scaling, dropout_p, false, {needs_x, needs_a, needs_b, false, false});
+    grads = lora_linear_backward(dy, x, std::nullopt, lora_a,
+                                 lora_b.to(c.scalar_type()) * c.unsqueeze(1), h, std::nullopt, mask,
+                                 scaling, p, false, {needs_x, needs_a, needs_b, false, false});
     if (needs_x && few) {
-      grads[0].addmm_(dz, weight);
+      accumulate_product(grads[0], dz, weight);
       replace_dropped(grads[0], dy, *mask, weight);
     } else if (needs_x) {
-      add_kept(grads[0], at::mm(dz, weight), *mask);
-      grads[0].addmm_(dy, weight);
+      add_kept(grads[0], product(dz, weight), *mask);
+      accumulate_product(grads[0], dy, weight);
     }
     if (needs_b) grads.back() = grads.back().mul_(c.unsqueeze(1)).to(lora_b.scalar_type());
   } else if (needs_branch) {
     grads = lora_linear_backward(dz, x, weight, lora_a, lora_b, h, std::nullopt, std::nullopt,
                                  scaling, 0.0, false, {needs_x, needs_a, needs_b, false, false});
   }
-  if (needs_scale) grads.push_back(sums.to(scale.scalar_type()));
+  if (needs_scale) grads.push_back(sums);
+  return grads;
+}
+
+}  // namespace
+
+std::vector<Tensor> dora_linear_backward(const Tensor& dy, const OptTensor& x, const Tensor& weight,
+                                         const Tensor& lora_a, const Tensor& lora_b,
+                                         const Tensor& scale, const OptTensor& z,
+                                         const OptTensor& h, const OptTensor& mask, double scaling,
+                                         double dropout_p, std::array<bool, 4> needs) {
+  const Tensor c = vector_of(scale, dy.scalar_type());
+  const bool together = !has(mask) && needs[2] && (needs[0] || needs[1]);
+  auto grads = together ? grads_in_one_pass(dy, x, weight, lora_a, lora_b, c, z, *h, scaling, needs)
+                        : grads_in_turn(dy, x, weight, lora_a, lora_b, c, z, h, mask, scaling,
+                                        dropout_p, needs);
+  if (needs[3]) grads.back() = grads.back().to(scale.scalar_type());
   return grads;
 }
 

@@ -42,42 +42,28 @@ FromOutput from_output(const Tensor& dy, const Tensor& lora_b, const OptTensor& 
   return {u, db};
 }
 
-// dX = dY W + the branch's part, whichever of the two there is. The branch joins the larger product
-// by accumulation: as a rank-r update of it, or with dropout as what it is added to.
-Tensor grad_x(const Tensor& dy, const OptTensor& weight, const Tensor& dh, const Tensor& lora_a,
-              const OptTensor& mask, double p) {
-  const int64_t rank = lora_a.size(0);
-  const auto dtype = dy.scalar_type();
-  const bool panels = has(weight) && in_panels(dy, lora_a.size(1));
-  if (has(mask)) {
-    Tensor dx = expand_dropped(dh, lora_a, *mask, p, dtype);
-    if (panels) {
-      sum_products({dy}, {{dx, std::nullopt, {{0, *weight}}, true}});
-      return dx;
-    }
-    return has(weight) ? dx.addmm_(dy, *weight) : dx;
-  }
-  const Tensor a = lora_a.to(dtype);
-  if (panels) return branched_product(dy, *weight, std::nullopt, dh.narrow(1, 0, rank), a);
-  const Tensor vectors = unpack(dh, rank, dtype);
-  return has(weight) ? at::mm(dy, *weight).addmm_(vectors, a) : at::mm(vectors, a);
-}
-
 // y = x W' + b + s V B'.
 Tensor output(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
               const Tensor& vectors, const Tensor& b_t, double scaling) {
-  if (!has(weight)) {
-    Tensor y = at::mm(vectors, b_t).mul_(scaling);
-    return has(bias) ? y.add_(*bias) : y;
-  }
-  if (in_panels(x, weight->size(0))) {
-    return branched_product(x, weight->t(), bias, vectors.mul(scaling), b_t);
-  }
-  Tensor y = has(bias) ? at::addmm(*bias, x, weight->t()) : at::mm(x, weight->t());
-  return y.addmm_(vectors, b_t, 1, scaling);
+  if (has(weight)) return branched_product(x, weight->t(), bias, vectors, b_t, scaling);
+  Tensor y = at::mm(vectors, b_t).mul_(scaling);
+  return has(bias) ? y.add_(*bias) : y;
 }
 
 }  // namespace
+
+// With dropout the branch comes first, for its mask.
+Tensor lora_linear_grad_x(const Tensor& dy, const OptTensor& weight, const Tensor& dh,
+                          const Tensor& lora_a, const OptTensor& mask, double p) {
+  const auto dtype = dy.scalar_type();
+  if (has(mask)) {
+    Tensor dx = expand_dropped(dh, lora_a, *mask, p, dtype);
+    if (has(weight)) accumulate_product(dx, dy, *weight);
+    return dx;
+  }
+  if (has(weight)) return branched_product(dy, *weight, std::nullopt, dh, lora_a, 1.0);
+  return at::mm(unpack(dh, lora_a.size(0), dtype), lora_a.to(dtype));
+}
 
 std::tuple<Tensor, Tensor, Tensor> lora_linear(const Tensor& x, const OptTensor& weight,
                                                const Tensor& lora_a, const Tensor& lora_b,
@@ -113,7 +99,7 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const OptTensor& x,
     grads.push_back(has(weight) ? at::mm(dy, *weight)
                                 : at::zeros({dy.size(0), lora_a.size(1)}, dy.options()));
   } else if (needs_x) {
-    grads.push_back(grad_x(dy, weight, dh, lora_a, mask, dropout_p));
+    grads.push_back(lora_linear_grad_x(dy, weight, dh, lora_a, mask, dropout_p));
   }
   if (needs_a) {
     const Tensor da = outer({*x, mask, dropout_p}, dh, 1.0);
@@ -123,7 +109,8 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const OptTensor& x,
   if (needs_gate) {
     grads.push_back(grad_gate(u.narrow(1, 0, rank), h->to(u.scalar_type()), *gate));
   }
-  if (needs_x_lora) grads.push_back(grad_x(dy, std::nullopt, dh, lora_a, mask, dropout_p));
+  if (needs_x_lora)
+    grads.push_back(lora_linear_grad_x(dy, std::nullopt, dh, lora_a, mask, dropout_p));
   return grads;
 }
 

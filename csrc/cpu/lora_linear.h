@@ -22,4 +22,9 @@ std::vector<at::Tensor> lora_linear_backward(
     const std::optional<at::Tensor>& mask, double scaling, double dropout_p, bool separate,
     std::array<bool, 5> needs);
 
+// dX = dY W + drop(dH A), or what there is of it without a weight, for a packed dH.
+at::Tensor lora_linear_grad_x(const at::Tensor& dy, const std::optional<at::Tensor>& weight,
+                              const at::Tensor& dh, const at::Tensor& lora_a,
+                              const std::optional<at::Tensor>& mask, double p);
+
 }  // namespace lora_kernels

@@ -25,6 +25,12 @@ inline Storage storage_of(at::ScalarType dtype) {
   }
 }
 
+// One without data for an undefined tensor.
+inline Matrix matrix_of(const at::Tensor& tensor) {
+  if (!tensor.defined()) return {nullptr, Storage::kFloat, 0};
+  return {tensor.data_ptr(), storage_of(tensor.scalar_type()), tensor.stride(0)};
+}
+
 // Calls run with a value of the C++ type of `math`.
 template <typename Run>
 void in_math(at::ScalarType math, Run run) {

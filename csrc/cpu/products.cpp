@@ -6,6 +6,8 @@
 #include <atomic>
 #include <memory>
 
+#include "branch.h"
+#include "math_type.h"
 #include "panel_pass.h"
 
 namespace lora_kernels {
@@ -127,6 +129,21 @@ void add_rows(const ProductSum& sum, const std::vector<const float*>& packed, in
   multiply(product, depth_of(terms));
 }
 
+// The branch comes first, as the product then costs no more than to write it; but one of few rows
+// is less work than its factor's copy, and one of a narrow dtype would be rounded.
+Tensor vendors_branched_product(const Tensor& left, const Tensor& right,
+                                const std::optional<Tensor>& bias, const Tensor& vectors,
+                                const Tensor& factor, double scaling) {
+  const auto dtype = left.scalar_type();
+  if (bias || left.size(0) < kFewRows || dtype != math_of(dtype)) {
+    Tensor out = bias ? at::addmm(*bias, left, right) : at::mm(left, right);
+    return out.addmm_(vectors.to(dtype), factor.to(dtype), 1, scaling);
+  }
+  Tensor out = at::empty({left.size(0), right.size(1)}, left.options());
+  expand_into(out, vectors, factor, std::nullopt, scaling, false);
+  return out.addmm_(left, right);
+}
+
 }  // namespace
 
 void multiply_by(Multiplier choice) { multiplier = choice; }
@@ -140,10 +157,30 @@ bool in_panels(const Tensor& left, int64_t cols) {
 }
 
 Tensor branched_product(const Tensor& left, const Tensor& right, const std::optional<Tensor>& bias,
-                        const Tensor& vectors, const Tensor& factor) {
+                        const Tensor& vectors, const Tensor& factor, double scaling) {
+  const Tensor used = vectors.narrow(1, 0, factor.size(0));
+  if (!in_panels(left, right.size(1))) {
+    return vendors_branched_product(left, right, bias, used, factor, scaling);
+  }
   Tensor out = at::empty({left.size(0), right.size(1)}, left.options());
-  sum_products({left, vectors}, {{out, bias, {{0, right}, {1, factor}}}});
+  const Tensor scaled = scaling == 1.0 ? used : used.mul(scaling);
+  sum_products({left, scaled}, {{out, bias, {{0, right}, {1, factor.to(at::kFloat)}}}});
   return out;
+}
+
+Tensor product(const Tensor& left, const Tensor& right) {
+  if (!in_panels(left, right.size(1))) return at::mm(left, right);
+  Tensor out = at::empty({left.size(0), right.size(1)}, left.options());
+  sum_products({left}, {{out, std::nullopt, {{0, right}}}});
+  return out;
+}
+
+void accumulate_product(const Tensor& out, const Tensor& left, const Tensor& right) {
+  if (in_panels(left, right.size(1))) {
+    sum_products({left}, {{out, std::nullopt, {{0, right}}, true}});
+  } else {
+    out.addmm_(left, right);
+  }
 }
 
 void sum_products(const std::vector<Tensor>& lefts, const std::vector<ProductSum>& sums) {

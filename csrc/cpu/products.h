@@ -30,10 +30,16 @@ void multiply_by(Multiplier choice);
 // Whether products with `left` [M, K] as their first factor are worth the loops of panel_pass.h.
 bool in_panels(const at::Tensor& left, int64_t cols);
 
-// bias + L R + V F in panels: what a linear with a branch of a small rank is, and its dX.
+// bias + L R + s V F for V [M, r or more] and F [r, N]: what a linear with a branch of a small rank
+// is, and its dX. In panels the branch is more columns of L; the vendor's product is added to it.
 at::Tensor branched_product(const at::Tensor& left, const at::Tensor& right,
                             const std::optional<at::Tensor>& bias, const at::Tensor& vectors,
-                            const at::Tensor& factor);
+                            const at::Tensor& factor, double scaling);
+
+at::Tensor product(const at::Tensor& left, const at::Tensor& right);
+
+// out += L R.
+void accumulate_product(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right);
 
 // Every sum; a left factor that several of them read is packed once. For float32 and in_panels().
 void sum_products(const std::vector<at::Tensor>& lefts, const std::vector<ProductSum>& sums);

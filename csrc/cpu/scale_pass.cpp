@@ -26,6 +26,63 @@ LK_INLINE void write(const Matrix& to, int64_t row, int64_t col, int64_t count, 
   });
 }
 
+// Elements of a row as what they are summed in: where they lie, or as a copy in `tile`.
+template <typename Math>
+LK_INLINE const Math* elements(const Matrix& from, int64_t row, int64_t col, int64_t count,
+                               Math* tile) {
+  if (stored_as<Math>(from.storage)) {
+    return static_cast<const Math*>(from.data) + row * from.stride + col;
+  }
+  read(tile, from, row, col, count);
+  return tile;
+}
+
+// The vector from element k on, and element k alone. (A deduced type would forget that a vector may
+// be anywhere.)
+struct VectorAt {
+  int64_t k;
+  template <typename Math>
+  LK_INLINE VectorOf<Math>& operator()(Math* p) const {
+    return vector(p + k);
+  }
+  template <typename Math>
+  LK_INLINE const VectorOf<Math>& operator()(const Math* p) const {
+    return vector(p + k);
+  }
+};
+
+struct ElementAt {
+  int64_t k;
+  template <typename Math>
+  LK_INLINE Math& operator()(Math* p) const {
+    return p[k];
+  }
+};
+
+// Calls each(at) for every vector of `count` elements, and then for every element that is left.
+template <typename Each>
+LK_INLINE void over(int64_t count, Each each) {
+  int64_t k = 0;
+  for (; k + kLanes <= count; k += kLanes) each(VectorAt{k});
+  for (; k < count; ++k) each(ElementAt{k});
+}
+
+// Where part of a row is made: in its place, or in `tile`, to be written from there.
+template <typename Math>
+LK_INLINE Math* place(const Matrix& to, int64_t row, int64_t col, Math* tile) {
+  if (!stored_as<Math>(to.storage)) return tile;
+  return static_cast<Math*>(to.data) + row * to.stride + col;
+}
+
+// Asks for part of a row that is read soon: the hardware's own prefetching does not follow a strip
+// from one row to the next.
+LK_INLINE void ask(const Matrix& from, int64_t row, int64_t col, int64_t count) {
+  constexpr int64_t kLine = 64;
+  const int64_t element = bytes(from.storage);
+  const char* data = static_cast<const char*>(from.data) + (row * from.stride + col) * element;
+  for (int64_t k = 0; k < count * element; k += kLine) __builtin_prefetch(data + k);
+}
+
 // Calls each(row, first column, columns) for every strip of every row.
 template <typename Each>
 LK_INLINE void strips(Range rows, Range cols, Each each) {
@@ -39,33 +96,43 @@ LK_INLINE void strips(Range rows, Range cols, Each each) {
 template <typename Math>
 LK_INLINE void scale(const Scaling<Math>& p, Range rows, int64_t cols) {
   alignas(64) Math line[kStrip], sum[kStrip];
+  const Math none[kStrip] = {};
   strips(rows, {0, cols}, [&](int64_t m, int64_t col, int64_t width) LK_LAMBDA {
-    read(line, p.z, m, col, width);
-    for (int64_t k = 0; k < width; ++k) line[k] *= p.scale[col + k];
-    for (int64_t k = 0; k < width && p.bias; ++k) line[k] += p.bias[col + k];
+    const Math* z = elements(p.z, m, col, width, line);
+    const Math* c = p.scale + col;
+    const Math* b = p.bias ? p.bias + col : none;
+    Math* y = place(p.y, m, col, sum);
     if (p.accumulate) {
-      read(sum, p.y, m, col, width);
-      for (int64_t k = 0; k < width; ++k) line[k] += sum[k];
+      elements(p.y, m, col, width, sum);
+      over(width, [&](auto at) LK_LAMBDA { at(y) += at(z) * at(c) + at(b); });
+    } else {
+      over(width, [&](auto at) LK_LAMBDA { at(y) = at(z) * at(c) + at(b); });
     }
-    write(p.y, m, col, width, line);
+    if (y == sum) write(p.y, m, col, width, sum);
   });
 }
 
+// Rows between the one that is asked for and the one that is read.
+constexpr int64_t kAhead = 8;
 // Rows whose products are summed by themselves first: a long sum in float32 would lose digits.
 constexpr int64_t kSumRows = 32;
 
 template <typename Math>
 LK_INLINE void unscale_rows(const Unscaling<Math>& p, Range rows, int64_t col, int64_t width) {
-  alignas(64) Math dy[kStrip], other[kStrip], sums[kStrip] = {};
+  alignas(64) Math line[kStrip], other[kStrip], sums[kStrip] = {};
+  const Math* factor = p.factor + col;
   for (int64_t m = rows.begin; m < rows.end; ++m) {
-    read(dy, p.dy, m, col, width);
+    ask(p.dy, m + kAhead, col, width);
+    const Math* dy = elements(p.dy, m, col, width, line);
     if (p.sums) {
-      read(other, p.z, m, col, width);
-      for (int64_t k = 0; k < width; ++k) sums[k] += dy[k] * other[k];
+      ask(p.z, m + kAhead, col, width);
+      const Math* z = elements(p.z, m, col, width, other);
+      over(width, [&](auto at) LK_LAMBDA { at(sums) += at(dy) * at(z); });
     }
     if (p.scaled.data) {
-      for (int64_t k = 0; k < width; ++k) other[k] = dy[k] * p.factor[col + k];
-      write(p.scaled, m, col, width, other);
+      Math* out = place(p.scaled, m, col, other);
+      over(width, [&](auto at) LK_LAMBDA { at(out) = at(dy) * at(factor); });
+      if (out == other) write(p.scaled, m, col, width, other);
     }
   }
   for (int64_t k = 0; k < width && p.sums; ++k) p.sums[col + k] += sums[k];

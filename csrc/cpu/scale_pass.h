@@ -8,13 +8,6 @@
 
 namespace lora_kernels {
 
-// A matrix that is read or written, its rows `stride` apart; data is null where it is not wanted.
-struct Matrix {
-  void* data;
-  Storage storage;
-  int64_t stride;
-};
-
 struct Keep {
   const uint8_t* bits;
   int64_t stride;

@@ -247,8 +247,18 @@ def test_sparse_second_product(dropout_p, cols, out):
     check("cpp", replace(case, lead=(530,)), torch.device("cpu"), ulps=4.0)
 
 
-def test_sparse_product_does_not_depend_on_the_threads():
-    case, found = LoraCase(lead=(70,), cols=200, out=300, dropout_p=0.1), []
+@pytest.mark.parametrize("rows,cols,out,rank", [(1100, 40, 300, 5), (530, 70, 17, 33), (70, 300, 600, 70)])
+@pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
+def test_one_pass_over_dy(dtype, rows, cols, out, rank):
+    """More rows than one chain of additions has, and ranks of several vectors."""
+    case = LoraCase(lead=(rows,), cols=cols, out=out, rank=rank, bias=True, dtype=dtype)
+    check("cpp", case, torch.device("cpu"), ulps=4.0)
+    check("cpp", case, torch.device("cpu"), ("lora_a", "lora_b"), ulps=4.0)
+
+
+@pytest.mark.parametrize("dropout_p", (0.0, 0.1))
+def test_results_do_not_depend_on_the_threads(dropout_p):
+    case, found = LoraCase(lead=(700,), cols=200, out=300, dropout_p=dropout_p), []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
