@@ -175,20 +175,20 @@ FromOutput from_output(const Tensor& dy, const Tensor& lora_b, const Tensor& h, 
   return from;
 }
 
-// dx += the branches' parts of dX.
-void add_branches(const Tensor& dx, at::TensorList lora_as, const std::vector<Tensor>& dhs,
-                  const OptTensors& masks, at::ArrayRef<double> ps) {
+// dx = the branches' parts of dX, or with `add` dx += them.
+void put_branches(const Tensor& dx, at::TensorList lora_as, const std::vector<Tensor>& dhs,
+                  const OptTensors& masks, at::ArrayRef<double> ps, bool add) {
   const auto math = dhs[0].scalar_type();
   if (!any_drops(ps)) {
-    expand_into(dx, at::cat(dhs, 1), stacked(lora_as).to(math), std::nullopt, 1.0, true);
+    expand_into(dx, at::cat(dhs, 1), stacked(lora_as).to(math), std::nullopt, 1.0, add);
     return;
   }
   for (size_t i = 0; i < dhs.size(); ++i) {
-    expand_into(dx, dhs[i], lora_as[i].to(math), masks.get(i), 1.0 / (1.0 - ps[i]), true);
+    expand_into(dx, dhs[i], lora_as[i].to(math), masks.get(i), 1.0 / (1.0 - ps[i]), add || i > 0);
   }
 }
 
-// The same in our loops, the branches among the products or, under their masks, before them.
+// dX in our loops, the branches among the products or, under their masks, before them.
 Tensor grad_x_in_panels(at::TensorList dys, const OptTensors& weights, at::TensorList lora_as,
                         const std::vector<Tensor>& dhs, const OptTensors& masks,
                         at::ArrayRef<double> ps) {
@@ -198,7 +198,7 @@ Tensor grad_x_in_panels(at::TensorList dys, const OptTensors& weights, at::Tenso
   const bool drops = any_drops(ps);
   Tensor dx = at::empty({dys[0].size(0), lora_as[0].size(1)}, dys[0].options());
   if (drops) {
-    add_branches(dx.zero_(), lora_as, dhs, masks, ps);
+    put_branches(dx, lora_as, dhs, masks, ps, false);
   } else {
     lefts.push_back(at::cat(dhs, 1));
     products.push_back({dys.size(), stacked(lora_as).to(at::kFloat)});
@@ -217,8 +217,8 @@ Tensor grad_x(at::TensorList dys, const OptTensors& weights, at::TensorList lora
   const bool exact = is_math(dys[0].scalar_type());
   Tensor dx;
   if (!exact) {
-    dx = at::zeros({dys[0].size(0), lora_as[0].size(1)}, dhs[0].options());
-    add_branches(dx, lora_as, dhs, masks, ps);
+    dx = at::empty({dys[0].size(0), lora_as[0].size(1)}, dhs[0].options());
+    put_branches(dx, lora_as, dhs, masks, ps, false);
     dx = dx.to(dys[0].scalar_type());
   }
   for (size_t i = 0; i < dys.size(); ++i) {
@@ -227,7 +227,7 @@ Tensor grad_x(at::TensorList dys, const OptTensors& weights, at::TensorList lora
     dx = dx.defined() ? dx.addmm_(dys[i], weight) : at::mm(dys[i], weight);
   }
   if (!dx.defined()) dx = at::zeros({dys[0].size(0), lora_as[0].size(1)}, dys[0].options());
-  if (exact) add_branches(dx, lora_as, dhs, masks, ps);
+  if (exact) put_branches(dx, lora_as, dhs, masks, ps, true);
   return dx;
 }
 
