@@ -1,6 +1,7 @@
 #include "panel_pass.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 namespace lora_kernels {
@@ -41,14 +42,18 @@ LK_INLINE void exchange(Vector (&rows)[kLanes]) {
   }
 }
 
-// out[k][n] = in[n][k] for a square as wide as a vector.
-LK_INLINE void transpose_square(const float* in, int64_t stride, float* out) {
-  Vector rows[kLanes];
-  for (int i = 0; i < kLanes; ++i) rows[i] = vector(in + i * stride);
+LK_INLINE void transpose(Vector (&rows)[kLanes]) {
   exchange<8>(rows);
   exchange<4>(rows);
   exchange<2>(rows);
   exchange<1>(rows);
+}
+
+// out[k][n] = in[n][k] for a square as wide as a vector.
+LK_INLINE void transpose_square(const float* in, int64_t stride, float* out) {
+  Vector rows[kLanes];
+  for (int i = 0; i < kLanes; ++i) rows[i] = vector(in + i * stride);
+  transpose(rows);
   for (int i = 0; i < kLanes; ++i) vector(out + i * kPanelCols) = rows[i];
 }
 
@@ -233,9 +238,31 @@ LK_INLINE void multiply_columns(const PanelProduct& p, Range row_panels, Range c
   multiply_block(p, block, row_panels, col_panels, add, scratch);
 }
 
+// packed[k][row] for two vectors of columns of a whole panel: a square, its rows the first columns
+// of every row and then the second.
+LK_INLINE void pack_columns(const float* rows, int64_t stride, float* packed) {
+  static_assert(kPanelRows * 2 == kLanes);
+  constexpr int64_t kHalf = kPanelRows * sizeof(float);
+  Vector square[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    square[i] = vector(rows + i % kPanelRows * stride + i / kPanelRows * kLanes);
+  }
+  transpose(square);
+  for (int k = 0; k < kLanes; ++k) {
+    std::memcpy(packed + k * kPanelRows, &square[k], kHalf);
+    std::memcpy(packed + (kLanes + k) * kPanelRows,
+                reinterpret_cast<const char*>(&square[k]) + kHalf, kHalf);
+  }
+}
+
 LK_INLINE void pack_panel(const float* rows, int64_t stride, int64_t there, Range depth,
                           float* packed) {
-  for (int64_t k = depth.begin; k < depth.end; ++k, packed += kPanelRows) {
+  int64_t k = depth.begin;
+  for (; there == kPanelRows && k + 2 * kLanes <= depth.end; k += 2 * kLanes) {
+    pack_columns(rows + k, stride, packed + (k - depth.begin) * kPanelRows);
+  }
+  packed += (k - depth.begin) * kPanelRows;
+  for (; k < depth.end; ++k, packed += kPanelRows) {
     for (int64_t i = 0; i < kPanelRows; ++i) packed[i] = i < there ? rows[i * stride + k] : 0.0f;
   }
 }
