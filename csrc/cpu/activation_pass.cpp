@@ -329,22 +329,30 @@ LK_SIMD void expand_f32(const Expansion<float>& e, Range rows) { expand_strips(e
 
 LK_SIMD void expand_f64(const Expansion<double>& e, Range rows) { expand_strips(e, rows); }
 
+// How far ahead in a row of a weight is asked for.
+constexpr int64_t kElementsAhead = 64;
+
 // lanes += (w + vectors * factor)^2 for `Vectors` vectors from column k on, in registers.
 template <int Rows, int Vectors, typename Math>
 LK_INLINE void add_squares(const Expansion<Math>& e, int64_t row, int64_t k, const Math* w,
                            int64_t stride, VectorOf<Math>* lanes) {
   VectorOf<Math> sums[Rows][Vectors];
   for (int i = 0; i < Rows; ++i) {
+    for (int v = 0; v < Vectors; ++v) {
+      __builtin_prefetch(w + i * stride + v * kLanes + kElementsAhead);
+    }
+  }
+  for (int i = 0; i < Rows; ++i) {
     for (int v = 0; v < Vectors; ++v) sums[i][v] = vector(w + i * stride + v * kLanes);
   }
   const Math* vectors = e.vectors + row * e.vector_stride;
   for (int64_t r = 0; r < e.rank; ++r) {
-    VectorOf<Math> f[Vectors];
-    for (int v = 0; v < Vectors; ++v) {
-      f[v] = vector(e.factor + r * e.factor_stride + k + v * kLanes);
-    }
+    const Math* factor = e.factor + r * e.factor_stride + k;
+    const VectorOf<Math> first = vector(factor), last = vector(factor + (Vectors - 1) * kLanes);
     for (int i = 0; i < Rows; ++i) {
-      for (int v = 0; v < Vectors; ++v) sums[i][v] += vectors[i * e.vector_stride + r] * f[v];
+      const Math scalar = vectors[i * e.vector_stride + r];
+      sums[i][0] += scalar * first;
+      if (Vectors > 1) sums[i][Vectors - 1] += scalar * last;
     }
   }
   for (int i = 0; i < Rows; ++i) {
