@@ -77,15 +77,6 @@ Tensor decoded_dots(const QuantizedMatrix& weight, const Tensor& x) {
   return sums;
 }
 
-// out += left right.
-void add_dense(Tensor out, const Tensor& left, const Tensor& right) {
-  if (in_panels(left, right.size(1))) {
-    sum_products({left}, {{out, std::nullopt, {{0, right}}, true}});
-  } else {
-    out.addmm_(left, right);
-  }
-}
-
 void add_panels(Tensor& out, const Tensor& x, const QuantizedMatrix& weight, bool transpose) {
   // A sum over panels that is rounded to a short type after each of them would be less exact.
   const bool whole = transpose && x.element_size() < 4;
@@ -97,9 +88,9 @@ void add_panels(Tensor& out, const Tensor& x, const QuantizedMatrix& weight, boo
     Tensor panel = memory.narrow(0, 0, count);
     decode_rows(weight, first, panel);
     if (transpose) {
-      add_dense(out, x.narrow(1, first, count), panel);
+      accumulate_product(out, x.narrow(1, first, count), panel);
     } else {
-      add_dense(out.narrow(1, first, count), x, panel.t());
+      accumulate_product(out.narrow(1, first, count), x, panel.t());
     }
   }
 }
