@@ -1,10 +1,11 @@
 // y = x W' + b + z * c - d W' with d = drop(x) and z = d (W + s B A)', and its gradients on the
 // CPU.
 //
-// The large products are ATen's. With dropout there are two in each direction, as c differs from
-// one output to the next: of d (or dY (c - 1)), and of what dropout took from x, which accumulates.
-// Where dropout takes little, the second one is sparse (dropped_pass.h): d W' is
-// (x W' - x_dropped W') / (1 - p), and dX is (dY * factor) W but where x was dropped.
+// The large products, and their branches, are those of products.h. With dropout there are two in
+// each direction, as c differs from one output to the next: of d (or dY (c - 1)), and of what
+// dropout took from x, which accumulates. Where dropout takes little, the second one is sparse
+// (dropped_pass.h): d W' is (x W' - x_dropped W') / (1 - p), and dX is (dY * factor) W but where x
+// was dropped.
 #include "dora_linear.h"
 
 #include <ATen/Parallel.h>

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lora_linear_harness import case_id, mask_of_next_call
 from torch.autograd import gradcheck, gradgradcheck
 
-from lora_kernels import dora_linear, use_backend
+from lora_kernels import _extension, _products, dora_linear, use_backend
 from lora_kernels.reference.dora_linear import composite
 from lora_kernels.testing import LoraCase, assert_close, leaves, lora_inputs
 
@@ -254,6 +254,16 @@ def test_one_pass_over_dy(dtype, rows, cols, out, rank):
     case = LoraCase(lead=(rows,), cols=cols, out=out, rank=rank, bias=True, dtype=dtype)
     check("cpp", case, torch.device("cpu"), ulps=4.0)
     check("cpp", case, torch.device("cpu"), ("lora_a", "lora_b"), ulps=4.0)
+
+
+@pytest.mark.skipif(_extension.load() is not None, reason="the extension is not built")
+@pytest.mark.parametrize("case", [c for c in CASES if c.rows > 0], ids=case_id)
+@pytest.mark.parametrize("multiplier", ("panels", "vendor"))
+def test_each_multiplier(multiplier, case):
+    """Whoever multiplies: without dropout, with the dense second product and with the sparse one."""
+    with _products.multiplied_by(multiplier):
+        for dropout_p in {0.0, case.dropout_p, 0.15}:
+            check("cpp", replace(case, dropout_p=dropout_p), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dropout_p", (0.0, 0.1))
