@@ -135,12 +135,13 @@ Tensor vendors_branched_product(const Tensor& left, const Tensor& right,
                                 const std::optional<Tensor>& bias, const Tensor& vectors,
                                 const Tensor& factor, double scaling) {
   const auto dtype = left.scalar_type();
-  if (bias || left.size(0) < kFewRows || dtype != math_of(dtype)) {
+  if (left.size(0) < kFewRows || dtype != math_of(dtype)) {
     Tensor out = bias ? at::addmm(*bias, left, right) : at::mm(left, right);
     return out.addmm_(vectors.to(dtype), factor.to(dtype), 1, scaling);
   }
   Tensor out = at::empty({left.size(0), right.size(1)}, left.options());
-  expand_into(out, vectors, factor, std::nullopt, scaling, false);
+  if (bias) out.copy_(*bias);
+  expand_into(out, vectors, factor, std::nullopt, scaling, bias.has_value());
   return out.addmm_(left, right);
 }
 
