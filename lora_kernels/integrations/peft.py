@@ -12,7 +12,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from ..nn.groups import Member, group_layers, grouped, ungroup_layers, why_alone
+from ..nn.groups import Member, group_layers, grouped, ungroup_layers, why_alone, why_alone_compiled
 from ..nn.mlp import fuse_mlps, unfuse_mlps
 from ..ops.dora_linear import fused_dora
 from ..ops.lora_linear import fused
@@ -32,6 +32,8 @@ class Report:
     # Layers that share an input and are computed together, and those beside others that are not.
     groups: list[tuple[str, ...]] = field(default_factory=list)
     alone: list[tuple[str, str]] = field(default_factory=list)
+    # Layers of a group that compiled models compute one by one.
+    alone_compiled: list[tuple[str, str]] = field(default_factory=list)
     # Gated MLPs that are one call.
     mlps: list[str] = field(default_factory=list)
 
@@ -44,7 +46,9 @@ class Report:
         if self.mlps:
             lines[0] += f"; {len(self.mlps)} gated MLPs in one call each"
         lines += [f"  {name}: {reason}" for name, reason in self.skipped]
-        return "\n".join(lines + [f"  {name}: alone, {reason}" for name, reason in self.alone])
+        lines += [f"  {name}: alone, {reason}" for name, reason in self.alone]
+        lines += [f"  {name}: alone when compiled, {reason}" for name, reason in self.alone_compiled]
+        return "\n".join(lines)
 
 
 class FusedLoraLinear(PeftLinear):
@@ -246,6 +250,7 @@ def accelerate(model: nn.Module) -> Report:
             report.skipped.append((name, reason))
     report.groups = group_layers(model)
     report.alone = why_alone(model, report.groups)
+    report.alone_compiled = why_alone_compiled(model)
     report.mlps = fuse_mlps(model)
     return report
 

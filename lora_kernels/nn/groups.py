@@ -5,23 +5,25 @@ variable: ``self.q_proj(hidden_states)``, ``self.k_proj(hidden_states)``, ``self
 While that forward runs, the first member called computes all of them in one call of
 ``lora_linear_group``, and the others hand out what is theirs if they are called on the very same tensor.
 The model's source is left as it is, and a member that is called otherwise computes alone.
+
+``torch.compile`` traces a twin of that forward instead, in which the outputs wait in a local variable.
 """
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import inspect
-import textwrap
+import copyreg
+import functools
 import threading
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from ..ops.lora_linear_group import fused_group
 from ..quant import QuantizedWeight
+from .forward_source import CannotRewrite, shared_inputs, source, twin
 
 
 class Member(NamedTuple):
@@ -46,7 +48,7 @@ class _Pending(NamedTuple):
 
     x: Tensor
     state: tuple[Any, ...]
-    outputs: dict[int, Tensor]
+    outputs: dict[Any, Tensor]
 
 
 class _Scope:
@@ -68,28 +70,39 @@ class _Scope:
         waiting, state = self.pending.get(i), _state(layer, x)
         if waiting is not None and waiting.x is x and waiting.state == state:
             return waiting.outputs.pop(id(layer), None)
-        members = {id(one): (one, member) for one, member in _members(layers, x, layer.training)}
+        found = _members(layers, x, layer.training)
+        members = {id(one): member for one, member in found if member is not None}
         if id(layer) not in members or len(members) < 2:
             return None
-        parts = zip(*(member for _, member in members.values()), strict=True)
-        outputs = dict(zip(members, fused_group(x, *map(list, parts)), strict=True))  # type: ignore[call-arg]
+        outputs = _computed(members, x)
         self.pending[i] = _Pending(x, state, outputs)
         return outputs.pop(id(layer))
 
 
 def _state(layer: Any, x: Tensor) -> tuple[Any, ...]:
     """What has to be the same for an output to be the one that a later call would compute."""
+    return None if x.is_inference() else x._version, *_settings(layer, x)
+
+
+def _settings(layer: Any, x: Tensor) -> tuple[Any, ...]:
+    """:func:`_state` but for the tensor's own."""
     kind = x.device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    version = None if x.is_inference() else x._version
-    return version, torch.is_grad_enabled(), autocast, layer.training
+    return torch.is_grad_enabled(), autocast, layer.training
 
 
-def _members(layers: list[Any], x: Tensor, training: bool) -> Iterator[tuple[Any, Member]]:
+def _members(layers: Iterable[Any], x: Tensor, training: bool) -> Iterator[tuple[Any, Member | None]]:
+    """Each layer with what it computes for x, or ``None`` where that is not for a group."""
     for layer in layers:
         member = layer.group_member(x) if _groupable(layer) else None
-        if member is not None and layer.training == training and _fits(layer, member, x):
-            yield layer, member
+        fits = member is not None and layer.training == training and _fits(layer, member, x)
+        yield layer, member if fits else None
+
+
+def _computed(members: dict[Any, Member], x: Tensor) -> dict[Any, Tensor]:
+    """The members' outputs, in one call."""
+    parts = map(list, zip(*members.values(), strict=True))
+    return dict(zip(members, fused_group(x, *parts), strict=True))  # type: ignore[call-arg]
 
 
 def _fits(layer: Any, member: Member, x: Tensor) -> bool:
@@ -105,7 +118,7 @@ _local = threading.local()
 def grouped(layer: Any, x: Tensor) -> Tensor | None:
     """The output of ``layer`` for ``x`` from its group, or ``None``: then the layer computes alone.
 
-    ``torch.compile`` traces the layers one by one.
+    What ``torch.compile`` traces of a group never gets here: see :func:`_member`.
     """
     if torch.compiler.is_compiling():
         return None
@@ -116,8 +129,9 @@ def grouped(layer: Any, x: Tensor) -> Tensor | None:
 class _Open:
     """The forward pre-hook of a parent: its groups wait from here to the end of its forward."""
 
-    def __init__(self, groups: list[tuple[str, ...]]) -> None:
+    def __init__(self, groups: list[tuple[str, ...]], why_not_compiled: str | None) -> None:
         self.groups = groups
+        self.why_not_compiled = why_not_compiled
 
     def __call__(self, parent: nn.Module, args: object) -> None:
         if not torch.compiler.is_compiling():
@@ -136,6 +150,102 @@ def _close(parent: nn.Module, *args: object) -> None:
             return
 
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def touched(module: nn.Module) -> bool:
+    """Whether somebody listens to the module's calls, or has replaced its forward."""
+    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def _member(parent: Any, names: tuple[str, ...], name: str, x: Any, held: dict[Any, Any]) -> Any:
+    """``parent.<name>(x)`` in the twin of a forward: from its group, where that is what a call would give."""
+    layer = getattr(parent, name)
+    if not isinstance(x, Tensor) or torch_module._has_any_global_hook():
+        return layer(x)
+    waiting, state = held.get(names), _settings(layer, x)
+    if waiting is not None and waiting.x is x and waiting.state == state:
+        y = waiting.outputs.pop(name, None)
+        return layer(x) if y is None else y
+    layers = {one: getattr(parent, one) for one in names}
+    members = {
+        one: member
+        for one, (sibling, member) in zip(names, _members(layers.values(), x, layer.training), strict=True)
+        if member is not None and not touched(sibling)
+    }
+    if name not in members or len(members) < 2:
+        return layer(x)
+    held[names] = _Pending(x, state, _computed(members, x))
+    return held[names].outputs.pop(name)
+
+
+class _Grouped:
+    """Comes before the class of a parent in one made for it, whose forward has a twin for ``torch.compile``.
+
+    A class and not an attribute of the instance: so the parent's copies run on their own children.
+    """
+
+    _lk_made_for: ClassVar[tuple[Any, ...]]
+
+    def __init_subclass__(cls) -> None:
+        """Nothing that the parent's class does for classes that people write."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # No name leads to the class, so that a pickle says what it was made for.
+        given: Any = super().__reduce_ex__(max(protocol, 2))
+        made, args, *state = given
+        if made is copyreg.__newobj__ and args[0] is type(self):  # type: ignore[attr-defined]
+            return _new, (self._lk_made_for, *args[1:]), *state
+        return given
+
+
+def _new(made_for: tuple[Any, ...], *args: Any) -> Any:
+    """An instance without state, of the parent's own class where this Python cannot make the other."""
+    kind = _grouped_class(*made_for)
+    kind = made_for[0] if isinstance(kind, str) else kind
+    return kind.__new__(kind, *args)
+
+
+@functools.cache
+def _grouped_class(base: Any, groups: tuple[tuple[str, ...], ...], linears: tuple[str, ...]) -> Any:
+    """The class of the parents that are a ``base`` with these groups, or why there is none."""
+    original = base.forward
+    try:
+        compiled = twin(original, groups, linears, _member)
+    except CannotRewrite as reason:
+        return str(reason)
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and base.forward is original and _is_open(self):
+            return compiled(self, *args, **kwargs)
+        return base.forward(self, *args, **kwargs)
+
+    state = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    state |= {"forward": forward, "_lk_made_for": (base, groups, linears)}
+    return type(base)(base.__name__, (_Grouped, base), state)
+
+
+def _is_open(parent: nn.Module) -> bool:
+    return any(type(hook) is _Open for hook in parent._forward_pre_hooks.values())
+
+
+def _let_compile(parent: Any, groups: list[tuple[str, ...]]) -> str | None:
+    """Gives the parent its class for ``torch.compile``, or says why not."""
+    if isinstance(parent, _Grouped):  # below a class that somebody put on top of it, FSDP2 for one
+        return None
+    linears = [n for n, child in parent.named_children() if _groupable(child) or type(child) is nn.Linear]
+    base: Any = type(parent)
+    kind = _grouped_class(base, tuple(groups), tuple(linears))
+    if isinstance(kind, str):
+        return kind
+    try:
+        parent.__class__ = kind
+    except TypeError:
+        return f"{base.__name__} is a class whose instances keep it"
+    return None
+
+
 def group_layers(model: nn.Module) -> list[tuple[str, ...]]:
     """Lets the LoRA layers that share an input be computed together; returns the names in each group.
 
@@ -146,7 +256,7 @@ def group_layers(model: nn.Module) -> list[tuple[str, ...]]:
         layers = [child for child, module in parent.named_children() if _groupable(module)]
         groups = shared_inputs(parent, layers) if len(layers) > 1 else []
         if groups:
-            parent.register_forward_pre_hook(_Open(groups))
+            parent.register_forward_pre_hook(_Open(groups, _let_compile(parent, groups)))
             parent.register_forward_hook(_close, always_call=True)
     return layer_groups(model)
 
@@ -172,6 +282,9 @@ def ungroup_layers(model: nn.Module) -> None:
             if hook is _close:
                 del module._forward_hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
+        kind: Any = type(module)
+        if "_lk_made_for" in vars(kind):
+            module.__class__ = kind._lk_made_for[0]
 
 
 def why_alone(model: nn.Module, groups: list[tuple[str, ...]]) -> list[tuple[str, str]]:
@@ -183,44 +296,18 @@ def why_alone(model: nn.Module, groups: list[tuple[str, ...]]) -> list[tuple[str
         layers = [prefix + c for c, module in parent.named_children() if _groupable(module)]
         if len(layers) > 1 and not isinstance(parent, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             kind = type(parent).__name__
-            read = "shares its input with no other" if _source(parent) else "has no source to read"
+            read = "shares its input with no other" if source(parent) else "has no source to read"
             reason = f"in the forward of {kind} it {read}"
             lines += [(layer, reason) for layer in layers if layer not in inside]
     return lines
 
 
-def shared_inputs(parent: nn.Module, names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Which of the children ``names`` the forward of ``parent`` calls on one and the same variable."""
-    tree = _source(parent)
-    if tree is None:
-        return []
-    wanted, groups = set(names), {}  # type: ignore[var-annotated]
-    names_in = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    stores = [(node.lineno, node.id) for node in names_in if isinstance(node.ctx, ast.Store)]
-    for call in sorted((n for n in ast.walk(tree) if isinstance(n, ast.Call)), key=_position):
-        child = _child_called(call)
-        if child in wanted:
-            variable = call.args[0].id  # type: ignore[attr-defined]
-            # A variable that is bound anew between two calls is another one.
-            epoch = sum(name == variable and line < call.lineno for line, name in stores)
-            groups.setdefault((variable, epoch), []).append(child)
-    unique = [tuple(dict.fromkeys(children)) for children in groups.values()]
-    return [children for children in unique if len(children) > 1]
-
-
-def _source(parent: nn.Module) -> ast.AST | None:
-    with contextlib.suppress(OSError, TypeError, SyntaxError):
-        return ast.parse(textwrap.dedent(inspect.getsource(type(parent).forward)))
-    return None
-
-
-def _position(node: ast.AST) -> tuple[int, int]:
-    return node.end_lineno, node.end_col_offset  # type: ignore[attr-defined]
-
-
-def _child_called(call: ast.Call) -> str | None:
-    """The name of ``self.<name>(variable)``."""
-    match call:
-        case ast.Call(ast.Attribute(ast.Name("self"), name), [ast.Name()], []):
-            return name
-    return None
+def why_alone_compiled(model: nn.Module) -> list[tuple[str, str]]:
+    """(layer, reason) of each layer in a group whose parent's forward ``torch.compile`` traces as it is."""
+    lines = []
+    for name, parent in model.named_modules():
+        prefix = f"{name}." if name else ""
+        for hook in parent._forward_pre_hooks.values():
+            if isinstance(hook, _Open) and hook.why_not_compiled:
+                lines += [(prefix + child, hook.why_not_compiled) for group in hook.groups for child in group]
+    return lines

@@ -10,12 +10,12 @@ from __future__ import annotations
 import ast
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..ops.lora_mlp import LoRAProjection, fused_mlp
-from .groups import Member, _fits, _groupable, _source
+from .forward_source import source
+from .groups import Member, _fits, _groupable, touched
 
 _LAYERS = ("gate_proj", "up_proj", "down_proj")
 _EXPRESSION = "self.down_proj(self.act_fn(self.gate_proj({x})) * self.up_proj({x}))"
@@ -28,7 +28,6 @@ _ACTIVATIONS = {
     "PytorchGELUTanh": "gelu_tanh",
     "NewGELUActivation": "gelu_tanh",
 }
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class _Forward:
@@ -39,11 +38,10 @@ class _Forward:
 
     def __call__(self, x: Tensor) -> Tensor:
         mlp = self.mlp
-        if not torch.compiler.is_compiling():
-            parts = _arguments(mlp, x)
-            if parts is not None:
-                gate, up, down, activation = parts
-                return fused_mlp(x, gate, up, down, activation)
+        parts = _arguments(mlp, x)
+        if parts is not None:
+            gate, up, down, activation = parts
+            return fused_mlp(x, gate, up, down, activation)
         return type(mlp).forward(mlp, x)
 
 
@@ -88,7 +86,7 @@ def _is_gated_mlp(module: nn.Module) -> bool:
     parts = module._modules
     if any(parts.get(name) is None for name in (*_LAYERS, "act_fn")) or "forward" in vars(module):
         return False
-    tree = _source(module)
+    tree = source(module)
     match tree:
         case ast.Module([ast.FunctionDef(args=ast.arguments(args=[_, x]), body=body)]):
             want = ast.dump(ast.parse(_EXPRESSION.format(x=x.arg), mode="eval").body)
@@ -111,7 +109,7 @@ def _arguments(mlp: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
     layers: list[Any] = [mlp._modules[name] for name in _LAYERS]
     if type(x) is not Tensor or torch_module._has_any_global_hook():
         return None
-    if any(_touched(module) for module in (*layers, mlp._modules["act_fn"])):
+    if any(touched(module) for module in (*layers, mlp._modules["act_fn"])):
         return None
     members: list[Any] = [layer.group_member(x) if _groupable(layer) else None for layer in layers]
     if not all(_plain(member) for member in members):
@@ -133,8 +131,3 @@ def _projection(member: Any) -> LoRAProjection:
 
 def _plain(member: Member | None) -> bool:
     return member is not None and member.gate is None and isinstance(member.weight, Tensor)
-
-
-def _touched(module: nn.Module) -> bool:
-    """Whether somebody listens to the module's calls, or has replaced its forward."""
-    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)

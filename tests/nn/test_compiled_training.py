@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,10 @@ pytest.importorskip("transformers")
 
 import transformers
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from graphs import Graphs
 
 from lora_kernels import _backend, planner, use_backend
 from lora_kernels.adapters import LoRAConfig
@@ -104,6 +112,80 @@ def test_compiled_block_draws_the_same_masks_when_it_recomputes(seeds_drawn):
     first, again = seeds_drawn[:7], seeds_drawn[7:]
     assert len(again) == 7, "nothing was recomputed"
     assert {int(seed) for seed in first} == {int(seed) for seed in again}
+
+
+TINY = {"vocab_size": 32, "hidden_size": HIDDEN, "num_hidden_layers": 1, "use_cache": False}
+
+
+def llama():
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.LlamaModel(transformers.LlamaConfig(intermediate_size=48, **heads, **TINY))
+
+
+def bert():
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_attention_heads": 4}
+    return transformers.BertModel(transformers.BertConfig(intermediate_size=48, **off, **TINY))
+
+
+def by_apply_lora(model, targets):
+    config = LoRAConfig(r=4, lora_dropout=0.3, target_modules=targets, init_lora_weights=False)
+    return apply_lora(model, config)
+
+
+def by_peft(model, targets):
+    peft = pytest.importorskip("peft")
+    from lora_kernels.integrations.peft import accelerate
+
+    config = peft.LoraConfig(r=4, lora_dropout=0.3, target_modules=targets, init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    assert not accelerate(model).alone_compiled
+    return model
+
+
+LLAMA, BERT = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], ["query", "key", "value"]
+
+
+@pytest.mark.parametrize("recompute", (False, True))
+@pytest.mark.parametrize("adapt", (by_apply_lora, by_peft))
+@pytest.mark.parametrize(("make", "targets", "groups"), ((llama, LLAMA, 2), (bert, BERT, 1)))
+def test_compiled_models_share_as_eager_ones_do(make, targets, groups, adapt, recompute):
+    torch.manual_seed(0)
+    inner = make()
+    model, ids = adapt(inner, targets).train(), torch.randint(32, (2, LENGTH))
+    if recompute:
+        inner._set_gradient_checkpointing(True, functools.partial(checkpoint, use_reentrant=False))
+
+    def run(block, ids):
+        return block(input_ids=ids)[0]
+
+    def step(run):
+        model.zero_grad()
+        torch.manual_seed(5)
+        y = run(model, ids)
+        y.square().sum().backward()
+        return [y.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+    graphs, want = Graphs(), step(run)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        program = compiled(run, graphs)
+        for _ in range(2):
+            close(step(program), want)
+    assert graphs.count("lora_linear_group") == groups
+    assert graphs.count("lora_linear") == 0
+    again = sum(ops.count("lora_linear_group") for ops in graphs.ops[1:])
+    assert again == (groups if recompute else 0)
+    assert sum(ops.count("lora_linear_group_backward") for ops in graphs.ops) == groups
+    torch._dynamo.reset()
+
+
+def test_signatures_are_those_of_transformers():
+    plain = llama()
+    model = by_apply_lora(copy.deepcopy(plain), LLAMA)
+    for layer, base in zip(model.layers, plain.layers, strict=True):
+        mine, own = layer.self_attn, base.self_attn
+        assert type(mine) is not type(own) and isinstance(mine, type(own))
+        assert inspect.signature(mine.forward) == inspect.signature(own.forward)
+        assert isinstance(layer.mlp, type(base.mlp))
 
 
 @pytest.mark.slow

@@ -15,10 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from graphs import Graphs
 from processes import run
 
 from lora_kernels.adapters import LoRAConfig
-from lora_kernels.nn import apply_lora, lora_layers
+from lora_kernels.nn import apply_lora, group_layers, layer_groups, lora_layers, ungroup_layers
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 
@@ -87,6 +88,45 @@ def merged_in_shards(model):
     torch.testing.assert_close(layer.merged_weight().full_tensor(), want)
 
 
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 6), nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.a(x) * self.b(x)
+
+
+def fsdp2_of_a_group(rank):
+    """The class that FSDP2 puts on top, before or after ours, and compiled."""
+    from torch.distributed.fsdp import fully_shard
+
+    config = LoRAConfig(r=3, target_modules=["a", "b"], init_lora_weights=False)
+    whole, x, dy = apply_lora(Pair(), config), torch.randn(4, 8), torch.randn(4, 6)
+    whole(x).backward(dy)
+    want = [p.grad for p in whole.parameters() if p.requires_grad]
+    for kind in ("ours below", "ours on top", "none of ours"):
+        split = copy.deepcopy(whole)
+        split.zero_grad()
+        if kind != "ours below":
+            ungroup_layers(split)
+        fully_shard(split)
+        if kind == "ours on top":
+            group_layers(split)
+        assert len(layer_groups(split)) == (kind != "none of ours")
+        torch._dynamo.reset()
+        graphs = Graphs()
+        for step in (split, torch.compile(split, backend=graphs)):
+            split.zero_grad()
+            step(mine(x)).backward(dist.get_world_size() * mine(dy))
+            got = [p.grad.full_tensor() for p in split.parameters() if p.requires_grad]
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        assert graphs.count("lora_linear_group") == (kind != "none of ours")
+        ungroup_layers(split)
+        assert not layer_groups(split)
+        split(mine(x))
+
+
 def fsdp2_with_dropout_and_checkpoints(rank):
     """Parameters are gathered again for the second forward pass, and the mask is the first one's."""
     from torch.distributed.fsdp import fully_shard
@@ -144,7 +184,12 @@ def adapters_of_fsdp2_are_saved_whole(rank):
 
 
 def test_two_processes_equal_one(tmp_path):
-    more = (fsdp2_with_dropout_and_checkpoints, fsdp2_in_mixed_precision, adapters_of_fsdp2_are_saved_whole)
+    more = (
+        fsdp2_of_a_group,
+        fsdp2_with_dropout_and_checkpoints,
+        fsdp2_in_mixed_precision,
+        adapters_of_fsdp2_are_saved_whole,
+    )
     run([(case,) for case in (ddp, fsdp2, *more)], 2, tmp_path)
 
 

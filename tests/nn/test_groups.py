@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
+import io
 import pickle
+import sys
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from graphs import Graphs
+
 import lora_kernels.nn.groups as groups
 from lora_kernels.adapters import LoRAConfig
 from lora_kernels.nn import (
     apply_lora,
     disable_adapters,
+    group_layers,
     layer_groups,
     merge_adapters,
     remove_lora,
     set_adapter,
 )
-from lora_kernels.nn.groups import shared_inputs, ungroup_layers, why_alone
+from lora_kernels.nn.groups import shared_inputs, ungroup_layers, why_alone, why_alone_compiled
 
 
 class Attention(nn.Module):
@@ -228,6 +237,7 @@ def test_other_adapters_and_removal(calls, x):
     assert_same(model, x)
     remove_lora(model)
     assert not layer_groups(model) and not model._forward_hooks and not model._forward_pre_hooks
+    assert type(model) is Attention
     model(x)
 
 
@@ -244,15 +254,155 @@ def test_checkpoint(reentrant, x):
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
-def test_compiled(calls, x):
+def compiled(run, graphs=None):
     torch._dynamo.reset()
+    return torch.compile(run, fullgraph=True, backend=graphs or Graphs())
+
+
+def assert_compiles(model, x, groups_in_graph, again=lambda f: f):
+    """Compiled, the model gives what it gives without groups; twice with one compilation."""
+    graphs, plain = Graphs(), copy.deepcopy(model)
+    ungroup_layers(plain)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        program = compiled(again(model), graphs)
+        program.zero_grad = model.zero_grad
+        program.parameters = model.parameters
+        for _ in range(2):
+            for one, other in zip(run(program, x), run(plain, x), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+    assert graphs.count("lora_linear_group") == groups_in_graph
+
+
+def recomputing(model):
+    return lambda x: checkpoint(model, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("again", (lambda f: f, recomputing))
+def test_compiled(again, x):
+    assert_compiles(adapted(p=0.4), x, 1, again)
+
+
+@pytest.mark.parametrize("kind", (Rebound, Skipping, Twice, InPlace))
+def test_compiled_what_is_not_one_input(kind, x):
+    model = adapted(kind)
+    alone = kind in (Skipping, InPlace)
+    assert isinstance(model, groups._Grouped) is not alone
+    if kind is InPlace:  # gradients of what is written into are not for a linear
+        plain = copy.deepcopy(model)
+        ungroup_layers(plain)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(model)(x.clone()), plain(x.clone()))
+    else:
+        assert_compiles(model, x, 0 if alone else 1)
+
+
+class Given(Attention):
+    def forward(self, x):
+        q = self.q_proj(x)
+        return self.o_proj(q + torch.cat([self.k_proj(x), self.v_proj(x)], -1) + torch.relu(x))
+
+
+class Scaled(Attention):
+    def forward(self, x):
+        q, half = self.q_proj(x), x.clone()
+        half *= 0.5
+        return self.o_proj(q + half + torch.cat([self.k_proj(x), self.v_proj(x)], -1))
+
+
+def test_compiled_without_a_twin(x):
+    model = adapted(Scaled, 0.3)
+    assert type(model) is Scaled and layer_groups(model) == [QKV]
+    reason = "something is written in place between the calls"
+    assert why_alone_compiled(model) == [(name, reason) for name in QKV]
+    assert_compiles(model, x, 0)
+    assert not why_alone_compiled(adapted(Given))
+    assert_compiles(adapted(Given, 0.3), x, 1)  # after the last call anything goes
+
+
+def test_compiled_layers_that_are_not_plain_are_left_out(x):
     model = adapted()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    got = run(compiled, x)
-    assert not calls, "torch.compile traces the layers one by one"
-    for one, other in zip(got, run(model, x), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    torch._dynamo.reset()
+    model.k_proj.enable_adapters(False)
+    assert_compiles(model, x, 1)
+    model.q_proj.merge()
+    assert_compiles(model, x, 0)
+    model = adapted()
+    model.v_proj.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    model.q_proj.register_forward_hook(lambda module, args, y: y * 2)
+    assert_compiles(model, x, 0)
+    remove_lora(model)
+    assert type(model) is Attention
+
+
+def test_compiled_where_settings_change_between_the_calls(x):
+    class Part(Attention):
+        def forward(self, x):
+            q = self.q_proj(x)
+            with torch.no_grad():
+                k = self.k_proj(x)
+            return self.o_proj(q + torch.cat([k, self.v_proj(x)], -1))
+
+    model = adapted(Part)
+    assert type(model) is Part
+    assert_compiles(model, x, 0)
+
+
+def test_a_forward_that_was_replaced_is_the_one_that_runs(x, monkeypatch):
+    class Late(Attention):
+        def forward(self, x):
+            return self.q_proj(x) + torch.cat([self.k_proj(x), self.v_proj(x)], -1)
+
+    model = adapted(Late)
+    monkeypatch.setattr(Late, "forward", lambda self, x: self.q_proj(x) * 3)
+    with torch.no_grad():
+        want = model.q_proj(x) * 3
+        for program in (model, compiled(model)):
+            torch.testing.assert_close(program(x), want)
+
+
+def test_the_class_is_the_parents_own_to_those_who_look(x):
+    model = adapted()
+    kind = type(model)
+    assert kind is not Attention and isinstance(model, Attention)
+    assert (kind.__name__, kind.__qualname__, kind.__module__, kind.__doc__) == (
+        *("Attention", "Attention", Attention.__module__),
+        Attention.__doc__,
+    )
+    assert type(adapted()) is kind  # one for all layers of a model, which compile once
+    assert inspect.signature(model.forward) == inspect.signature(Attention().forward)
+    plain = copy.deepcopy(model)
+    ungroup_layers(plain)
+    assert type(plain) is Attention and type(model) is kind
+    assert repr(plain) == repr(model)
+    assert list(plain.state_dict()) == list(model.state_dict())
+    model.load_state_dict(plain.state_dict())
+    group_layers(plain)
+    assert type(plain) is kind
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_are_of_the_parents_class(protocol, x, monkeypatch):
+    model = adapted()
+    saved = io.BytesIO()
+    torch.save(model, saved, pickle_protocol=max(protocol, 2))
+    text = pickle.dumps(model, protocol)
+    for clone in (pickle.loads(text), torch.load(io.BytesIO(saved.getvalue()), weights_only=False)):
+        assert type(clone) is type(model)
+        assert torch.equal(clone(x), model(x))
+    # Where the source is not at hand, or another one, the model is still read.
+    monkeypatch.setattr(groups, "_grouped_class", lambda *args: "no source")
+    clone = pickle.loads(text)
+    assert type(clone) is Attention
+    assert torch.equal(clone(x), model(x))
+
+
+def test_a_compiled_copy_has_its_own_parameters(x):
+    model = adapted()
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            clone.k_proj.weight.add_(1)
+            torch.testing.assert_close(compiled(clone)(x), clone(x))
+            assert not torch.equal(clone(x), model(x))
 
 
 def test_copies_and_pickles_keep_their_own_groups(calls, x):

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from graphs import Graphs
 
 import lora_kernels.nn.mlp as mlp
 from lora_kernels import LoRAConfig
@@ -188,13 +194,34 @@ def test_checkpoint(x):
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
-def test_compiled(calls, x):
+@pytest.mark.parametrize("recompute", (False, True))
+def test_compiled(recompute, x):
+    model, graphs = adapted(p=0.4), Graphs()
+
+    def program(x):
+        return checkpoint(model, x, use_reentrant=False) if recompute else model(x)
+
+    program.zero_grad, program.parameters = model.zero_grad, model.parameters
+    want = run(program, x)
     torch._dynamo.reset()
-    model = adapted()
-    got = run(torch.compile(model, fullgraph=True, backend="aot_eager"), x)
-    assert not calls, "torch.compile traces the layers one by one"
+    compiled = torch.compile(program, fullgraph=True, backend=graphs)
+    compiled.zero_grad, compiled.parameters = model.zero_grad, model.parameters
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            for one, other in zip(run(compiled, x), want, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert [op for op in graphs.ops[0] if op != "dropout_seed"] == ["lora_linear_group", "glu", "lora_linear"]
+    torch._dynamo.reset()
+
+
+def test_compiled_where_one_layer_is_not_plain(x):
+    model, graphs = adapted(), Graphs()
+    model[0].down_proj.enable_adapters(False)
+    torch._dynamo.reset()
+    got = run(torch.compile(model, fullgraph=True, backend=graphs), x)
     for one, other in zip(got, run(model, x), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert graphs.ops[0] == ["lora_linear_group"]  # gate and up, by the class's own forward
     torch._dynamo.reset()
 
 
