@@ -221,6 +221,8 @@ def _grouped_class(base: Any, groups: tuple[tuple[str, ...], ...], linears: tupl
             return compiled(self, *args, **kwargs)
         return base.forward(self, *args, **kwargs)
 
+    # The compiler counts and limits what it made of one code, so that each class has its own.
+    forward.__code__ = forward.__code__.replace()  # type: ignore[attr-defined]
     state = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     state |= {"forward": forward, "_lk_made_for": (base, groups, linears)}
     return type(base)(base.__name__, (_Grouped, base), state)

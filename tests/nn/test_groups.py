@@ -396,6 +396,17 @@ def test_pickles_are_of_the_parents_class(protocol, x, monkeypatch):
     assert torch.equal(clone(x), model(x))
 
 
+def test_layers_of_one_class_are_compiled_once_and_classes_apart(x):
+    graphs, layers = Graphs(), [adapted(), adapted(), adapted(Cross), adapted(Cross)]
+    assert len({id(type(layer).forward.__code__) for layer in layers}) == 2
+    torch._dynamo.reset()
+    for layer in layers:
+        layer.compile(fullgraph=True, backend=graphs)
+        layer(*([x] if type(layer).__name__ == "Attention" else [x, x + 1]))
+    torch._dynamo.reset()
+    assert [ops.count("lora_linear_group") for ops in graphs.ops] == [1, 1]
+
+
 def test_a_compiled_copy_has_its_own_parameters(x):
     model = adapted()
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
