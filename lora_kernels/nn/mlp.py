@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -38,7 +39,9 @@ class _Forward:
 
     def __call__(self, x: Tensor) -> Tensor:
         mlp = self.mlp
-        parts = _arguments(mlp, x)
+        # A compiler fuses the product itself and computes it anew for the backward pass: it keeps as little,
+        # and gate and up are one call by the class's forward.
+        parts = None if torch.compiler.is_compiling() else _arguments(mlp, x)
         if parts is not None:
             gate, up, down, activation = parts
             return fused_mlp(x, gate, up, down, activation)

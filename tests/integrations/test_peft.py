@@ -63,6 +63,35 @@ def test_torch_compile_traces_an_accelerated_model_whole(bert, tokens):
         torch.testing.assert_close(traced[f"_orig_mod.{name}" if name != "y" else name], value)
 
 
+class Writing(nn.Module):
+    """Query and value share x, and something is written in place between their calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.value = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.query(x)
+        y = y.clone()
+        y += 1
+        return y + self.value(x)
+
+
+def test_the_report_says_what_compiled_models_compute_alone(bert):
+    model = get_peft_model(Writing(), LoraConfig(r=2, target_modules=["query", "value"]))
+    report = accelerate(model)
+    assert report.groups == [("base_model.model.query", "base_model.model.value")]
+    reason = "alone when compiled, something is written in place between the calls"
+    assert str(report).splitlines()[1:] == [f"  {name}: {reason}" for name in report.groups[0]]
+    model = wrap(bert())
+    before = [type(module) for module in model.modules()]
+    report = accelerate(model)
+    assert not report.alone_compiled and "when compiled" not in str(report)
+    assert [type(module) for module in model.modules()] != before
+    decelerate(model)
+    assert [type(module) for module in model.modules()] == before
+
+
 def test_outputs_and_all_gradients_are_pefts(bert, tokens):
     model = wrap(bert())
     report = accelerate(model)
