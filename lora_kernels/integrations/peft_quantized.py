@@ -13,7 +13,8 @@ from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
 from ..nn.groups import Member, grouped
-from ..ops.lora_linear import _autocasts, _compute_dtype, fused
+from ..ops._inputs import autocasts, compute_dtype
+from ..ops.lora_linear import fused
 from ..ops.quantized_linear import quantized_linear
 from ..quant.bnb import from_bitsandbytes, why_not_bitsandbytes
 from .peft import _branch, _dropout, _stacked, _unsupported_now, _why_not_adapters
@@ -52,7 +53,7 @@ class _FusedQuantized:
                 bias = None if bias is None else bias.to(dtype)
                 y = quantized_linear(x.to(dtype), weight, bias).to(x.dtype)
             return sum((_branch(self, name, x, None, None) for name in names), start=y)
-        x = x if _autocasts(x) else x.to(dtype)
+        x = x if autocasts(x) else x.to(dtype)
         if len(names) > 1 and not any(_dropout(self, name) for name in names):
             return fused(x, weight, *_stacked(self, names, bias))
         y = _branch(self, names[0], x, weight, bias)
@@ -61,7 +62,7 @@ class _FusedQuantized:
     def group_member(self: Any, x: Tensor) -> Member | None:
         """What this layer computes for ``x``, where that is one plain fused linear."""
         names, dtype = self._names_now(), self._base_dtype(x)
-        if len(names) != 1 or not (_shares_dtype(x, dtype) if _autocasts(x) else x.dtype == dtype):
+        if len(names) != 1 or not (_shares_dtype(x, dtype) if autocasts(x) else x.dtype == dtype):
             return None
         (name,), base = names, self._modules["base_layer"]
         lora_a, lora_b = (self._modules[part]._modules[name].weight for part in ("lora_A", "lora_B"))
@@ -87,7 +88,7 @@ class FusedLoraLinear8bitLt(_FusedQuantized, Linear8bitLt):
     """
 
     def _base_dtype(self, x: Tensor) -> torch.dtype:
-        return _compute_dtype(x)
+        return compute_dtype(x)
 
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
@@ -99,8 +100,8 @@ _BASES = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
 
 def _shares_dtype(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether base and branch are both computed in ``dtype``, no less exactly than PEFT does it."""
-    if _autocasts(x):
-        return _compute_dtype(x) == dtype
+    if autocasts(x):
+        return compute_dtype(x) == dtype
     return torch.promote_types(x.dtype, dtype) == dtype
 
 

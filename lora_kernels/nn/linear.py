@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import Adapter, Factors, LoRAConfig
+from ..ops._inputs import autocasts
 from ..ops.dora_linear import fused_dora, output_scale
-from ..ops.lora_linear import _autocasts, fused
+from ..ops.lora_linear import fused
 from .adapter_layer import AdapterLayer
 from .groups import Member, grouped
 
@@ -51,7 +52,7 @@ class LinearAdapterLayer(AdapterLayer):
 
     def _takes(self, x: Tensor) -> bool:
         """Whether x is of a dtype that needs no error."""
-        return x.dtype == self.weight.dtype or _autocasts(x)
+        return x.dtype == self.weight.dtype or autocasts(x)
 
     def _check_input(self, x: Tensor) -> None:
         if x.shape[-1] != self.in_features:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import LoRAConfig
-from ..ops.lora_linear import _autocasts, lora_linear
+from ..ops._inputs import autocasts
+from ..ops.lora_linear import lora_linear
 from ..ops.multi_lora_linear import AdapterStack, multi_lora_linear
 from .adapter_layer import _HALF, shared_state
 
@@ -168,7 +169,7 @@ class LoRAMixtureLinear(nn.Linear):
     def _probs(self, x: Tensor) -> Tensor:
         """softmax(x Rᵀ) in the router's dtype, under autocast too."""
         weight = self.router.weight
-        whole = torch.autocast(x.device.type, enabled=False) if _autocasts(x) else contextlib.nullcontext()
+        whole = torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext()
         with whole:
             return F.linear(x.to(weight.dtype), weight).softmax(-1)
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from ..reference.dora_linear import composite
 from ..reference.dropout import dropout_apply
 from ..reference.low_rank_norm import low_rank_norm as row_norm
-from . import _dispatch, lora_linear
-from .lora_linear import _autocasts, _cast, _compute_dtype, _rows
+from . import _dispatch
+from ._inputs import autocasts, cast, check, compute_dtype
+from ._lora_function import rows_of, spread
 from .low_rank_norm import low_rank_norm
 
 
@@ -59,7 +60,7 @@ def dora_linear(
         raise TypeError(f"scaling: expected a number, got {type(scaling).__name__}")
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a Tensor, got {type(weight).__name__}")
-    lora_linear._check(x, weight, lora_a, lora_b, bias, None, None, dropout_p)
+    check(x, weight, lora_a, lora_b, bias, None, None, dropout_p)
     _check_magnitude(magnitude, weight)
     return fused_dora(
         x, weight, lora_a, lora_b, magnitude, bias, float(scaling), dropout_p if training else 0.0
@@ -99,10 +100,10 @@ def fused_dora(
 ) -> Tensor:
     """:func:`dora_linear` for arguments already known to fit: what modules call at every step."""
     scale = output_scale(weight, lora_a, lora_b, magnitude, scaling)
-    if _autocasts(x):
+    if autocasts(x):
         # Outside the Function, so that autograd casts the gradients back. The norm is of W as it is.
-        dtype = _compute_dtype(x)
-        x, weight, bias = (_cast(t, dtype) for t in (x, weight, bias))
+        dtype = compute_dtype(x)
+        x, weight, bias = (cast(t, dtype) for t in (x, weight, bias))
     apply = _transformable if _dispatch.functorch_active() else _DoRALinear.apply
     return apply(x, weight, lora_a, lora_b, scale, bias, scaling, dropout_p)
 
@@ -118,7 +119,7 @@ def _transformable(
     dropout_p: float,
 ) -> Tensor:
     """The equation in PyTorch operations, which ``torch.func``'s transforms can all take apart."""
-    rows, mask = _rows(x), None
+    rows, mask = rows_of(x), None
     if dropout_p > 0.0:
         mask = torch.ops.lora_kernels.dropout_mask.default(_dispatch.draw_seed(x), *rows.shape, dropout_p)
     y = composite(rows, weight, lora_a, lora_b, scale, bias, scaling, mask, dropout_p)
@@ -141,7 +142,7 @@ class _DoRALinear(torch.autograd.Function):
         dropout_p: float,
     ) -> Tensor:
         seed = _dispatch.draw_seed(x) if dropout_p > 0.0 else None
-        inputs = (_rows(x), weight, lora_a, lora_b, scale, bias, seed)
+        inputs = (rows_of(x), weight, lora_a, lora_b, scale, bias, seed)
         needs_x, needs_weight, needs_a, needs_b, needs_scale = ctx.needs_input_grad[:5]
         ctx.backend = _dispatch.chosen("dora_linear", *inputs)
         y, z, h, mask = _dispatch.call(
@@ -166,17 +167,17 @@ class _DoRALinear(torch.autograd.Function):
             return _differentiable_backward(ctx, dy)
         x, weight, lora_a, lora_b, scale, z, h, mask = ctx.saved_tensors
         needs_x, needs_weight, *rest, needs_bias = ctx.needs_input_grad[:6]
-        rows, needs = _rows(dy), [needs_x, *rest]
+        rows, needs = rows_of(dy), [needs_x, *rest]
         grads = _dispatch.call(
             "dora_linear_backward",
-            *(rows, _rows(x) if rest[0] else None, weight, lora_a, lora_b, scale, z, h, mask),
+            *(rows, rows_of(x) if rest[0] else None, weight, lora_a, lora_b, scale, z, h, mask),
             *(ctx.scaling, ctx.dropout_p, needs),
             backend=ctx.backend,
         )
-        dx, da, db, dscale = lora_linear._spread(grads, needs)
+        dx, da, db, dscale = spread(grads, needs)
         return (
             None if dx is None else dx.view(*dy.shape[:-1], dx.shape[-1]),
-            _grad_weight(rows, _rows(x), scale, mask, ctx.dropout_p) if needs_weight else None,
+            _grad_weight(rows, rows_of(x), scale, mask, ctx.dropout_p) if needs_weight else None,
             da,
             db,
             dscale,
@@ -202,10 +203,10 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             "dora_linear: a double backward needs the input, which is not saved when no first"
             " derivative reads it (frozen lora_a)"
         )
-    needs, rows = ctx.needs_input_grad[:6], _rows(dy)
+    needs, rows = ctx.needs_input_grad[:6], rows_of(dy)
     inputs = (x, weight, lora_a, lora_b, scale)
     wanted = [tensor for tensor, needed in zip(inputs, needs, strict=False) if needed]
-    y = composite(_rows(x), weight, lora_a, lora_b, scale, None, ctx.scaling, mask, ctx.dropout_p)
+    y = composite(rows_of(x), weight, lora_a, lora_b, scale, None, ctx.scaling, mask, ctx.dropout_p)
     given = iter(torch.autograd.grad(y, wanted, rows, create_graph=True) if wanted else ())
     grads = [next(given) if needed else None for needed in needs[:5]]
     return (*grads, rows.sum(0) if needs[5] else None, None, None)

@@ -15,6 +15,7 @@ holds whether or not the processes were seeded alike.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -119,6 +120,7 @@ def _layout(
 
 
 def on_shards(
+    compute: Callable[..., Tensor],
     x: Tensor,
     weight: Tensor | None,
     lora_a: Tensor,
@@ -129,15 +131,19 @@ def on_shards(
     scaling: float,
     dropout_p: float,
 ) -> Tensor:
-    """y of ``lora_linear`` for DTensors; a sum over processes is left as ``Partial()``."""
+    """y of ``lora_linear`` for DTensors; a sum over processes is left as ``Partial()``.
+
+    ``compute``: ``lora_linear`` on the tensors of one process, with a seed at the end.
+    """
     names = ("x", "weight", "lora_a", "lora_b", "bias", "gate", "x_lora")
     given = checked(dict(zip(names, (x, weight, lora_a, lora_b, bias, gate, x_lora), strict=True)))
     x, a, b = given["x"], given["lora_a"], given["lora_b"]
     assert x is not None and a is not None and b is not None
-    return _on_shards(x, a, b, given, layouts(x, given["weight"], a, b), scaling, dropout_p)
+    return _on_shards(compute, x, a, b, given, layouts(x, given["weight"], a, b), scaling, dropout_p)
 
 
 def _on_shards(
+    compute: Callable[..., Tensor],
     x: DTensor,
     lora_a: DTensor,
     lora_b: DTensor,
@@ -146,8 +152,6 @@ def _on_shards(
     scaling: float,
     dropout_p: float,
 ) -> DTensor:
-    from .lora_linear import fused
-
     mesh = x.device_mesh
 
     def local(tensor: DTensor, place: str, grad: str) -> Tensor:
@@ -158,7 +162,7 @@ def _on_shards(
         return None if tensor is None else local(tensor, place, grad)
 
     inner = local(x, "x", "dx")
-    y = fused(
+    y = compute(
         inner,
         optional("weight", "weight", "d_weight"),
         local(lora_a, "lora_a", "d_lora_a"),

@@ -9,17 +9,11 @@ import torch
 from torch import Tensor
 
 from ..quant.weight import QuantizedWeight
+from ..reference.lora_linear import composite
 from . import _dispatch
+from ._inputs import autocasts, cast, check, compute_dtype
+from ._lora_function import gate_rows, rows_of
 from .dequantize import parts, sizes
-from .lora_linear import (
-    _autocasts,
-    _cast,
-    _check,
-    _compute_dtype,
-    _gate_rows,
-    _rows,
-    composite,
-)
 from .lora_linear import fused as fused_single
 from .quantized_linear import accumulate
 
@@ -99,14 +93,14 @@ def fused_group(
     if len(weights) == 1 or _dispatch.functorch_active():
         members = zip(weights, lora_as, lora_bs, biases, gates, scalings, dropout_ps, strict=True)
         return tuple(fused_single(x, w, a, b, bias, g, None, s, p) for w, a, b, bias, g, s, p in members)
-    if _autocasts(x):
+    if autocasts(x):
         # Outside the Function, so that autograd casts the gradients back.
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         x = x.to(dtype)
-        weights, biases = ([_cast(t, dtype) for t in part] for part in (weights, biases))
+        weights, biases = ([cast(t, dtype) for t in part] for part in (weights, biases))
     dense, layouts, packed = _unpack(weights)
     if packed:  # codes have no dtype, so that x may have any
-        biases = [_cast(bias, x.dtype) for bias in biases]
+        biases = [cast(bias, x.dtype) for bias in biases]
     return _LoRALinearGroup.apply(
         *(tuple(scalings), tuple(dropout_ps), layouts, x),
         *(*dense, *lora_as, *lora_bs, *biases, *gates, *packed),
@@ -156,7 +150,7 @@ def _check_member(i: int, x: Tensor, member: list[Any], dropout_p: float) -> Non
         raise TypeError(f"weights[{i}]: expected a Tensor, got {type(member[0]).__name__}")
     weight, lora_a, lora_b, bias, gate = member
     try:
-        _check(x, weight, lora_a, lora_b, bias, gate, None, dropout_p)
+        check(x, weight, lora_a, lora_b, bias, gate, None, dropout_p)
     except (TypeError, ValueError) as error:
         raise type(error)(f"member {i}: {error}") from None
 
@@ -179,8 +173,8 @@ class _LoRALinearGroup(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         size = len(scalings)
         weights, lora_as, lora_bs, biases, gates, *packed = _split(tensors, size)
-        rows = _rows(x)
-        inputs = (rows, weights, lora_as, lora_bs, biases, [_gate_rows(g) for g in gates])
+        rows = rows_of(x)
+        inputs = (rows, weights, lora_as, lora_bs, biases, [gate_rows(g) for g in gates])
         ctx.backend = _dispatch.chosen("lora_linear_group", *inputs)
         seeds = _draw_seeds(x, dropout_ps)
         given = _dispatch.call("lora_linear_group", *inputs, seeds, scalings, dropout_ps, backend=ctx.backend)
@@ -205,14 +199,14 @@ class _LoRALinearGroup(torch.autograd.Function):
         size = len(dys)
         own = [[part[i] for i in used] for part in _split(saved, size)]
         weights, lora_as, lora_bs, gates, hs, masks, *packed = own
-        rows = [_rows(dys[i]) for i in used]
+        rows = [rows_of(dys[i]) for i in used]
         places = [(_LEAD + size * kind + i) for i in used for kind in (1, 2, 4)]
         asked = [needs[_LEAD - 1], *(needs[place] for place in places)]
         reads_x = any(needs[_LEAD + size : _LEAD + 2 * size])
         given = _dispatch.call(
             "lora_linear_group_backward",
-            *(rows, _rows(x) if reads_x else None, weights, lora_as, lora_bs),
-            *(hs, [_gate_rows(g) for g in gates], masks),
+            *(rows, rows_of(x) if reads_x else None, weights, lora_as, lora_bs),
+            *(hs, [gate_rows(g) for g in gates], masks),
             *([ctx.scalings[i] for i in used], [ctx.dropout_ps[i] for i in used], asked),
             backend=ctx.backend,
         )
@@ -228,7 +222,7 @@ class _LoRALinearGroup(torch.autograd.Function):
             if grads[gate_at] is not None:
                 grads[gate_at] = grads[gate_at].view(gates[j].shape)
             if needs[_LEAD + i]:
-                grads[_LEAD + i] = rows[j].T @ _rows(x)
+                grads[_LEAD + i] = rows[j].T @ rows_of(x)
             if needs[_LEAD + 3 * size + i]:
                 grads[_LEAD + 3 * size + i] = rows[j].sum(0)
         return tuple(grads)
@@ -298,12 +292,12 @@ def _differentiable_backward(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Te
     used = [i for i, dy in enumerate(dys) if dy is not None]
     ys = [
         composite(
-            *(_rows(x), weights[i], lora_as[i], lora_bs[i], None, _gate_rows(gates[i]), None),
+            *(rows_of(x), weights[i], lora_as[i], lora_bs[i], None, gate_rows(gates[i]), None),
             *(ctx.scalings[i], masks[i], ctx.dropout_ps[i]),
         )
         for i in used
     ]
-    rows = [_rows(dys[i]) for i in used]
+    rows = [rows_of(dys[i]) for i in used]
     given = torch.autograd.grad(ys, [inputs[i] for i in wanted], rows, create_graph=True, allow_unused=True)
     grads: list[Tensor | None] = [None] * len(needs)
     for i, grad in zip(wanted, given, strict=True):

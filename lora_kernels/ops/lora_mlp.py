@@ -9,8 +9,11 @@ from torch import Tensor
 
 from .. import _ops
 from ..reference.glu import composite as glu_composite
+from ..reference.lora_linear import composite
 from . import _dispatch
-from .lora_linear import _autocasts, _cast, _check, _compute_dtype, _rows, _spread, composite, fused
+from ._inputs import autocasts, cast, check, compute_dtype
+from ._lora_function import rows_of, spread
+from .lora_linear import fused
 from .lora_linear_group import fused_group
 
 
@@ -85,7 +88,7 @@ def _check_projection(name: str, given: Any, x: Tensor) -> None:
         raise TypeError(f"{name}: scaling: expected a number, got {type(given.scaling).__name__}")
     weight, lora_a, lora_b, _, bias, dropout_p = given
     try:
-        _check(x, weight, lora_a, lora_b, bias, None, None, dropout_p)
+        check(x, weight, lora_a, lora_b, bias, None, None, dropout_p)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
 
@@ -102,10 +105,10 @@ def fused_mlp(
         *((gate.scaling, up.scaling), (gate.dropout_p, up.dropout_p)),
     )
     weight, bias = down.weight, down.bias
-    if _autocasts(x):
+    if autocasts(x):
         # Outside the Function, so that autograd casts the gradients back.
-        dtype = _compute_dtype(x)
-        weight, bias = _cast(weight, dtype), _cast(bias, dtype)  # type: ignore[assignment]
+        dtype = compute_dtype(x)
+        weight, bias = cast(weight, dtype), cast(bias, dtype)  # type: ignore[assignment]
     args = (weight, down.lora_a, down.lora_b, bias, down.scaling, down.dropout_p)
     return _GluLinear.apply(opened, raised, *args, activation)
 
@@ -130,7 +133,7 @@ class _GluLinear(torch.autograd.Function):
         dropout_p: float,
         activation: str,
     ) -> Tensor:
-        halves = _rows(gate), _rows(up)
+        halves = rows_of(gate), rows_of(up)
         ctx.glu_backend = _dispatch.chosen("glu", *halves)
         product = _dispatch.call("glu", *halves, activation, backend=ctx.glu_backend)
         seed = _dispatch.draw_seed(product) if dropout_p > 0.0 else None
@@ -158,7 +161,7 @@ class _GluLinear(torch.autograd.Function):
             return _differentiable_backward(ctx, dy)
         gate, up, weight, lora_a, lora_b, h, mask = ctx.saved_tensors
         needs_gate, needs_up, needs_weight, needs_a, needs_b, needs_bias = ctx.needs_input_grad[:6]
-        rows, halves, product = _rows(dy), (_rows(gate), _rows(up)), None
+        rows, halves, product = rows_of(dy), (rows_of(gate), rows_of(up)), None
         if needs_weight or needs_a:
             product = _dispatch.call("glu", *halves, ctx.activation, backend=ctx.glu_backend)
         branch_needs = [needs_gate or needs_up, needs_a, needs_b, False, False]
@@ -168,7 +171,7 @@ class _GluLinear(torch.autograd.Function):
             *(ctx.scaling, ctx.dropout_p, False, branch_needs),
             backend=ctx.backend,
         )
-        dproduct, da, db, _, _ = _spread(grads, branch_needs)
+        dproduct, da, db, _, _ = spread(grads, branch_needs)
         dweight = rows.T @ product if needs_weight else None
         del product, grads  # before the next two of that size
         dgate, dup = None, None
@@ -188,9 +191,9 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             "lora_mlp: a double backward needs the outputs of gate and up, which are not saved when no"
             " first derivative reads them (frozen but for down's lora_b)"
         )
-    rows, inputs = _rows(dy), (gate, up, weight, lora_a, lora_b)
+    rows, inputs = rows_of(dy), (gate, up, weight, lora_a, lora_b)
     wanted = [tensor for tensor, needed in zip(inputs, needs, strict=False) if needed]
-    product = glu_composite(_rows(gate), _rows(up), ctx.activation)
+    product = glu_composite(rows_of(gate), rows_of(up), ctx.activation)
     branch = (None, None, None, ctx.scaling, mask, ctx.dropout_p)
     y = composite(product, weight, lora_a, lora_b, *branch)
     given = iter(torch.autograd.grad(y, wanted, rows, create_graph=True) if wanted else ())

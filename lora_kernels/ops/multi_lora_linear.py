@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .._ops import TABLE_WIDTH
 from . import _dispatch
+from ._inputs import autocasts, cast, compute_dtype
 from .batch_plan import BatchPlan, plan_batch
 from .invariant_linear import invariant_linear
-from .lora_linear import _autocasts, _cast, _compute_dtype
 
 
 @dataclass(frozen=True)
@@ -189,10 +189,10 @@ def multi_lora_linear(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape does not fit, or (on the CPU) an id is not below the number of adapters.
     """
-    if isinstance(x, Tensor) and x.is_floating_point() and _autocasts(x):
+    if isinstance(x, Tensor) and x.is_floating_point() and autocasts(x):
         # Outside the Function, so that autograd casts the gradients back.
-        dtype = _compute_dtype(x)
-        x, weight, bias = (_cast(t, dtype) for t in (x, weight, bias))
+        dtype = compute_dtype(x)
+        x, weight, bias = (cast(t, dtype) for t in (x, weight, bias))
     _check(x, weight, adapters, adapter_ids, weights, bias)
     ids = _per_row(adapter_ids, x, weights is not None)
     plan = _plan_of(ids, len(adapters), plan)

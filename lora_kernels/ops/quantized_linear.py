@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..quant.weight import QuantizedWeight
 from . import _dispatch
+from ._inputs import autocasts, compute_dtype
 from .dequantize import dequantize, parts, sizes
 
 
@@ -27,8 +28,8 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
         ValueError: a shape or a device does not fit.
     """
     _check(x, weight, bias)
-    if _autocasts(x):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if autocasts(x):
+        dtype = compute_dtype(x)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if _dispatch.functorch_active():
         return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
@@ -41,11 +42,6 @@ def accumulate(
     """``out`` += x Wᵀ, or with ``transpose`` x W; x is ``[rows, features]``."""
     _dispatch.call("quantized_linear", out, x, *parts, *sizes, transpose)
     return out
-
-
-def _autocasts(x: Tensor) -> bool:
-    kind = x.device.type
-    return kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
 
 
 def _check(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> None:
@@ -62,7 +58,7 @@ def _check(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> None:
     if bias is not None:
         if bias.shape != (rows,):
             raise ValueError(f"bias: expected shape {(rows,)}, got {tuple(bias.shape)}")
-        if bias.dtype != x.dtype and not _autocasts(x):
+        if bias.dtype != x.dtype and not autocasts(x):
             raise TypeError(f"bias: expected {x.dtype} (x's), got {bias.dtype}")
 
 

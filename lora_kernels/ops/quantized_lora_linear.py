@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..quant.weight import QuantizedWeight
 from . import _dispatch
+from ._lora_function import differentiable_backward, gate_rows, gradients, rows_of, transformable
 from .dequantize import dequantize, parts, sizes
-from .lora_linear import _differentiable_backward, _gate_rows, _gradients, _rows, _transformable
 from .quantized_linear import accumulate
 
 
@@ -31,12 +31,12 @@ def fused_quantized(
         bias = bias.to(x.dtype)
     rest = (lora_a, lora_b, bias, gate, x_lora, scaling, dropout_p)
     if seed is None and _dispatch.functorch_active():
-        return _transformable(x, dequantize(weight, x.dtype), *rest)
+        return transformable(x, dequantize(weight, x.dtype), *rest)
     return QuantizedLoRALinear.apply(x, None, *rest, seed, *parts(weight), sizes(weight))
 
 
 class QuantizedLoRALinear(torch.autograd.Function):
-    """Saves of W the codes alone; the rest is saved as by ``_LoRALinear``, whose helpers this uses.
+    """Saves of W the codes alone; the rest is saved as by ``LoRALinearFunction``, whose helpers this uses.
 
     The weight's place among the arguments holds ``None``, so that both count their gradients alike.
     """
@@ -63,15 +63,15 @@ class QuantizedLoRALinear(torch.autograd.Function):
         if dropout_p > 0.0 and seed is None:
             seed = _dispatch.draw_seed(x)
         inputs = (
-            _rows(x),
+            rows_of(x),
             codes,
             scales,
             nested,
             lora_a,
             lora_b,
             bias,
-            _gate_rows(gate),
-            _rows(x_lora),
+            gate_rows(gate),
+            rows_of(x_lora),
             seed,
         )
         ctx.backend = _dispatch.chosen("quantized_lora_linear", *inputs)
@@ -98,8 +98,8 @@ class QuantizedLoRALinear(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             if codes is not None:
                 saved[1] = _dispatch.call("dequantize", codes, scales, nested, *ctx.sizes, dy.dtype)
-            return (*_differentiable_backward(ctx, dy, *saved), *(None,) * 4)
-        dx, *grads = _gradients(ctx, dy, *saved)
+            return (*differentiable_backward(ctx, dy, *saved), *(None,) * 4)
+        dx, *grads = gradients(ctx, dy, *saved)
         if dx is not None:
-            accumulate(_rows(dx), _rows(dy), (codes, scales, nested), ctx.sizes, True)
+            accumulate(rows_of(dx), rows_of(dy), (codes, scales, nested), ctx.sizes, True)
         return (dx, *grads, *(None,) * 4)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_kernels import _backend, lora_linear, use_backend
-from lora_kernels.ops.lora_linear import _LoRALinear
+from lora_kernels.ops._lora_function import LoRALinearFunction
 from lora_kernels.reference.dropout import dropout_mask
 from lora_kernels.reference.lora_linear import composite
 from lora_kernels.testing import TENSORS, LoraCase, assert_close, leaves, lora_inputs
@@ -29,7 +29,7 @@ def call(path, inputs, case):
     with use_backend(path.removesuffix("-function")):
         if path == "cpp-function":
             args = [inputs[name] for name in TENSORS]
-            return _LoRALinear.apply(*args, case.scaling, case.dropout_p)
+            return LoRALinearFunction.apply(*args, case.scaling, case.dropout_p)
         return lora_linear(
             *(inputs[name] for name in ("x", "weight", "lora_a", "lora_b")),
             case.scaling,
