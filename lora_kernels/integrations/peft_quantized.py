@@ -17,7 +17,7 @@ from ..ops._inputs import autocasts, compute_dtype
 from ..ops.lora_linear import fused
 from ..ops.quantized_linear import quantized_linear
 from ..quant.bnb import from_bitsandbytes, why_not_bitsandbytes
-from .peft import _branch, _dropout, _stacked, _unsupported_now, _why_not_adapters
+from .peft_linear import branch, dropout_of, stacked, unsupported_now, why_not_adapters
 
 
 class _FusedQuantized:
@@ -38,7 +38,7 @@ class _FusedQuantized:
 
     def _names_now(self: Any) -> list[str]:
         """The adapters of a call that is ours, none where it is PEFT's."""
-        if self.disable_adapters or self.merged or _unsupported_now(self):
+        if self.disable_adapters or self.merged or unsupported_now(self):
             return []
         names = [name for name in self.active_adapters if name in self._modules["lora_A"]._modules]
         ours = not any(name in self.lora_variant for name in names)
@@ -52,12 +52,12 @@ class _FusedQuantized:
             with torch.autocast(x.device.type, enabled=False):
                 bias = None if bias is None else bias.to(dtype)
                 y = quantized_linear(x.to(dtype), weight, bias).to(x.dtype)
-            return sum((_branch(self, name, x, None, None) for name in names), start=y)
+            return sum((branch(self, name, x, None, None) for name in names), start=y)
         x = x if autocasts(x) else x.to(dtype)
-        if len(names) > 1 and not any(_dropout(self, name) for name in names):
-            return fused(x, weight, *_stacked(self, names, bias))
-        y = _branch(self, names[0], x, weight, bias)
-        return sum((_branch(self, name, x, None, None) for name in names[1:]), start=y)
+        if len(names) > 1 and not any(dropout_of(self, name) for name in names):
+            return fused(x, weight, *stacked(self, names, bias))
+        y = branch(self, names[0], x, weight, bias)
+        return sum((branch(self, name, x, None, None) for name in names[1:]), start=y)
 
     def group_member(self: Any, x: Tensor) -> Member | None:
         """What this layer computes for ``x``, where that is one plain fused linear."""
@@ -67,7 +67,7 @@ class _FusedQuantized:
         (name,), base = names, self._modules["base_layer"]
         lora_a, lora_b = (self._modules[part]._modules[name].weight for part in ("lora_A", "lora_B"))
         weight, scaling = from_bitsandbytes(base), self.scaling[name]
-        return Member(weight, lora_a, lora_b, base.bias, None, scaling, _dropout(self, name))
+        return Member(weight, lora_a, lora_b, base.bias, None, scaling, dropout_of(self, name))
 
 
 class FusedLoraLinear4bit(_FusedQuantized, Linear4bit):
@@ -115,4 +115,4 @@ def why_not(layer: Any) -> str | None:
     for name in layer.active_adapters:
         if name in layer.lora_variant:
             return f"adapter {name!r} uses {type(layer.lora_variant[name]).__name__} over a quantised weight"
-    return why_not_bitsandbytes(base) or _why_not_adapters(layer)
+    return why_not_bitsandbytes(base) or why_not_adapters(layer)

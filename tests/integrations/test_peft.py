@@ -102,7 +102,7 @@ def test_outputs_and_all_gradients_are_pefts(bert, tokens):
 
 def test_the_fused_op_is_what_runs(bert, tokens, monkeypatch):
     calls = []
-    import lora_kernels.integrations.peft as module
+    import lora_kernels.integrations.peft_linear as module
 
     real = module.fused
     monkeypatch.setattr(module, "fused", lambda *args: (calls.append(1), real(*args))[1])
@@ -114,7 +114,7 @@ def test_the_fused_op_is_what_runs(bert, tokens, monkeypatch):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_dora_is_pefts(bert, tokens, dropout, monkeypatch):
-    import lora_kernels.integrations.peft as module
+    import lora_kernels.integrations.peft_linear as module
 
     calls, real = [], module.fused_dora
     monkeypatch.setattr(module, "fused_dora", lambda *args: (calls.append(1), real(*args))[1])
