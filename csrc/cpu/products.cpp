@@ -19,7 +19,7 @@ std::atomic<Multiplier> multiplier{Multiplier::kMeasured};
 
 // A few rows are bound by the bytes of the right factor, and a small one does not repay its
 // packing.
-constexpr int64_t kFewRows = 8, kSmallFactor = int64_t(1) << 18;
+constexpr int64_t kFewRows = 8, kSmallFactor = int64_t(1) << 16;
 // Rows of the left factors that are packed at a time: enough for a right factor to repay its
 // packing, and no more elements than kPacked where that leaves enough.
 constexpr int64_t kFewestAtOnce = 512, kMostAtOnce = 1024, kPacked = int64_t(1) << 23;
