@@ -113,6 +113,7 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
       differentiable(ctx, saved, dy, needed, grads);
       return grads;
     }
+    at::AutoDispatchBelowADInplaceOrView guard;  // no operation below has a derivative of its own
     const bool separate = ctx->saved_data["separate"].toBool();
     const std::array<bool, 5> asked = {needs(kX), needs(kA), needs(kB), needs(kGate),
                                        needs(kXLora)};

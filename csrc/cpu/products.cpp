@@ -159,7 +159,8 @@ bool in_panels(const Tensor& left, int64_t cols) {
 
 Tensor branched_product(const Tensor& left, const Tensor& right, const std::optional<Tensor>& bias,
                         const Tensor& vectors, const Tensor& factor, double scaling) {
-  const Tensor used = vectors.narrow(1, 0, factor.size(0));
+  const int64_t rank = factor.size(0);
+  const Tensor used = vectors.size(1) == rank ? vectors : vectors.narrow(1, 0, rank);
   if (!in_panels(left, right.size(1))) {
     return vendors_branched_product(left, right, bias, used, factor, scaling);
   }
