@@ -11,8 +11,7 @@ using Vector = VectorOf<float>;
 [[maybe_unused]] typedef int32_t Lanes __attribute__((vector_size(kLanes * sizeof(int32_t))));
 constexpr int64_t kVectors = kPanelCols / kLanes;
 
-// From which lane of two vectors in a row a lane comes, where blocks of `Distance` lanes change
-// over.
+// From which lane of two vectors in a row a lane comes, where blocks of `Distance` lanes change.
 template <int Distance, bool High>
 constexpr int source(int lane) {
   const bool second = (lane & Distance) != 0;
@@ -180,8 +179,8 @@ LK_INLINE void store_whole(const Tile& tile, float* out, int64_t stride, const f
 
 LK_INLINE void store_part(const Tile& tile, float* out, int64_t stride, const float* bias, bool add,
                           int64_t rows, int64_t cols) {
-  float sums[kPanelRows *
-             kPanelCols];  // an index into the tile itself would keep it out of registers
+  // Through memory: an index into the tile itself would keep all of it out of registers.
+  float sums[kPanelRows * kPanelCols];
   store_whole(tile, sums, kPanelCols, nullptr, false);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t n = 0; n < cols; ++n) {

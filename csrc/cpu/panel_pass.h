@@ -10,8 +10,7 @@
 
 namespace lora_kernels {
 
-// A tile of `out` that is summed in registers, and how many columns of it share a packed right
-// factor.
+// A tile of `out` that is summed in registers, and how many of them share a packed right factor.
 constexpr int64_t kPanelRows = 8, kPanelCols = 32, kPanelsAtOnce = 8;
 // A factor's depth is cut into equal parts of at most kPartDepth, and parts that follow one another
 // are one chain of additions up to kChainDepth: not much longer than in the vendors' GEMMs, so that
