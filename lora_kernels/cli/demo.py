@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(path)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    epochs, repeats = (1, 3) if args.quick else (args.epochs, 8)
+    epochs, repeats = (1, 3) if args.quick else (args.epochs, 5)
     steps = sum(-(-len(t.train) // 32) * (epochs + 1) + 2 * -(-len(t.test) // 64) for t in tasks)
     with _progress(steps + repeats + 1 + len(tasks) + 1) as tick:
         outcomes = [train.run_task(task, path, tokenizer, output, epochs, tick) for task in tasks]
