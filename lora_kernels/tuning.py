@@ -175,7 +175,7 @@ def panels_to_vendor(rows: int, cols: int, out: int, rank: int, timer: Timer, re
 
 
 def save_products(path: Path, ratios: Mapping[str, float]) -> str:
-    """Writes who is the faster one over all shapes, and uses it from now on."""
+    """Writes who is the faster one over all shapes; this process follows where ``path`` is its table."""
     best = "panels" if math.prod(ratios.values()) < 1.0 else "vendor"
     write(path, _products.to_text(best, ratios))
     _products.settle()

@@ -145,7 +145,8 @@ def tune_cpu(args: argparse.Namespace, timer: Any) -> int:
     best = tuning.save_products(path, ratios)
     for name, ratio in ratios.items():
         print(f"{name}: panels take {ratio:.2f} x the vendor's time")
-    print(f"{best} from now on; table: {path}")
+    used = "from now on" if path == _products.table() else "where this table is the one of the environment"
+    print(f"{best} {used}; table: {path}")
     return 0
 
 

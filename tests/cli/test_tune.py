@@ -149,7 +149,7 @@ def test_without_a_card_it_says_so(capsys):
 
 
 class Alternating:
-    """Says in turn what our products and what the vendor's take: whichever runs first is a coin's toss."""
+    """Says what our products take and what the vendor's: samplers are made for the two in turn."""
 
     def __init__(self, panels, vendor):
         self.times = {"panels": panels, "vendor": vendor}
@@ -170,6 +170,15 @@ def test_the_faster_multiplier_is_remembered(panels, vendor, best, folder, capsy
     assert f"9x40x33: panels take {panels / vendor:.2f} x the vendor's time" in capsys.readouterr().out
     assert _products.remembered() == _products.automatic() == best
     assert json.loads((folder / "cpu.json").read_text())["processor"] == _products.processor()
+
+
+@pytest.mark.skipif(_extension.load() is not None, reason="the extension is not built")
+def test_a_table_elsewhere_is_written_and_not_used(folder, capsys):
+    other = folder / "elsewhere" / "cpu.json"
+    args = arguments("--cpu", "--shape", "9x40x33", "--output", str(other))
+    assert tune.tune_cpu(args, Alternating(8.0, 10.0)) == 0
+    assert other.exists() and _products.remembered() is None
+    assert "from now on" not in capsys.readouterr().out
 
 
 def test_a_table_of_another_processor_is_not_ours(folder):
