@@ -28,6 +28,12 @@ class Factors(NamedTuple):
     gate: Tensor | None = None
     magnitude: Tensor | None = None
 
+    def delta(self, dtype: torch.dtype | None = None) -> Tensor:
+        """s · (B ⊙ g) A, ``[out, in]``, computed in ``dtype`` (by default theirs)."""
+        lora_b = self.lora_b.to(dtype)
+        lora_b = lora_b if self.gate is None else lora_b * self.gate.to(dtype)
+        return self.scaling * (lora_b @ self.lora_a.to(dtype))
+
 
 class Adapter(nn.Module):
     """ΔW = s · (B ⊙ g) A, where A, B, s and g come from :meth:`lower`.
@@ -94,10 +100,7 @@ class Adapter(nn.Module):
 
     def delta(self, dtype: torch.dtype | None = None) -> Tensor:
         """ΔW = s · (B ⊙ g) A, ``[out, in]``, computed in ``dtype`` (by default the parameters')."""
-        lora_a, lora_b, scaling, gate, _ = self.lower()
-        if gate is not None:
-            lora_b = lora_b.to(dtype) * gate.to(dtype)
-        return scaling * (lora_b.to(dtype) @ lora_a.to(dtype))
+        return self.lower().delta(dtype)
 
     def merged(self, weight: Tensor, base: Tensor) -> Tensor:
         """W + ΔW in the dtype of ``weight``, or what else the method makes of the two.
@@ -106,8 +109,9 @@ class Adapter(nn.Module):
             weight: W, or what the active adapters before this one made of it.
             base: W itself, whose norms DoRA takes.
         """
-        total = weight + self.delta(weight.dtype)
-        lora_a, lora_b, scaling, _, magnitude = self.lower()
+        factors = self.lower()
+        total = weight + factors.delta(weight.dtype)
+        lora_a, lora_b, scaling, _, magnitude = factors
         if magnitude is None:
             return total
         return output_scale(base, lora_a, lora_b, magnitude, scaling).to(total.dtype)[:, None] * total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft.tuners.lora import dora
 from peft.tuners.lora.layer import Conv1d as PeftConv1d
 from peft.tuners.lora.layer import Conv2d as PeftConv2d
 from peft.tuners.lora.layer import Conv3d as PeftConv3d
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 from ..adapters import Factors
 from ..nn.conv import convolve
 from ..nn.embedding import embed
+from .peft_linear import PeftNamed, hooked, magnitude_of, scale_and_gate
 
 _DORA = (DoraEmbeddingVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
+_DROPOUTS = (type(None), nn.Identity, nn.Dropout)  # none: the layer has no such adapter
 _BASES = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class FusedLoraEmbedding(PeftEmbedding):
+class FusedLoraEmbedding(PeftNamed, PeftEmbedding):
     """PEFT's LoRA ``Embedding``; what the adapters add goes straight into what was looked up."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -37,11 +40,18 @@ class FusedLoraEmbedding(PeftEmbedding):
 
 
 def _embedding_factors(layer: Any, name: str) -> Factors:
-    factors = (layer.lora_embedding_A[name], layer.lora_embedding_B[name], layer.scaling[name])
-    return Factors(*factors, None, _magnitude(layer, name))
+    return _factors(layer, name, layer.lora_embedding_A[name], layer.lora_embedding_B[name])
 
 
-class _FusedLoraConv:
+def _factors(layer: Any, name: str, lora_a: Tensor, lora_b: Tensor) -> Factors:
+    scaling, gate = scale_and_gate(layer.scaling[name], lora_a)
+    magnitude = _magnitude(layer, name)
+    if magnitude is None or gate is None:
+        return Factors(lora_a, lora_b, scaling, gate, magnitude)
+    return Factors(lora_a, lora_b * gate, scaling, None, magnitude)
+
+
+class _FusedLoraConv(PeftNamed):
     """PEFT's LoRA convolution; the map from ranks to channels adds to the base's output as it runs."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -56,9 +66,7 @@ class _FusedLoraConv:
 
 def _conv_factors(layer: Any, name: str) -> Factors:
     lora_a, lora_b = (part[name].weight.flatten(1) for part in (layer.lora_A, layer.lora_B))
-    magnitude = _magnitude(layer, name)
-    flat = None if magnitude is None else magnitude.flatten()
-    return Factors(lora_a, lora_b, layer.scaling[name], None, flat)
+    return _factors(layer, name, lora_a, lora_b)
 
 
 def _dropout(layer: Any, name: str) -> float:
@@ -67,7 +75,9 @@ def _dropout(layer: Any, name: str) -> float:
 
 
 def _magnitude(layer: Any, name: str) -> Tensor | None:
-    return layer.lora_magnitude_vector[name].weight if name in layer.lora_variant else None
+    if name not in layer.lora_variant:
+        return None
+    return magnitude_of(layer.lora_magnitude_vector[name]).flatten()
 
 
 class FusedLoraConv1d(_FusedLoraConv, PeftConv1d):
@@ -90,20 +100,20 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def _changed(layer: Any) -> bool:
-    """What may change after ``accelerate``: a variant other than DoRA, a bias of B, hooks inside."""
+def _changed(layer: Any) -> str | None:
+    """Why this call is none of ours, or ``None``; what it asks may change after ``accelerate``."""
     for name in layer.active_adapters:
-        variant = layer.lora_variant.get(name)
+        variant, dropout = layer.lora_variant.get(name), layer.lora_dropout._modules.get(name)
         if variant is not None and type(variant) not in _DORA:
-            return True
-        if layer.lora_bias.get(name) or type(layer.lora_dropout[name]) not in (nn.Identity, nn.Dropout):
-            return True
-    return any(_hooked(module) for module in layer.modules() if module is not layer)
-
-
-def _hooked(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    return any(hooks) or bool(module._backward_hooks or module._backward_pre_hooks)
+            return f"adapter {name!r} uses {type(variant).__name__}"
+        if variant is not None and dora.ENABLE_DORA_CACHING and not layer.training:
+            return "PEFT's DoraCaching keeps its norms"
+        if layer.lora_bias.get(name):
+            return f"adapter {name!r} has lora_bias"
+        if type(dropout) not in _DROPOUTS:
+            return f"adapter {name!r} has {type(dropout).__name__} for its dropout, not nn.Dropout"
+    inside = any(hooked(module) for module in layer.modules() if module is not layer)
+    return "it has forward or backward hooks inside" if inside else None
 
 
 def why_not(layer: Any) -> str | None:
@@ -116,4 +126,4 @@ def why_not(layer: Any) -> str | None:
             return "its convolution has groups, dilation or a padding mode"
     elif getattr(layer, "tp_layer", None) is not None:
         return "its embedding is split over processes"
-    return "it has another variant, lora_bias, another dropout, or hooks inside" if _changed(layer) else None
+    return _changed(layer)

@@ -5,20 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.tuners.lora import dora
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from ..nn.groups import Member, grouped
-from ..ops.dora_linear import fused_dora
+from ..ops.dora_linear import fused_dora, scaled_dora
 from ..ops.lora_linear import fused
+from ..ops.low_rank_norm import low_rank_norm
 from ..quant import QuantizedWeight
 
 _DROPOUTS = (nn.Identity, nn.Dropout)
 _IDENTITY = nn.Identity()
 
 
-class FusedLoraLinear(PeftLinear):
+class PeftNamed:
+    """Comes before a class of PEFT's: what people print and PEFT's status show goes on under its name."""
+
+    def _get_name(self) -> str:
+        # The names of this class and of the one that it extends differ; the latter is PEFT's.
+        return next(kind.__name__ for kind in type(self).__mro__ if kind.__module__.startswith("peft."))
+
+
+class FusedLoraLinear(PeftNamed, PeftLinear):
     """PEFT's LoRA ``Linear`` with another forward; everything else, state included, is PEFT's.
 
     y = x Wᵀ + b + Σ_i s_i · (drop_i(x) A_iᵀ) B_iᵀ over the active adapters i; for one adapter with DoRA
@@ -59,11 +69,7 @@ class FusedLoraLinear(PeftLinear):
         names, base = self._names_now(x), self._modules["base_layer"]
         if len(names) != 1 or self.fan_in_fan_out or names[0] in self.lora_variant:
             return None
-        (name,) = names
-        lora_a, lora_b = (self._modules[part]._modules[name].weight for part in ("lora_A", "lora_B"))
-        return Member(
-            base.weight, lora_a, lora_b, base.bias, None, self.scaling[name], dropout_of(self, name)
-        )
+        return member_of(self, names[0], base.weight)
 
 
 def dropout_of(layer: PeftLinear, name: str) -> float:
@@ -72,59 +78,119 @@ def dropout_of(layer: PeftLinear, name: str) -> float:
     return module.p if module.training and isinstance(module, nn.Dropout) else 0.0
 
 
+def _factors(layer: PeftLinear, name: str) -> tuple[Tensor, Tensor]:
+    """A and B."""
+    modules = layer._modules
+    return modules["lora_A"]._modules[name].weight, modules["lora_B"]._modules[name].weight
+
+
+def scale_and_gate(scaling: Any, lora_a: Tensor) -> tuple[float, Tensor | None]:
+    """s and g of an adapter whose scaling PEFT's hot swapping may have made a tensor: that is g then.
+
+    A number of it would be fixed in what ``torch.compile`` has made.
+    """
+    if isinstance(scaling, Tensor):
+        return 1.0, scaling.to(lora_a.device).expand(lora_a.shape[0])
+    return scaling, None
+
+
 def branch(
     layer: PeftLinear, name: str, x: Tensor, weight: Tensor | QuantizedWeight | None, bias: Tensor | None
 ) -> Tensor:
     """One adapter's call, with the base product where there is a weight."""
-    lora_a = layer._modules["lora_A"]._modules[name].weight
-    lora_b = layer._modules["lora_B"]._modules[name].weight
-    return fused(x, weight, lora_a, lora_b, bias, None, None, layer.scaling[name], dropout_of(layer, name))
+    lora_a, lora_b = _factors(layer, name)
+    scaling, gate = scale_and_gate(layer.scaling[name], lora_a)
+    return fused(x, weight, lora_a, lora_b, bias, gate, None, scaling, dropout_of(layer, name))
+
+
+def member_of(layer: Any, name: str, weight: Tensor | QuantizedWeight) -> Member:
+    """One adapter's call, as a group takes it."""
+    lora_a, lora_b = _factors(layer, name)
+    scaling, gate = scale_and_gate(layer.scaling[name], lora_a)
+    bias = layer._modules["base_layer"].bias
+    return Member(weight, lora_a, lora_b, bias, gate, scaling, dropout_of(layer, name))
 
 
 def _dora(layer: PeftLinear, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    magnitude = layer.lora_magnitude_vector[name].weight
-    return fused_dora(
-        x, weight, lora_a, lora_b, magnitude, bias, layer.scaling[name], dropout_of(layer, name)
-    )
+    lora_a, lora_b = _factors(layer, name)
+    scaling, gate = scale_and_gate(layer.scaling[name], lora_a)
+    lora_b = lora_b if gate is None else lora_b * gate
+    module, p = layer.lora_magnitude_vector[name], dropout_of(layer, name)
+    if dora.ENABLE_DORA_CACHING and not module.training:
+        scale = module.weight / _cached_norm(module, name, weight, lora_a, lora_b, scaling)
+        return scaled_dora(x, weight, lora_a, lora_b, scale, bias, scaling, p)
+    return fused_dora(x, weight, lora_a, lora_b, magnitude_of(module), bias, scaling, p)
+
+
+def magnitude_of(module: Any) -> Tensor:
+    """m, in a call outside of ``DoraCaching``, which forgets what was kept as PEFT's does."""
+    if module._dora_cache:
+        module._cache_clear()
+    return module.weight
+
+
+def _cached_norm(module: Any, name: str, weight: Tensor, *low_rank: Any) -> Tensor:
+    """‖W + s B A‖ by row from where PEFT's ``DoraCaching`` keeps it."""
+    key = f"weight-norm-{name}"
+    norm = module._cache_get(key, None)
+    if norm is None:
+        norm = low_rank_norm(weight.detach(), *low_rank).detach()
+        module._cache_store(key, norm)
+    return norm
 
 
 def stacked(layer: PeftLinear, names: list[str], bias: Tensor | None) -> tuple[Any, ...]:
     """The arguments of one call for several adapters: ranks side by side, their scales in the gate."""
-    lora_a = torch.cat([layer.lora_A[name].weight for name in names])
-    lora_b = torch.cat([layer.lora_B[name].weight for name in names], 1)
-    gates = [lora_a.new_full((layer.lora_A[name].weight.shape[0],), layer.scaling[name]) for name in names]
-    return lora_a, lora_b, bias, torch.cat(gates), None, 1.0, 0.0
+    lora_as, lora_bs = zip(*(_factors(layer, name) for name in names), strict=True)
+    gates = [_as_gate(layer.scaling[name], lora_a) for name, lora_a in zip(names, lora_as, strict=True)]
+    return torch.cat(lora_as), torch.cat(lora_bs, 1), bias, torch.cat(gates), None, 1.0, 0.0
 
 
-def unsupported_now(layer: PeftLinear) -> bool:
-    """What may change after :func:`accelerate`: a variant of an active adapter, hooks on inner modules.
+def _as_gate(scaling: Any, lora_a: Tensor) -> Tensor:
+    number, gate = scale_and_gate(scaling, lora_a)
+    return lora_a.new_full(lora_a.shape[:1], number) if gate is None else gate.to(lora_a.dtype)
 
-    A base layer whose forward was replaced is one of these: Accelerate's device maps do that.
+
+def unsupported_now(layer: PeftLinear) -> str | None:
+    """Why no fused call covers the layer as it is now, or ``None``.
+
+    What it asks may change after :func:`accelerate`. A base layer whose forward was replaced is one of
+    these: Accelerate's device maps do that.
     """
     modules = layer._modules
     variants = layer.lora_variant
     for name in layer.active_adapters:
-        if name in variants and not _plain_dora(layer, name):
-            return True
-        if type(modules["lora_dropout"]._modules.get(name, _IDENTITY)) not in _DROPOUTS:
-            return True
+        if name in variants and (reason := _why_not_variant(layer, name)):
+            return reason
+        dropout = modules["lora_dropout"]._modules.get(name, _IDENTITY)
+        if type(dropout) not in _DROPOUTS:
+            return f"adapter {name!r} has {type(dropout).__name__} for its dropout, not nn.Dropout"
         for part in ("lora_A", "lora_B"):
             module = modules[part]._modules.get(name)
-            if module is not None and (_hooked(module) or module.bias is not None):
-                return True
-    return _hooked(modules["base_layer"]) or "forward" in vars(modules["base_layer"])
+            if module is None:
+                continue
+            if module.bias is not None:
+                return f"adapter {name!r} has lora_bias"
+            if hooked(module):
+                return f"adapter {name!r} has forward or backward hooks on {part}"
+    if "forward" in vars(modules["base_layer"]):
+        return "the forward of its base layer was replaced"
+    return "its base layer has forward or backward hooks" if hooked(modules["base_layer"]) else None
 
 
-def _plain_dora(layer: PeftLinear, name: str) -> bool:
-    """Whether a variant is DoRA, its magnitude beside the weight and without hooks."""
+def _why_not_variant(layer: PeftLinear, name: str) -> str | None:
+    """Why a variant is not DoRA, its magnitude beside the weight and without hooks."""
     if type(layer.lora_variant[name]) is not DoraLinearVariant:
-        return False
+        return f"adapter {name!r} uses {type(layer.lora_variant[name]).__name__}"
     module: Any = layer.lora_magnitude_vector[name]
-    return not _hooked(module) and module.weight.device == layer.base_layer.weight.device
+    if hooked(module):
+        return f"adapter {name!r} has forward or backward hooks on its magnitude"
+    away = module.weight.device != layer.base_layer.weight.device
+    return f"the magnitude of adapter {name!r} is on {module.weight.device}" if away else None
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody listens to the module's calls."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -144,22 +210,10 @@ def why_not(layer: PeftLinear) -> str | None:
         return f"fan_in_fan_out is {layer.fan_in_fan_out} for a {type(base).__name__}"
     if "forward" in vars(layer):
         return "its forward was replaced"
-    return why_not_adapters(layer)
+    return unsupported_now(layer)
 
 
 def _is_conv1d(base: nn.Module) -> bool:
     """Whether ``base`` is GPT-2's linear, whose weight is [in, out]."""
     kind = type(base)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-
-
-def why_not_adapters(layer: PeftLinear) -> str | None:
-    """What of the active adapters or inside the layer no fused call covers, or ``None``."""
-    for name in layer.active_adapters:
-        if name in layer.lora_variant and type(layer.lora_variant[name]) is not DoraLinearVariant:
-            return f"adapter {name!r} uses {type(layer.lora_variant[name]).__name__}"
-        if name in layer.lora_B and layer.lora_B[name].bias is not None:
-            return f"adapter {name!r} has lora_bias"
-    if "forward" in vars(layer.base_layer):
-        return "the forward of its base layer was replaced"
-    return "it has forward or backward hooks inside" if unsupported_now(layer) else None

@@ -17,10 +17,10 @@ from ..ops._inputs import autocasts, compute_dtype
 from ..ops.lora_linear import fused
 from ..ops.quantized_linear import quantized_linear
 from ..quant.bnb import from_bitsandbytes, why_not_bitsandbytes
-from .peft_linear import branch, dropout_of, stacked, unsupported_now, why_not_adapters
+from .peft_linear import PeftNamed, branch, dropout_of, member_of, stacked, unsupported_now
 
 
-class _FusedQuantized:
+class _FusedQuantized(PeftNamed):
     """PEFT's LoRA over a quantised weight, which is read where it lies; all else, state included, is PEFT's.
 
     y = x Wᵀ + b + Σ_i s_i · (drop_i(x) A_iᵀ) B_iᵀ over the active adapters i, in the dtype that
@@ -64,10 +64,7 @@ class _FusedQuantized:
         names, dtype = self._names_now(), self._base_dtype(x)
         if len(names) != 1 or not (_shares_dtype(x, dtype) if autocasts(x) else x.dtype == dtype):
             return None
-        (name,), base = names, self._modules["base_layer"]
-        lora_a, lora_b = (self._modules[part]._modules[name].weight for part in ("lora_A", "lora_B"))
-        weight, scaling = from_bitsandbytes(base), self.scaling[name]
-        return Member(weight, lora_a, lora_b, base.bias, None, scaling, dropout_of(self, name))
+        return member_of(self, names[0], from_bitsandbytes(self._modules["base_layer"]))
 
 
 class FusedLoraLinear4bit(_FusedQuantized, Linear4bit):
@@ -115,4 +112,4 @@ def why_not(layer: Any) -> str | None:
     for name in layer.active_adapters:
         if name in layer.lora_variant:
             return f"adapter {name!r} uses {type(layer.lora_variant[name]).__name__} over a quantised weight"
-    return why_not_bitsandbytes(base) or why_not_adapters(layer)
+    return why_not_bitsandbytes(base) or unsupported_now(layer)

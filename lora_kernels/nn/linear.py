@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters import Adapter, Factors, LoRAConfig
+from ..adapters import Factors, LoRAConfig
 from ..ops._inputs import autocasts
 from ..ops.dora_linear import fused_dora, output_scale
 from ..ops.lora_linear import fused
@@ -68,26 +68,21 @@ class LinearAdapterLayer(AdapterLayer):
         if self.merged or not self.active:
             return self._base(x, self.weight)
         weight, active = self._matrix(self.weight), [self.adapters[name] for name in self.active]
-        if any(adapter.lower().magnitude is not None for adapter in active):
-            return self._forward_scaled(x, active)
-        if not self.training or not any(adapter.lora_dropout for adapter in active):
-            lora_a, lora_b, scaling, gate, _ = stack([adapter.lower() for adapter in active])
-            return fused(x, weight, lora_a, lora_b, self.bias, gate, None, scaling, 0.0)
-        first, *others = active
-        y = self._call(x, first, weight, self.bias)
-        for adapter in others:
-            y = y + self._call(x, adapter, None, None)
+        factors = [adapter.lower() for adapter in active]
+        ps = [adapter.lora_dropout if self.training else 0.0 for adapter in active]
+        if any(one.magnitude is not None for one in factors):
+            return self._forward_scaled(x, factors, ps)
+        if not any(ps):
+            return _call(x, stack(factors), 0.0, weight, self.bias)
+        y = _call(x, factors[0], ps[0], weight, self.bias)
+        for one, p in zip(factors[1:], ps[1:], strict=True):
+            y = y + _call(x, one, p)
         return y
 
     def _base(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, self._matrix(weight), self.bias)
 
-    def _call(self, x: Tensor, adapter: Adapter, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        lora_a, lora_b, scaling, gate, _ = adapter.lower()
-        p = adapter.lora_dropout if self.training else 0.0
-        return fused(x, weight, lora_a, lora_b, bias, gate, None, scaling, p)
-
-    def _forward_scaled(self, x: Tensor, active: list[Adapter]) -> Tensor:
+    def _forward_scaled(self, x: Tensor, factors: list[Factors], ps: list[float]) -> Tensor:
         """Several adapters with DoRA among them, as PEFT adds them up.
 
         One after the other, each scales what those before it gave; its norms are those of W with itself
@@ -95,17 +90,23 @@ class LinearAdapterLayer(AdapterLayer):
         """
         weight = self._matrix(self.weight)
         y = F.linear(x, weight)
-        for adapter in active:
-            lora_a, lora_b, scaling, _, magnitude = adapter.lower()
-            p = adapter.lora_dropout if self.training else 0.0
+        for one, p in zip(factors, ps, strict=True):
+            lora_a, lora_b, scaling, _, magnitude = one
             if magnitude is None:
-                y = y + self._call(x, adapter, None, None)
+                y = y + _call(x, one, p)
                 continue
             scale = output_scale(weight, lora_a, lora_b, magnitude, scaling).to(y.dtype)
             d = F.dropout(x, p) if p else x
             branch = fused(d, None, lora_a, lora_b, None, None, None, scaling, 0.0)
             y = y + (scale - 1) * (F.linear(d, weight) if p else y) + scale * branch
         return y if self.bias is None else y + self.bias
+
+
+def _call(
+    x: Tensor, factors: Factors, p: float, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    lora_a, lora_b, scaling, gate, _ = factors
+    return fused(x, weight, lora_a, lora_b, bias, gate, None, scaling, p)
 
 
 class LoRALinear(LinearAdapterLayer, nn.Linear):

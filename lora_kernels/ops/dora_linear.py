@@ -100,6 +100,20 @@ def fused_dora(
 ) -> Tensor:
     """:func:`dora_linear` for arguments already known to fit: what modules call at every step."""
     scale = output_scale(weight, lora_a, lora_b, magnitude, scaling)
+    return scaled_dora(x, weight, lora_a, lora_b, scale, bias, scaling, dropout_p)
+
+
+def scaled_dora(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> Tensor:
+    """:func:`fused_dora` where c is known already."""
     if autocasts(x):
         # Outside the Function, so that autograd casts the gradients back. The norm is of W as it is.
         dtype = compute_dtype(x)

@@ -391,3 +391,20 @@ def test_adapters_are_modules_without_a_forward_of_their_own():
     with pytest.raises(NotImplementedError):
         make(3, 3, LoRAConfig(r=1))(torch.zeros(3))
     assert isinstance(make(3, 3, LoRAConfig(r=1)), nn.Module)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("count", [1, 2])
+def test_each_active_adapter_lowers_once_a_call(method, dropout, count, monkeypatch):
+    """What a method computes from its parameters may be dear, and may be drawn at random."""
+    layer = LoRALinear(6, 5, r=2, method=method, lora_dropout=dropout)
+    layer.add_adapter("other", LoRAConfig(r=2, method=method, lora_dropout=dropout))
+    layer.set_adapter(["default", "other"][:count])
+    calls, kind = [], type(layer.adapters["default"])
+    real = kind.lower
+    monkeypatch.setattr(kind, "lower", lambda self: (calls.append(self), real(self))[1])
+    for run in (lambda: layer(torch.randn(3, 6)), layer.merged_weight):
+        calls.clear()
+        run()
+        assert len(calls) == len(set(calls)) == count
