@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import dora_linear, use_backend
+from lora_kernels._arguments import DoraInputs
 from lora_kernels.reference.dora_linear import composite
 
 from . import providers
@@ -62,7 +63,7 @@ def _eager(problem: Problem) -> Runner:
 
     def call(x: Tensor) -> Tensor:
         scale = m / torch.linalg.norm(weight + SCALING * (b @ a), dim=1).detach()
-        return composite(x, weight, a, b, scale, None, SCALING)
+        return composite(DoraInputs(x, weight, a, b, scale, scaling=SCALING))
 
     return Runner(call, (a, b, m))
 

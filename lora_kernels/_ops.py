@@ -14,6 +14,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ._arguments import (
+    DoraBackward,
+    DoraInputs,
+    GroupBackward,
+    GroupInputs,
+    LoraBackward,
+    LoraInputs,
+    QuantizedInputs,
+    flat,
+)
+
 NAMESPACE = "lora_kernels"
 
 # Slots of one adapter that one tile of a plan has.
@@ -194,47 +205,29 @@ def _fake_dropout_mask(seed: Tensor, rows: int, cols: int, dropout_p: float) -> 
     return seed.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
 
 
-def _fake_lora_linear(
-    x: Tensor,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    x_lora: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+@flat(LoraInputs)
+def _fake_lora_linear(inputs: LoraInputs) -> tuple[Tensor, Tensor, Tensor]:
+    x = inputs.x
     rows, cols = x.shape
-    mask_shape = (0,) if seed is None else (rows, (cols + 7) // 8)
+    mask_shape = (0,) if inputs.seed is None else (rows, (cols + 7) // 8)
     return (
-        x.new_empty(rows, lora_b.shape[0]),
-        x.new_empty(rows, lora_a.shape[0]),
+        x.new_empty(rows, inputs.lora_b.shape[0]),
+        x.new_empty(rows, inputs.lora_a.shape[0]),
         x.new_empty(mask_shape, dtype=torch.uint8),
     )
 
 
-def _fake_lora_linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    h: Tensor | None,
-    gate: Tensor | None,
-    mask: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    separate: bool,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    dx = dy.new_empty(dy.shape[0], lora_a.shape[1]) if needs[0] or needs[4] else None
-    grads = (dx, lora_a, lora_b, gate, dx)
-    contiguous = torch.contiguous_format
+@flat(LoraBackward)
+def _fake_lora_linear_backward(saved: LoraBackward) -> list[Tensor]:
+    dy, needs = saved.dy, saved.needs
+    dx = dy.new_empty(dy.shape[0], saved.lora_a.shape[1]) if needs[0] or needs[4] else None
+    return _empty_like((dx, saved.lora_a, saved.lora_b, saved.gate, dx), needs)
+
+
+def _empty_like(likes: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
     return [
-        torch.empty_like(like, memory_format=contiguous)
-        for like, needed in zip(grads, needs, strict=True)
+        torch.empty_like(like, memory_format=torch.contiguous_format)
+        for like, needed in zip(likes, needs, strict=True)
         if needed and like is not None
     ]
 
@@ -288,80 +281,34 @@ def _fake_low_rank_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling:
     return weight.new_empty(weight.shape[0], dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
-def _fake_dora_linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    keep_z: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, h, mask = _fake_lora_linear(x, weight, lora_a, lora_b, bias, None, None, seed, scaling, dropout_p)
-    return y, y.new_empty(x.shape[0] if keep_z else 0, y.shape[1]), h, mask
+@flat(DoraInputs)
+def _fake_dora_linear(inputs: DoraInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, weight, lora_a, lora_b, _, bias, seed, *_ = inputs
+    y, h, mask = _fake_lora_linear(x, weight, lora_a, lora_b, bias, None, None, seed)
+    return y, y.new_empty(x.shape[0] if inputs.keep_z else 0, y.shape[1]), h, mask
 
 
-def _fake_dora_linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: Tensor,
-    z: Tensor | None,
-    h: Tensor | None,
-    mask: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    grads = (dy.new_empty(dy.shape[0], lora_a.shape[1]), lora_a, lora_b, scale)
-    return [g.new_empty(g.shape) for g, needed in zip(grads, needs, strict=True) if needed]
+@flat(DoraBackward)
+def _fake_dora_linear_backward(saved: DoraBackward) -> list[Tensor]:
+    dx = saved.dy.new_empty(saved.dy.shape[0], saved.lora_a.shape[1])
+    return _empty_like((dx, saved.lora_a, saved.lora_b, saved.scale), saved.needs)
 
 
-def _fake_lora_linear_group(
-    x: Tensor,
-    weights: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    gates: Sequence[Tensor | None],
-    seeds: Tensor | None,
-    scalings: Sequence[float],
-    dropout_ps: Sequence[float],
-) -> list[Tensor]:
+@flat(GroupInputs)
+def _fake_lora_linear_group(inputs: GroupInputs) -> list[Tensor]:
+    x = inputs.x
     rows, cols = x.shape
-    ys = [x.new_empty(rows, b.shape[0]) for b in lora_bs]
-    hs = [x.new_empty(rows, a.shape[0]) for a in lora_as]
-    dropping = sum(p > 0.0 for p in dropout_ps)
+    ys = [x.new_empty(rows, b.shape[0]) for b in inputs.lora_bs]
+    hs = [x.new_empty(rows, a.shape[0]) for a in inputs.lora_as]
+    dropping = sum(p > 0.0 for p in inputs.dropout_ps)
     return ys + hs + [x.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8) for _ in range(dropping)]
 
 
-def _fake_lora_linear_group_backward(
-    dys: Sequence[Tensor],
-    x: Tensor | None,
-    weights: Sequence[Tensor],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-    gates: Sequence[Tensor | None],
-    masks: Sequence[Tensor | None],
-    scalings: Sequence[float],
-    dropout_ps: Sequence[float],
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    dx = dys[0].new_empty(dys[0].shape[0], lora_as[0].shape[1])
-    members = zip(lora_as, lora_bs, gates, strict=True)
-    likes = (dx, *(like for member in members for like in member))
-    contiguous = torch.contiguous_format
-    return [
-        torch.empty_like(like, memory_format=contiguous)
-        for like, needed in zip(likes, needs, strict=True)
-        if needed and like is not None
-    ]
+@flat(GroupBackward)
+def _fake_lora_linear_group_backward(saved: GroupBackward) -> list[Tensor]:
+    dx = saved.dys[0].new_empty(saved.dys[0].shape[0], saved.lora_as[0].shape[1])
+    members = zip(saved.lora_as, saved.lora_bs, saved.gates, strict=True)
+    return _empty_like((dx, *(like for member in members for like in member)), saved.needs)
 
 
 def _fake_glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -408,23 +355,9 @@ def _fake_quantized_linear(
     return None
 
 
-def _fake_quantized_lora_linear(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    x_lora: Tensor | None,
-    seed: Tensor | None,
-    format: str,
-    block: int,
-    scaling: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_lora_linear(x, None, lora_a, lora_b, bias, gate, x_lora, seed, scaling, dropout_p)
+@flat(QuantizedInputs)
+def _fake_quantized_lora_linear(inputs: QuantizedInputs) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_lora_linear(*inputs.over(None))
 
 
 def register(op: str, function: Callable[..., object]) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _products, planner
+from ._arguments import LoraBackward, LoraInputs
 from .kernels import traffic
 from .ops.lora_linear import lora_linear
 from .planner import Entry, Plan, Problem, Table
@@ -67,13 +68,13 @@ class Result:
 class Work:
     """One plan on one problem: what a timer calls."""
 
-    def __init__(self, plan: Plan, args: tuple[Any, ...], op: str) -> None:
+    def __init__(self, plan: Plan, args: LoraInputs | LoraBackward, op: str) -> None:
         module = importlib.import_module(f".kernels.{plan.strategy}", __package__)
         self.plan, self._args = plan, args
         self._run = module.backward if op.endswith("backward") else module.forward
 
     def __call__(self, _: Any = None) -> Sequence[Tensor]:
-        return self._run(self.plan, *self._args)
+        return self._run(self.plan, self._args)
 
 
 def plans(problem: Problem) -> tuple[Plan, ...]:
@@ -104,7 +105,7 @@ def measure(problem: Problem, device: torch.device, timer: Timer, repeats: int) 
     return Result(problem, Entry(problem, times) if times else None, tuple(failed))
 
 
-def operands(problem: Problem, device: torch.device) -> tuple[Any, ...]:
+def operands(problem: Problem, device: torch.device) -> LoraInputs | LoraBackward:
     """The arguments of the op, of order one."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -119,10 +120,11 @@ def operands(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     seed = torch.full((1,), 7, dtype=torch.int64, device=device) if p.dropout else None
     dropout_p = DROPOUT_P if p.dropout else 0.0
     if not p.op.endswith("backward"):
-        return x, weight, a, b, None, None, None, seed, SCALING, dropout_p
+        return LoraInputs(x, weight, a, b, seed=seed, scaling=SCALING, dropout_p=dropout_p)
     mask = None if seed is None else reference_dropout.dropout_mask(seed, p.rows, p.cols, dropout_p)
     dropped = x if mask is None else reference_dropout.dropout_apply(x, mask, dropout_p)
-    return dy, x, weight, a, b, dropped @ a.T, None, mask, SCALING, dropout_p, False, _NEEDS
+    h = dropped @ a.T
+    return LoraBackward(dy, x, weight, a, b, h, None, mask, SCALING, dropout_p, False, _NEEDS)
 
 
 def _expected(problem: Problem, args: tuple[Any, ...]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

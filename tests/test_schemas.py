@@ -19,6 +19,7 @@ from lora_kernels import (
     slice_adapters,
     stack_adapters,
 )
+from lora_kernels.ops import _dispatch
 from lora_kernels.testing import TENSORS, LoraCase, lora_inputs
 
 CASES = {
@@ -294,3 +295,17 @@ def test_fake_kernel_tells_shape_dtype_and_strides(op, args, backend):
     pairs = zip(*(r if isinstance(r, (tuple, list)) else (r,) for r in (real, fake)), strict=True)
     for number, (one, other) in enumerate(pairs):
         assert layout(one) == layout(other), f"result {number}"
+
+
+def test_an_op_that_does_not_say_its_rank_is_an_error():
+    with pytest.raises(NotImplementedError, match="new_op: name the argument that has its rank"):
+        _dispatch._rank_reader("new_op")
+
+
+RANKS = {"low_rank_norm": 3, "multi_lora_linear": 3, "multi_lora_linear_backward": 3}
+
+
+@pytest.mark.parametrize("op", sorted(set(_dispatch._RANKS) & set(SAMPLES | IN_PLACE_SAMPLES)))
+def test_the_rank_is_read_from_the_argument_that_has_it(op):
+    for args in (SAMPLES | IN_PLACE_SAMPLES)[op].values():
+        assert _dispatch._READERS[op](args) == RANKS.get(op, 4)

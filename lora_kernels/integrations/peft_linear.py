@@ -10,7 +10,8 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from ..nn.groups import Member, grouped
+from .._arguments import LoraInputs
+from ..nn.groups import grouped
 from ..ops.dora_linear import fused_dora, scaled_dora
 from ..ops.lora_linear import fused
 from ..ops.low_rank_norm import low_rank_norm
@@ -50,10 +51,10 @@ class FusedLoraLinear(PeftNamed, PeftLinear):
         if self.lora_variant and any(name in self.lora_variant for name in names):
             return super().forward(x) if len(names) > 1 else _dora(self, names[0], x, weight, base.bias)
         if len(names) > 1 and not any(dropout_of(self, name) for name in names):
-            return fused(x, weight, *stacked(self, names, base.bias))
-        y = branch(self, names[0], x, weight, base.bias)
+            return fused(stacked(self, names, x, weight, base.bias))
+        y = fused(inputs_of(self, names[0], x, weight, base.bias))
         for name in names[1:]:
-            y = y + branch(self, name, x, None, None)
+            y = y + fused(inputs_of(self, name, x))
         return y
 
     def _names_now(self, x: Tensor) -> list[str]:
@@ -64,12 +65,12 @@ class FusedLoraLinear(PeftNamed, PeftLinear):
         same = x.dtype == self._modules["base_layer"].weight.dtype
         return names if same or torch.is_autocast_enabled(x.device.type) else []
 
-    def group_member(self, x: Tensor) -> Member | None:
+    def group_member(self, x: Tensor) -> LoraInputs | None:
         """What this layer computes for ``x``, where that is one plain fused linear."""
         names, base = self._names_now(x), self._modules["base_layer"]
         if len(names) != 1 or self.fan_in_fan_out or names[0] in self.lora_variant:
             return None
-        return member_of(self, names[0], base.weight)
+        return inputs_of(self, names[0], x, base.weight, base.bias)
 
 
 def dropout_of(layer: PeftLinear, name: str) -> float:
@@ -94,21 +95,18 @@ def scale_and_gate(scaling: Any, lora_a: Tensor) -> tuple[float, Tensor | None]:
     return scaling, None
 
 
-def branch(
-    layer: PeftLinear, name: str, x: Tensor, weight: Tensor | QuantizedWeight | None, bias: Tensor | None
-) -> Tensor:
+def inputs_of(
+    layer: Any,
+    name: str,
+    x: Tensor,
+    weight: Tensor | QuantizedWeight | None = None,
+    bias: Tensor | None = None,
+) -> LoraInputs:
     """One adapter's call, with the base product where there is a weight."""
     lora_a, lora_b = _factors(layer, name)
     scaling, gate = scale_and_gate(layer.scaling[name], lora_a)
-    return fused(x, weight, lora_a, lora_b, bias, gate, None, scaling, dropout_of(layer, name))
-
-
-def member_of(layer: Any, name: str, weight: Tensor | QuantizedWeight) -> Member:
-    """One adapter's call, as a group takes it."""
-    lora_a, lora_b = _factors(layer, name)
-    scaling, gate = scale_and_gate(layer.scaling[name], lora_a)
-    bias = layer._modules["base_layer"].bias
-    return Member(weight, lora_a, lora_b, bias, gate, scaling, dropout_of(layer, name))
+    p = dropout_of(layer, name)
+    return LoraInputs(x, weight, lora_a, lora_b, bias, gate, None, None, scaling, p)
 
 
 def _dora(layer: PeftLinear, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -139,11 +137,13 @@ def _cached_norm(module: Any, name: str, weight: Tensor, *low_rank: Any) -> Tens
     return norm
 
 
-def stacked(layer: PeftLinear, names: list[str], bias: Tensor | None) -> tuple[Any, ...]:
-    """The arguments of one call for several adapters: ranks side by side, their scales in the gate."""
+def stacked(
+    layer: PeftLinear, names: list[str], x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None
+) -> LoraInputs:
+    """One call for several adapters: ranks side by side, their scales in the gate."""
     lora_as, lora_bs = zip(*(_factors(layer, name) for name in names), strict=True)
     gates = [_as_gate(layer.scaling[name], lora_a) for name, lora_a in zip(names, lora_as, strict=True)]
-    return torch.cat(lora_as), torch.cat(lora_bs, 1), bias, torch.cat(gates), None, 1.0, 0.0
+    return LoraInputs(x, weight, torch.cat(lora_as), torch.cat(lora_bs, 1), bias, torch.cat(gates))
 
 
 def _as_gate(scaling: Any, lora_a: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ import torch
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
-from ..nn.groups import Member, grouped
+from .._arguments import LoraInputs
+from ..nn.groups import grouped
 from ..ops._inputs import autocasts, compute_dtype
 from ..ops.lora_linear import fused
 from ..ops.quantized_linear import quantized_linear
 from ..quant.bnb import from_bitsandbytes, why_not_bitsandbytes
-from .peft_linear import PeftNamed, branch, dropout_of, member_of, stacked, unsupported_now
+from .peft_linear import PeftNamed, dropout_of, inputs_of, stacked, unsupported_now
 
 
 class _FusedQuantized(PeftNamed):
@@ -52,19 +53,20 @@ class _FusedQuantized(PeftNamed):
             with torch.autocast(x.device.type, enabled=False):
                 bias = None if bias is None else bias.to(dtype)
                 y = quantized_linear(x.to(dtype), weight, bias).to(x.dtype)
-            return sum((branch(self, name, x, None, None) for name in names), start=y)
+            return sum((fused(inputs_of(self, name, x)) for name in names), start=y)
         x = x if autocasts(x) else x.to(dtype)
         if len(names) > 1 and not any(dropout_of(self, name) for name in names):
-            return fused(x, weight, *stacked(self, names, bias))
-        y = branch(self, names[0], x, weight, bias)
-        return sum((branch(self, name, x, None, None) for name in names[1:]), start=y)
+            return fused(stacked(self, names, x, weight, bias))
+        y = fused(inputs_of(self, names[0], x, weight, bias))
+        return sum((fused(inputs_of(self, name, x)) for name in names[1:]), start=y)
 
-    def group_member(self: Any, x: Tensor) -> Member | None:
+    def group_member(self: Any, x: Tensor) -> LoraInputs | None:
         """What this layer computes for ``x``, where that is one plain fused linear."""
         names, dtype = self._names_now(), self._base_dtype(x)
         if len(names) != 1 or not (_shares_dtype(x, dtype) if autocasts(x) else x.dtype == dtype):
             return None
-        return member_of(self, names[0], from_bitsandbytes(self._modules["base_layer"]))
+        base = self._modules["base_layer"]
+        return inputs_of(self, names[0], x, from_bitsandbytes(base), base.bias)
 
 
 class FusedLoraLinear4bit(_FusedQuantized, Linear4bit):

@@ -8,7 +8,6 @@ over rows or strips are written as fp32 partials and added in a fixed order: no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._arguments import LoraBackward, LoraInputs
 from ..planner import Plan
 from ..reference.lora_linear import grad_gate, grad_x
 from .config import (
@@ -241,24 +241,12 @@ def sum_parts(parts: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     return out
 
 
-def forward(
-    plan: Plan,
-    x: Tensor,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    x_lora: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(plan: Plan, inputs: LoraInputs) -> tuple[Tensor, Tensor, Tensor]:
     """The forward op of ``_ops.py``: y, h and the packed keep bits."""
+    x, weight, lora_a, lora_b, bias, gate, _, seed, scaling, dropout_p = inputs
     y = x.new_empty(x.shape[0], lora_b.shape[0])
-    branch = x if x_lora is None else x_lora
     changes = plan.tile.get("forward")
-    h, mask = branch_pass(branch, lora_a, seed, dropout_p, lora_b, bias, gate, scaling, y, changes)
+    h, mask = branch_pass(inputs.branch, lora_a, seed, dropout_p, lora_b, bias, gate, scaling, y, changes)
     return (y if weight is None else y.addmm_(x, weight.T)), h, mask
 
 
@@ -296,30 +284,18 @@ def branch_pass(
     return h, mask
 
 
-def backward(
-    plan: Plan,
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    h: Tensor | None,
-    gate: Tensor | None,
-    mask: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    separate: bool,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+def backward(plan: Plan, saved: LoraBackward) -> list[Tensor]:
     """The backward op of ``_ops.py``: the gradients that ``needs`` asks for."""
-    needs_x, needs_a, _, _, needs_x_lora = needs
-    dh, db, dgate = factor_grads(plan, dy, lora_b, h, gate, scaling, needs)
+    needs_x, needs_a, _, _, needs_x_lora = saved.needs
+    lora_a, separate = saved.lora_a, saved.separate
+    dh, db, dgate = factor_grads(plan, saved)
     needs_branch = needs_x_lora or (needs_x and not separate)
-    changes = plan.tile.get("x")
-    branch, da = x_pass(x if needs_a else None, dh, lora_a, mask, dropout_p, needs_branch, changes)
-    dx = grad_x(dy, weight, None if separate else branch, lora_a.shape[1]) if needs_x else None
+    x = saved.x if needs_a else None
+    branch, da = x_pass(x, dh, lora_a, saved.mask, saved.dropout_p, needs_branch, plan.tile.get("x"))
+    base = None if separate else branch
+    dx = grad_x(saved.dy, saved.weight, base, lora_a.shape[1]) if needs_x else None
     grads = (dx, da, db, dgate, branch)
-    return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
+    return [grad for grad, needed in zip(grads, saved.needs, strict=True) if needed]
 
 
 class Unscaling:
@@ -345,17 +321,10 @@ class Unscaling:
             self.dscale = sum_parts(self.dscale, torch.float32, 1.0)
 
 
-def factor_grads(
-    plan: Plan,
-    dy: Tensor,
-    lora_b: Tensor,
-    h: Tensor | None,
-    gate: Tensor | None,
-    scaling: float,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def factor_grads(plan: Plan, saved: LoraBackward) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dH = U ⊙ g in dY's dtype, and dB and dg where ``needs`` asks for them."""
-    _, _, needs_b, needs_gate, _ = needs
+    _, _, needs_b, needs_gate, _ = saved.needs
+    dy, lora_b, h, gate, scaling = saved.dy, saved.lora_b, saved.h, saved.gate, saved.scaling
     u, db = dy_pass(dy, lora_b, h if needs_b else None, gate, scaling, changes=plan.tile.get("dy"))
     dh = u if gate is None else (u * gate).to(dy.dtype)
     return dh, db, grad_gate(u, h, gate) if needs_gate else None

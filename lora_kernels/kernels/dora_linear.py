@@ -7,13 +7,12 @@ dY ⊙ c and dc too; c goes to the rows of B and dB there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._arguments import DoraBackward, DoraInputs, flat
 from .beta import Unscaling, branch_pass, dy_pass, x_pass
 from .launch import unit_columns
 from .primitives import load_keep, load_tile, store_tile
@@ -88,19 +87,10 @@ def _split(x: Tensor, mask: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
     return dropped, rest
 
 
-def dora_linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    keep_z: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@flat(DoraInputs)
+def dora_linear(inputs: DoraInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward op of ``_ops.py``: y, z, h and the packed keep bits."""
+    x, weight, lora_a, lora_b, scale, bias, seed, scaling, dropout_p, keep_z = inputs
     z = x.new_empty(x.shape[0], lora_b.shape[0])
     h, mask = branch_pass(x, lora_a, seed, dropout_p, lora_b, None, None, scaling, z)
     branch, rest = (x, None) if seed is None else _split(x, mask, dropout_p)
@@ -111,21 +101,10 @@ def dora_linear(
     return y, z if keep_z else z.new_empty(0, z.shape[1]), h, mask
 
 
-def dora_linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: Tensor,
-    z: Tensor | None,
-    h: Tensor | None,
-    mask: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+@flat(DoraBackward)
+def dora_linear_backward(saved: DoraBackward) -> list[Tensor]:
     """The backward op of ``_ops.py``: the gradients that ``needs`` asks for."""
+    dy, x, weight, lora_a, lora_b, scale, z, h, mask, scaling, dropout_p, needs = saved
     needs_x, needs_a, needs_b, needs_scale = needs
     dy = unit_columns(dy)
     factor = scale if mask is None else (scale - 1) / (1.0 - dropout_p)

@@ -11,7 +11,6 @@ h, the keep bits, U, dB and dA come from the passes of ``beta``, and so does eve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -20,6 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import planner
+from .._arguments import LoraBackward, LoraInputs
 from ..planner import Plan
 from . import beta
 from .config import GemmTile, kext_tile, replaced
@@ -167,52 +167,27 @@ def _tile(plan: Plan, rows: int, rank: int, like: Tensor) -> GemmTile:
     return replaced(tile, plan.tile.get("gemm"))
 
 
-def forward(
-    plan: Plan,
-    x: Tensor,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    x_lora: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(plan: Plan, inputs: LoraInputs) -> tuple[Tensor, Tensor, Tensor]:
     """The forward op of ``_ops.py``: y, h and the packed keep bits."""
+    x, weight, lora_a, lora_b, bias, gate, _, seed, scaling, dropout_p = inputs
     if weight is None:
-        return beta.forward(plan, x, weight, lora_a, lora_b, bias, gate, x_lora, seed, scaling, dropout_p)
-    branch = x if x_lora is None else x_lora
-    h, mask = beta.branch_pass(branch, lora_a, seed, dropout_p, changes=plan.tile.get("forward"))
+        return beta.forward(plan, inputs)
+    h, mask = beta.branch_pass(inputs.branch, lora_a, seed, dropout_p, changes=plan.tile.get("forward"))
     tile = _tile(plan, x.shape[0], h.shape[1], x)
     y = matmul(x, weight.T, h, lora_b.T, tile, scale=scaling, bias=bias, gate=gate)
     return y, h, mask
 
 
-def backward(
-    plan: Plan,
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    h: Tensor | None,
-    gate: Tensor | None,
-    mask: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    separate: bool,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+def backward(plan: Plan, saved: LoraBackward) -> list[Tensor]:
     """The backward op of ``_ops.py``: the gradients that ``needs`` asks for."""
-    if weight is None or separate or not needs[0]:
-        rest = (h, gate, mask, scaling, dropout_p, separate, needs)
-        return beta.backward(plan, dy, x, weight, lora_a, lora_b, *rest)
-    dh, db, dgate = beta.factor_grads(plan, dy, lora_b, h, gate, scaling, needs)
-    _, da = beta.x_pass(x if needs[1] else None, dh, lora_a, mask, dropout_p, False, plan.tile.get("x"))
+    dy, needs, mask, dropout_p = saved.dy, saved.needs, saved.mask, saved.dropout_p
+    if saved.weight is None or saved.separate or not needs[0]:
+        return beta.backward(plan, saved)
+    dh, db, dgate = beta.factor_grads(plan, saved)
+    x, changes = saved.x if needs[1] else None, plan.tile.get("x")
+    _, da = beta.x_pass(x, dh, saved.lora_a, mask, dropout_p, False, changes)
     keep_scale = 1.0 / (1.0 - dropout_p)
     tile = _tile(plan, dy.shape[0], dh.shape[1], dy)
-    dx = matmul(dy, weight, dh, lora_a, tile, scale=keep_scale, mask=mask)
+    dx = matmul(dy, saved.weight, dh, saved.lora_a, tile, scale=keep_scale, mask=mask)
     grads: Any = (dx, da, db, dgate, None)
     return [grad for grad, needed in zip(grads, needs, strict=True) if needed]

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._arguments import GroupBackward, GroupInputs, flat
 from ..reference.lora_linear import grad_gate
 from ..reference.lora_linear_group import accumulate
 from . import beta
@@ -216,18 +217,10 @@ def group_x_pass_kernel(
             store_tile(part_ptr, grads[i] * keep_scales[i], cols, r, 1, K, K, ranks[i])
 
 
-def lora_linear_group(
-    x: Tensor,
-    weights: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    gates: Sequence[Tensor | None],
-    seeds: Tensor | None,
-    scalings: Sequence[float],
-    dropout_ps: Sequence[float],
-) -> list[Tensor]:
+@flat(GroupInputs)
+def lora_linear_group(inputs: GroupInputs) -> list[Tensor]:
     """The forward op of ``_ops.py``: y of each, h of each, the keep bits of those that drop."""
+    x, weights, lora_as, lora_bs, biases, gates, seeds, scalings, dropout_ps = inputs
     rows = x.shape[0]
     ys = [x.new_empty(rows, b.shape[0]) for b in lora_bs]
     drawn = iter(() if seeds is None else seeds.split(1))
@@ -297,20 +290,10 @@ def _keep_scales(dropout_ps: Sequence[float]) -> tuple[float, ...]:
     return tuple(1.0 / (1.0 - p) for p in dropout_ps)
 
 
-def lora_linear_group_backward(
-    dys: Sequence[Tensor],
-    x: Tensor | None,
-    weights: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-    gates: Sequence[Tensor | None],
-    masks: Sequence[Tensor | None],
-    scalings: Sequence[float],
-    dropout_ps: Sequence[float],
-    needs: Sequence[bool],
-) -> list[Tensor]:
+@flat(GroupBackward)
+def lora_linear_group_backward(saved: GroupBackward) -> list[Tensor]:
     """The backward op of ``_ops.py``: the gradients that ``needs`` asks for."""
+    dys, x, weights, lora_as, lora_bs, hs, gates, masks, scalings, dropout_ps, needs = saved
     needs_a, needs_b, needs_gate = needs[1::3], needs[2::3], needs[3::3]
     dhs, dbs, dgates = [], [], []
     for i, dy in enumerate(map(unit_columns, dys)):

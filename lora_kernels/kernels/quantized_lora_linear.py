@@ -5,36 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._arguments import QuantizedInputs, flat
 from .beta import branch_pass
 from .config import QUANTIZED_RANK, QUANTIZED_ROWS
 from .quantized_linear import launch, quantized_linear
 
 
-def quantized_lora_linear(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    x_lora: Tensor | None,
-    seed: Tensor | None,
-    format: str,
-    block: int,
-    scaling: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+@flat(QuantizedInputs)
+def quantized_lora_linear(inputs: QuantizedInputs) -> tuple[Tensor, Tensor, Tensor]:
     """The forward op of ``_ops.py``: y, h and the packed keep bits."""
-    weight = (codes, scales, nested, format, lora_b.shape[0], lora_a.shape[1], block)
-    rank = lora_a.shape[0]
+    x, _, lora_a, lora_b, bias, gate, x_lora, seed, scaling, dropout_p = over = inputs.over(None)
+    weight, rank = (inputs.codes, inputs.scales, inputs.nested, *inputs.sizes), lora_a.shape[0]
     y = x.new_empty(x.shape[0], lora_b.shape[0])
     if seed is None and x_lora is None and x.shape[0] <= QUANTIZED_ROWS and rank <= QUANTIZED_RANK:
         h = x.new_empty(x.shape[0], rank)
         launch(y, x, *weight, (lora_a, lora_b), bias, gate, scaling, h)
         return y, h, x.new_empty(0, dtype=torch.uint8)
-    branch = x if x_lora is None else x_lora
-    h, mask = branch_pass(branch, lora_a, seed, dropout_p, lora_b, bias, gate, scaling, y)
+    h, mask = branch_pass(over.branch, lora_a, seed, dropout_p, lora_b, bias, gate, scaling, y)
     quantized_linear(y, x, *weight, False)
     return y, h, mask

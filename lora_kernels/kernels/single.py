@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._arguments import LoraInputs
 from ..planner import Plan
 from . import beta
 from .beta import backward
@@ -100,22 +101,11 @@ def single_kernel(
     store_tile(y_ptr, acc, rows, cols, N, 1, M, N)
 
 
-def forward(
-    plan: Plan,
-    x: Tensor,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    x_lora: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(plan: Plan, inputs: LoraInputs) -> tuple[Tensor, Tensor, Tensor]:
     """The forward op of ``_ops.py``: y, h and the packed keep bits."""
+    x, weight, lora_a, lora_b, bias, gate, x_lora, seed, scaling, dropout_p = inputs
     if weight is None:
-        return beta.forward(plan, x, weight, lora_a, lora_b, bias, gate, x_lora, seed, scaling, dropout_p)
+        return beta.forward(plan, inputs)
     x = unit_columns(x)
     branch = x if x_lora is None else unit_columns(x_lora)
     (rows, cols), (out, rank) = x.shape, lora_b.shape

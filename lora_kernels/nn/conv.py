@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._arguments import LoraInputs
 from ..adapters import Adapter, Factors, LoRAConfig
 from ..ops.dora_linear import fused_dora, output_scale
 from ..ops.lora_linear import fused
@@ -172,7 +173,7 @@ def _as_linear(conv: Any, x: Tensor, factors: Factors, p: float) -> Tensor:
     lora_a, lora_b, scaling, gate, magnitude = factors
     rows, weight = x.movedim(1, -1), conv.weight.flatten(1)
     if magnitude is None:
-        y = fused(rows, weight, lora_a, lora_b, conv.bias, gate, None, scaling, p)
+        y = fused(LoraInputs(rows, weight, lora_a, lora_b, conv.bias, gate, None, None, scaling, p))
     else:
         y = fused_dora(rows, weight, lora_a, lora_b, magnitude, conv.bias, scaling, p)
     return y.movedim(-1, 1)

@@ -21,21 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from .._arguments import LoraInputs
 from ..ops.lora_linear_group import fused_group
 from ..quant import QuantizedWeight
 from .forward_source import CannotRewrite, shared_inputs, source, twin
-
-
-class Member(NamedTuple):
-    """The arguments of one layer's linear, as ``lora_linear`` takes them."""
-
-    weight: Tensor | QuantizedWeight
-    lora_a: Tensor
-    lora_b: Tensor
-    bias: Tensor | None
-    gate: Tensor | None
-    scaling: float
-    dropout_p: float
 
 
 def _groupable(layer: Any) -> bool:
@@ -74,7 +63,7 @@ class _Scope:
         members = {id(one): member for one, member in found if member is not None}
         if id(layer) not in members or len(members) < 2:
             return None
-        outputs = _computed(members, x)
+        outputs = _computed(members)
         self.pending[i] = _Pending(x, state, outputs)
         return outputs.pop(id(layer))
 
@@ -91,7 +80,7 @@ def _settings(layer: Any, x: Tensor) -> tuple[Any, ...]:
     return torch.is_grad_enabled(), autocast, layer.training
 
 
-def _members(layers: Iterable[Any], x: Tensor, training: bool) -> Iterator[tuple[Any, Member | None]]:
+def _members(layers: Iterable[Any], x: Tensor, training: bool) -> Iterator[tuple[Any, LoraInputs | None]]:
     """Each layer with what it computes for x, or ``None`` where that is not for a group."""
     for layer in layers:
         member = layer.group_member(x) if _groupable(layer) else None
@@ -99,13 +88,12 @@ def _members(layers: Iterable[Any], x: Tensor, training: bool) -> Iterator[tuple
         yield layer, member if fits else None
 
 
-def _computed(members: dict[Any, Member], x: Tensor) -> dict[Any, Tensor]:
+def _computed(members: dict[Any, LoraInputs]) -> dict[Any, Tensor]:
     """The members' outputs, in one call."""
-    parts = map(list, zip(*members.values(), strict=True))
-    return dict(zip(members, fused_group(x, *parts), strict=True))  # type: ignore[call-arg]
+    return dict(zip(members, fused_group(list(members.values())), strict=True))
 
 
-def _fits(layer: Any, member: Member, x: Tensor) -> bool:
+def _fits(layer: Any, member: LoraInputs, x: Tensor) -> bool:
     """Whether the layer's parameters are there to be used before the layer itself is called."""
     weight = member.weight
     plain = type(weight) in (Tensor, nn.Parameter, QuantizedWeight) and not layer._forward_pre_hooks
@@ -175,7 +163,7 @@ def _member(parent: Any, names: tuple[str, ...], name: str, x: Any, held: dict[A
     }
     if name not in members or len(members) < 2:
         return layer(x)
-    held[names] = _Pending(x, state, _computed(members, x))
+    held[names] = _Pending(x, state, _computed(members))
     return held[names].outputs.pop(name)
 
 

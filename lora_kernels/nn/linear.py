@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._arguments import LoraInputs
 from ..adapters import Factors, LoRAConfig
 from ..ops._inputs import autocasts
 from ..ops.dora_linear import fused_dora, output_scale
 from ..ops.lora_linear import fused
 from .adapter_layer import AdapterLayer
-from .groups import Member, grouped
+from .groups import grouped
 
 
 class LinearAdapterLayer(AdapterLayer):
@@ -38,16 +39,17 @@ class LinearAdapterLayer(AdapterLayer):
         p = adapter.lora_dropout if self.training else 0.0
         if magnitude is not None:
             return fused_dora(x, weight, lora_a, lora_b, magnitude, self.bias, scaling, p)
-        return fused(x, weight, lora_a, lora_b, self.bias, gate, None, scaling, p)
+        return fused(LoraInputs(x, weight, lora_a, lora_b, self.bias, gate, None, None, scaling, p))
 
-    def group_member(self, x: Tensor) -> Member | None:
+    def group_member(self, x: Tensor) -> LoraInputs | None:
         """What this layer computes for ``x``, where that is one plain fused linear."""
         if self._single is None or not self._takes(x):
             return None
         adapter = self.adapters[self._single]
         lora_a, lora_b, scaling, gate, magnitude = adapter.lower()
         p = adapter.lora_dropout if self.training else 0.0
-        member = Member(self._matrix(self.weight), lora_a, lora_b, self.bias, gate, scaling, p)
+        weight = self._matrix(self.weight)
+        member = LoraInputs(x, weight, lora_a, lora_b, self.bias, gate, None, None, scaling, p)
         return member if magnitude is None else None
 
     def _takes(self, x: Tensor) -> bool:
@@ -97,7 +99,7 @@ class LinearAdapterLayer(AdapterLayer):
                 continue
             scale = output_scale(weight, lora_a, lora_b, magnitude, scaling).to(y.dtype)
             d = F.dropout(x, p) if p else x
-            branch = fused(d, None, lora_a, lora_b, None, None, None, scaling, 0.0)
+            branch = fused(LoraInputs(d, None, lora_a, lora_b, scaling=scaling))
             y = y + (scale - 1) * (F.linear(d, weight) if p else y) + scale * branch
         return y if self.bias is None else y + self.bias
 
@@ -106,7 +108,7 @@ def _call(
     x: Tensor, factors: Factors, p: float, weight: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     lora_a, lora_b, scaling, gate, _ = factors
-    return fused(x, weight, lora_a, lora_b, bias, gate, None, scaling, p)
+    return fused(LoraInputs(x, weight, lora_a, lora_b, bias, gate, None, None, scaling, p))
 
 
 class LoRALinear(LinearAdapterLayer, nn.Linear):

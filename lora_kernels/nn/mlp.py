@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from .._arguments import LoraInputs
 from ..ops.lora_mlp import LoRAProjection, fused_mlp
 from .forward_source import source
-from .groups import Member, _fits, _groupable, touched
+from .groups import _fits, _groupable, touched
 
 _LAYERS = ("gate_proj", "up_proj", "down_proj")
 _EXPRESSION = "self.down_proj(self.act_fn(self.gate_proj({x})) * self.up_proj({x}))"
@@ -132,5 +133,5 @@ def _projection(member: Any) -> LoRAProjection:
     return LoRAProjection(*factors, member.scaling, member.bias, member.dropout_p)
 
 
-def _plain(member: Member | None) -> bool:
+def _plain(member: LoraInputs | None) -> bool:
     return member is not None and member.gate is None and isinstance(member.weight, Tensor)

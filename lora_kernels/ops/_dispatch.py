@@ -17,27 +17,53 @@ from .. import _backend, _ops
 from . import _decode
 
 _PLAIN = (Tensor, Parameter)
-# The rank that each op works with, from its arguments.
-_RANKS: dict[str, Callable[[tuple[Any, ...]], int]] = {
-    "lora_linear": lambda args: args[2].shape[0],
-    "lora_linear_backward": lambda args: args[3].shape[0],
-    "low_rank_norm": lambda args: args[1].shape[0],
-    "dora_linear": lambda args: args[2].shape[0],
-    "dora_linear_backward": lambda args: args[3].shape[0],
-    "multi_lora_linear": lambda args: args[-2],
-    "multi_lora_linear_backward": lambda args: args[-2],
-    "multi_lora_linear_add": lambda args: args[-2],
-    "invariant_linear": lambda args: 1,
-    "glu": lambda args: 1,
-    "glu_backward": lambda args: 1,
+_Rank = tuple[str, Callable[[Any], int]]
+# The argument that tells the rank an op works with, and how.
+_A: _Rank = ("lora_a", lambda a: a.shape[0])
+_WIDEST: _Rank = ("lora_as", lambda factors: max(a.shape[0] for a in factors))
+_GIVEN: _Rank = ("max_rank", int)
+_RANKS: dict[str, _Rank] = {
+    "lora_linear": _A,
+    "lora_linear_backward": _A,
+    "low_rank_norm": _A,
+    "dora_linear": _A,
+    "dora_linear_backward": _A,
+    "quantized_lora_linear": _A,
+    "multi_lora_linear": _GIVEN,
+    "multi_lora_linear_backward": _GIVEN,
+    "multi_lora_linear_add": _GIVEN,
     # A stack's ranks: an A has them as rows, a B as columns.
-    "stacked_lora_shrink": lambda args: args[1][0].shape[-2],
-    "stacked_lora_expand": lambda args: args[1][0].shape[-1],
-    "stacked_lora_linear": lambda args: args[2][0].shape[-1],
-    "lora_linear_group": lambda args: max(a.shape[0] for a in args[2]),
-    "lora_linear_group_backward": lambda args: max(a.shape[0] for a in args[3]),
-    "quantized_linear": lambda args: 1,
-    "quantized_lora_linear": lambda args: args[4].shape[0],
+    "stacked_lora_shrink": ("lora_a", lambda stacks: stacks[0].shape[-2]),
+    "stacked_lora_expand": ("lora_b", lambda stacks: stacks[0].shape[-1]),
+    "stacked_lora_linear": ("lora_b", lambda stacks: stacks[0].shape[-1]),
+    "lora_linear_group": _WIDEST,
+    "lora_linear_group_backward": _WIDEST,
+}
+_RANKLESS = ("invariant_linear", "glu", "glu_backward", "quantized_linear")
+# Masks and plans: any backend of the device will do, by a dtype that all take.
+_DTYPELESS = ("dropout_seed", "dropout_mask", "row_dropout_mask", "batch_plan")
+
+
+def _rank_reader(op: str) -> Callable[[tuple[Any, ...]], int]:
+    """What tells the rank from the op's arguments, found by their names in its schema.
+
+    Raises:
+        NotImplementedError: nothing here says of which argument.
+    """
+    if op in _RANKLESS:
+        return lambda args: 1
+    if op not in _RANKS:
+        raise NotImplementedError(f"{op}: name the argument that has its rank in _RANKS")
+    name, rank = _RANKS[op]
+    arguments = getattr(torch.ops.lora_kernels, op).default._schema.arguments
+    place = [argument.name for argument in arguments].index(name)
+    return lambda args: rank(args[place])
+
+
+_READERS = {
+    op: _rank_reader(op)
+    for op in (*_ops.SCHEMAS, *_ops.IN_PLACE)
+    if op not in _DTYPELESS and op != "dequantize"  # which is of the dtype that is asked for
 }
 
 
@@ -54,7 +80,7 @@ def _choose(op: str, args: tuple[Any, ...]) -> str:
     lead = _lead(args)
     if op == "dequantize":
         return _backend.resolve(lead.device.type, args[-1], 1)
-    if op not in _RANKS:  # a mask or a plan: any backend of the device will do, by a dtype that all take
+    if op in _DTYPELESS:
         return _backend.resolve(lead.device.type, torch.float16, 1)
     if lead.shape[0] == 0:  # nothing to launch a kernel for
         return "reference"
@@ -65,7 +91,7 @@ def _choose(op: str, args: tuple[Any, ...]) -> str:
             return "cuda"
         if active == "cuda":
             raise _backend.BackendError(f"backend 'cuda' cannot run: {reason}")
-    return _backend.resolve(lead.device.type, lead.dtype, _RANKS[op](args))
+    return _backend.resolve(lead.device.type, lead.dtype, _READERS[op](args))
 
 
 def chosen(op: str, *args: Any) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._arguments import DoraBackward, DoraInputs
 from ..reference.dora_linear import composite
 from ..reference.dropout import dropout_apply
 from ..reference.low_rank_norm import low_rank_norm as row_norm
@@ -119,49 +120,34 @@ def scaled_dora(
         dtype = compute_dtype(x)
         x, weight, bias = (cast(t, dtype) for t in (x, weight, bias))
     apply = _transformable if _dispatch.functorch_active() else _DoRALinear.apply
-    return apply(x, weight, lora_a, lora_b, scale, bias, scaling, dropout_p)
+    return apply(x, weight, lora_a, lora_b, scale, bias, None, scaling, dropout_p)
 
 
-def _transformable(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-) -> Tensor:
+def _transformable(*args: Any) -> Tensor:
     """The equation in PyTorch operations, which ``torch.func``'s transforms can all take apart."""
-    rows, mask = rows_of(x), None
-    if dropout_p > 0.0:
-        mask = torch.ops.lora_kernels.dropout_mask.default(_dispatch.draw_seed(x), *rows.shape, dropout_p)
-    y = composite(rows, weight, lora_a, lora_b, scale, bias, scaling, mask, dropout_p)
-    return y.view(*x.shape[:-1], lora_b.shape[0])
+    inputs, mask = DoraInputs(*args), None
+    rows = inputs._replace(x=rows_of(inputs.x))
+    if inputs.dropout_p > 0.0:
+        seed = _dispatch.draw_seed(inputs.x)
+        mask = torch.ops.lora_kernels.dropout_mask.default(seed, *rows.x.shape, inputs.dropout_p)
+    return composite(rows, mask).view(*inputs.x.shape[:-1], inputs.lora_b.shape[0])
 
 
 class _DoRALinear(torch.autograd.Function):
-    """Saves h, z and one keep bit an element, and of the inputs only what the asked gradients read."""
+    """Saves h, z and one keep bit an element, and of the inputs only what the asked gradients read.
+
+    Its arguments are those of :class:`DoraInputs` up to ``dropout_p``.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        scaling: float,
-        dropout_p: float,
-    ) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, weight, lora_a, lora_b, scale, bias, _, scaling, dropout_p = args
         seed = _dispatch.draw_seed(x) if dropout_p > 0.0 else None
-        inputs = (rows_of(x), weight, lora_a, lora_b, scale, bias, seed)
         needs_x, needs_weight, needs_a, needs_b, needs_scale = ctx.needs_input_grad[:5]
+        tensors = (rows_of(x), weight, lora_a, lora_b, scale, bias, seed)
+        inputs = DoraInputs(*tensors, scaling, dropout_p, needs_scale)
         ctx.backend = _dispatch.chosen("dora_linear", *inputs)
-        y, z, h, mask = _dispatch.call(
-            "dora_linear", *inputs, scaling, dropout_p, needs_scale, backend=ctx.backend
-        )
+        y, z, h, mask = _dispatch.call("dora_linear", *inputs, backend=ctx.backend)
         ctx.scaling, ctx.dropout_p = scaling, dropout_p
         ctx.save_for_backward(
             x if needs_weight or needs_a else None,
@@ -182,12 +168,9 @@ class _DoRALinear(torch.autograd.Function):
         x, weight, lora_a, lora_b, scale, z, h, mask = ctx.saved_tensors
         needs_x, needs_weight, *rest, needs_bias = ctx.needs_input_grad[:6]
         rows, needs = rows_of(dy), [needs_x, *rest]
-        grads = _dispatch.call(
-            "dora_linear_backward",
-            *(rows, rows_of(x) if rest[0] else None, weight, lora_a, lora_b, scale, z, h, mask),
-            *(ctx.scaling, ctx.dropout_p, needs),
-            backend=ctx.backend,
-        )
+        x_rows, numbers = rows_of(x) if rest[0] else None, (ctx.scaling, ctx.dropout_p, needs)
+        saved = DoraBackward(rows, x_rows, weight, lora_a, lora_b, scale, z, h, mask, *numbers)
+        grads = _dispatch.call("dora_linear_backward", *saved, backend=ctx.backend)
         dx, da, db, dscale = spread(grads, needs)
         return (
             None if dx is None else dx.view(*dy.shape[:-1], dx.shape[-1]),
@@ -196,8 +179,7 @@ class _DoRALinear(torch.autograd.Function):
             db,
             dscale,
             rows.sum(0) if needs_bias else None,
-            None,
-            None,
+            *(None, None, None),
         )
 
 
@@ -218,9 +200,10 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             " derivative reads it (frozen lora_a)"
         )
     needs, rows = ctx.needs_input_grad[:6], rows_of(dy)
-    inputs = (x, weight, lora_a, lora_b, scale)
-    wanted = [tensor for tensor, needed in zip(inputs, needs, strict=False) if needed]
-    y = composite(rows_of(x), weight, lora_a, lora_b, scale, None, ctx.scaling, mask, ctx.dropout_p)
+    tensors = (x, weight, lora_a, lora_b, scale)
+    wanted = [tensor for tensor, needed in zip(tensors, needs, strict=False) if needed]
+    numbers = (None, None, ctx.scaling, ctx.dropout_p)
+    y = composite(DoraInputs(rows_of(x), weight, lora_a, lora_b, scale, *numbers), mask)
     given = iter(torch.autograd.grad(y, wanted, rows, create_graph=True) if wanted else ())
     grads = [next(given) if needed else None for needed in needs[:5]]
-    return (*grads, rows.sum(0) if needs[5] else None, None, None)
+    return (*grads, rows.sum(0) if needs[5] else None, None, None, None)

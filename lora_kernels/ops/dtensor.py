@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from .._arguments import LoraInputs
 from . import _dispatch
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 # An odd number far from 0 in every byte, so that neighbouring places have unlike seeds.
 _STEP = 0x9E3779B97F4A7C15
+_TENSORS = ("x", "weight", "lora_a", "lora_b", "bias", "gate", "x_lora")
 _WHOLE, _ROWS, _COLS = Replicate(), Shard(0), Shard(1)
 
 
@@ -119,62 +121,36 @@ def _layout(
     )
 
 
-def on_shards(
-    compute: Callable[..., Tensor],
-    x: Tensor,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    x_lora: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-) -> Tensor:
+def on_shards(compute: Callable[[LoraInputs], Tensor], inputs: LoraInputs) -> DTensor:
     """y of ``lora_linear`` for DTensors; a sum over processes is left as ``Partial()``.
 
-    ``compute``: ``lora_linear`` on the tensors of one process, with a seed at the end.
+    ``compute``: ``lora_linear`` on the tensors of one process.
     """
-    names = ("x", "weight", "lora_a", "lora_b", "bias", "gate", "x_lora")
-    given = checked(dict(zip(names, (x, weight, lora_a, lora_b, bias, gate, x_lora), strict=True)))
+    given = checked({name: getattr(inputs, name) for name in _TENSORS})
     x, a, b = given["x"], given["lora_a"], given["lora_b"]
     assert x is not None and a is not None and b is not None
-    return _on_shards(compute, x, a, b, given, layouts(x, given["weight"], a, b), scaling, dropout_p)
-
-
-def _on_shards(
-    compute: Callable[..., Tensor],
-    x: DTensor,
-    lora_a: DTensor,
-    lora_b: DTensor,
-    given: dict[str, DTensor | None],
-    along: list[Layout],
-    scaling: float,
-    dropout_p: float,
-) -> DTensor:
+    along = layouts(x, given["weight"], a, b)
     mesh = x.device_mesh
 
-    def local(tensor: DTensor, place: str, grad: str) -> Tensor:
-        return _local(tensor, [getattr(one, place) for one in along], [getattr(one, grad) for one in along])
-
-    def optional(name: str, place: str, grad: str) -> Tensor | None:
+    def local(name: str, place: str, grad: str) -> Tensor | None:
         tensor = given[name]
-        return None if tensor is None else local(tensor, place, grad)
+        places, grads = ([getattr(one, key) for one in along] for key in (place, grad))
+        return None if tensor is None else _local(tensor, places, grads)
 
-    inner = local(x, "x", "dx")
+    inner = local("x", "x", "dx")
     y = compute(
-        inner,
-        optional("weight", "weight", "d_weight"),
-        local(lora_a, "lora_a", "d_lora_a"),
-        local(lora_b, "lora_b", "d_lora_b"),
-        _once(optional("bias", "bias", "d_bias"), along, mesh),
-        _local_gate(given["gate"], along),
-        optional("x_lora", "x", "dx"),
-        scaling,
-        dropout_p,
-        _seed(inner, along, mesh) if dropout_p > 0.0 else None,
+        inputs._replace(
+            x=inner,
+            weight=local("weight", "weight", "d_weight"),
+            lora_a=local("lora_a", "lora_a", "d_lora_a"),
+            lora_b=local("lora_b", "lora_b", "d_lora_b"),
+            bias=_once(local("bias", "bias", "d_bias"), along, mesh),
+            gate=_local_gate(given["gate"], along),
+            x_lora=local("x_lora", "x", "dx"),
+            seed=_seed(inner, along, mesh) if inputs.dropout_p > 0.0 else None,
+        )
     )
-    shape = torch.Size((*x.shape[:-1], lora_b.shape[0]))
+    shape = torch.Size((*x.shape[:-1], b.shape[0]))
     stride = torch.empty(shape, device="meta").stride()
     places = [one.y for one in along]
     return DTensor.from_local(y, mesh, places, run_check=False, shape=shape, stride=stride)

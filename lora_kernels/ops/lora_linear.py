@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._arguments import LoraInputs
 from ..quant.weight import QuantizedWeight
 from . import _dispatch
 from ._inputs import autocasts, cast, check, compute_dtype
@@ -60,46 +61,35 @@ def lora_linear(
     elif not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling: expected a number or a Tensor, got {type(scaling).__name__}")
     p = dropout_p if training else 0.0
-    return fused(x, weight, lora_a, lora_b, bias, gate, x_lora, scaling, p)
+    return fused(LoraInputs(x, weight, lora_a, lora_b, bias, gate, x_lora, None, scaling, p))
 
 
-def fused(
-    x: Tensor,
-    weight: Tensor | QuantizedWeight | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    x_lora: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """:func:`lora_linear` for arguments already known to fit: what modules call at every step.
-
-    ``seed``: of the dropout, where it is not to be drawn here.
-    """
+def fused(inputs: LoraInputs) -> Tensor:
+    """:func:`lora_linear` for arguments already known to fit: what modules call at every step."""
+    x, weight, lora_a, lora_b, bias, gate, x_lora, seed, scaling, dropout_p = inputs
     if _dispatch.sharded(x, lora_a):
         if isinstance(weight, QuantizedWeight):
             raise TypeError("weight: expected a DTensor beside the others, got a QuantizedWeight")
         from . import dtensor  # not at the top: torch.distributed.tensor takes long to import
 
-        return dtensor.on_shards(fused, x, weight, lora_a, lora_b, bias, gate, x_lora, scaling, dropout_p)
+        return dtensor.on_shards(fused, inputs)
     if autocasts(x):
         # Outside the Function, so that autograd casts the gradients back.
         dtype = compute_dtype(x)
         x, weight, bias, x_lora = (cast(t, dtype) for t in (x, weight, bias, x_lora))
+        inputs = LoraInputs(x, weight, lora_a, lora_b, bias, gate, x_lora, seed, scaling, dropout_p)
     if isinstance(weight, QuantizedWeight):
         from .quantized_lora_linear import fused_quantized
 
-        return fused_quantized(x, weight, lora_a, lora_b, bias, gate, x_lora, scaling, dropout_p, seed)
-    args = (x, weight, lora_a, lora_b, bias, gate, x_lora, scaling, dropout_p)
+        return fused_quantized(inputs)
     if seed is None:
         if _dispatch.functorch_active():
-            return transformable(*args)
+            return transformable(inputs)
         if _dispatch.eager_cpp(x, lora_a.shape[0]):
-            return torch.ops.lora_kernels.cpp_lora_linear_autograd.default(*args)
-    return LoRALinearFunction.apply(*args, seed)
+            return torch.ops.lora_kernels.cpp_lora_linear_autograd.default(
+                x, weight, lora_a, lora_b, bias, gate, x_lora, scaling, dropout_p
+            )
+    return LoRALinearFunction.apply(*inputs)
 
 
 def _scaling_as_gate(scaling: Tensor, gate: Tensor | None, lora_a: Tensor) -> Tensor:

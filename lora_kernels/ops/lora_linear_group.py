@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._arguments import GroupBackward, GroupInputs, LoraInputs
 from ..quant.weight import QuantizedWeight
 from ..reference.lora_linear import composite
 from . import _dispatch
@@ -76,23 +77,22 @@ def lora_linear_group(
     for i in range(size):
         _check_member(i, x, [part[i] for part in given.values()], ps[i])
     ps = ps if training else (0.0,) * size
-    return fused_group(x, weights, lora_as, lora_bs, biases, gates, scales, ps)
+    members = zip(weights, lora_as, lora_bs, biases, gates, scales, ps, strict=True)
+    return fused_group(
+        [LoraInputs(x, w, a, b, bias, g, None, None, s, p) for w, a, b, bias, g, s, p in members]
+    )
 
 
-def fused_group(
-    x: Tensor,
-    weights: Sequence[Tensor | QuantizedWeight],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    gates: Sequence[Tensor | None],
-    scalings: Sequence[float],
-    dropout_ps: Sequence[float],
-) -> tuple[Tensor, ...]:
-    """:func:`lora_linear_group` for arguments already known to fit: what modules call at every step."""
-    if len(weights) == 1 or _dispatch.functorch_active():
-        members = zip(weights, lora_as, lora_bs, biases, gates, scalings, dropout_ps, strict=True)
-        return tuple(fused_single(x, w, a, b, bias, g, None, s, p) for w, a, b, bias, g, s, p in members)
+def fused_group(members: Sequence[LoraInputs]) -> tuple[Tensor, ...]:
+    """:func:`lora_linear_group` for arguments already known to fit: what modules call at every step.
+
+    All members have one x, and none an ``x_lora`` or a seed.
+    """
+    if len(members) == 1 or _dispatch.functorch_active():
+        return tuple(fused_single(member) for member in members)
+    x = members[0].x
+    _, *columns, _, _, scalings, dropout_ps = zip(*members, strict=True)
+    weights, lora_as, lora_bs, biases, gates = map(list, columns)
     if autocasts(x):
         # Outside the Function, so that autograd casts the gradients back.
         dtype = compute_dtype(x)
@@ -102,7 +102,7 @@ def fused_group(
     if packed:  # codes have no dtype, so that x may have any
         biases = [cast(bias, x.dtype) for bias in biases]
     return _LoRALinearGroup.apply(
-        *(tuple(scalings), tuple(dropout_ps), layouts, x),
+        *(scalings, dropout_ps, layouts, x),
         *(*dense, *lora_as, *lora_bs, *biases, *gates, *packed),
     )
 
@@ -177,7 +177,8 @@ class _LoRALinearGroup(torch.autograd.Function):
         inputs = (rows, weights, lora_as, lora_bs, biases, [gate_rows(g) for g in gates])
         ctx.backend = _dispatch.chosen("lora_linear_group", *inputs)
         seeds = _draw_seeds(x, dropout_ps)
-        given = _dispatch.call("lora_linear_group", *inputs, seeds, scalings, dropout_ps, backend=ctx.backend)
+        at_op = GroupInputs(*inputs, seeds, scalings, dropout_ps)
+        given = _dispatch.call("lora_linear_group", *at_op, backend=ctx.backend)
         ys, hs, masks = given[:size], given[size : 2 * size], iter(given[2 * size :])
         _add_quantized(ys, [rows] * size, layouts, packed, False)
         masks = [next(masks) if p > 0.0 else None for p in dropout_ps]
@@ -203,13 +204,12 @@ class _LoRALinearGroup(torch.autograd.Function):
         places = [(_LEAD + size * kind + i) for i in used for kind in (1, 2, 4)]
         asked = [needs[_LEAD - 1], *(needs[place] for place in places)]
         reads_x = any(needs[_LEAD + size : _LEAD + 2 * size])
-        given = _dispatch.call(
-            "lora_linear_group_backward",
+        at_op = GroupBackward(
             *(rows, rows_of(x) if reads_x else None, weights, lora_as, lora_bs),
             *(hs, [gate_rows(g) for g in gates], masks),
             *([ctx.scalings[i] for i in used], [ctx.dropout_ps[i] for i in used], asked),
-            backend=ctx.backend,
         )
+        given = _dispatch.call("lora_linear_group_backward", *at_op, backend=ctx.backend)
         found = iter(given)
         for place, needed in zip((_LEAD - 1, *places), asked, strict=True):
             grads[place] = next(found) if needed else None
@@ -290,13 +290,9 @@ def _differentiable_backward(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Te
             weights[i] = _dispatch.call("dequantize", *weight, *layout, x.dtype)
     wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and needs[i]]
     used = [i for i, dy in enumerate(dys) if dy is not None]
-    ys = [
-        composite(
-            *(rows_of(x), weights[i], lora_as[i], lora_bs[i], None, gate_rows(gates[i]), None),
-            *(ctx.scalings[i], masks[i], ctx.dropout_ps[i]),
-        )
-        for i in used
-    ]
+    members = zip(weights, lora_as, lora_bs, map(gate_rows, gates), ctx.scalings, ctx.dropout_ps, strict=True)
+    linears = [LoraInputs(rows_of(x), w, a, b, None, g, None, None, s, p) for w, a, b, g, s, p in members]
+    ys = [composite(linears[i], masks[i]) for i in used]
     rows = [rows_of(dys[i]) for i in used]
     given = torch.autograd.grad(ys, [inputs[i] for i in wanted], rows, create_graph=True, allow_unused=True)
     grads: list[Tensor | None] = [None] * len(needs)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops
+from .._arguments import LoraBackward, LoraInputs
 from ..reference.glu import composite as glu_composite
 from ..reference.lora_linear import composite
 from . import _dispatch
@@ -99,11 +100,7 @@ def fused_mlp(
     """:func:`lora_mlp` for arguments already known to fit: what modules call at every step."""
     if _dispatch.functorch_active() or _dispatch.sharded(x, gate.lora_a):
         return _linear(glu_composite(_linear(x, gate), _linear(x, up), activation), down)
-    opened, raised = fused_group(
-        *(x, (gate.weight, up.weight), (gate.lora_a, up.lora_a), (gate.lora_b, up.lora_b)),
-        *((gate.bias, up.bias), (None, None)),
-        *((gate.scaling, up.scaling), (gate.dropout_p, up.dropout_p)),
-    )
+    opened, raised = fused_group([_inputs(x, gate), _inputs(x, up)])
     weight, bias = down.weight, down.bias
     if autocasts(x):
         # Outside the Function, so that autograd casts the gradients back.
@@ -114,7 +111,12 @@ def fused_mlp(
 
 
 def _linear(x: Tensor, to: LoRAProjection) -> Tensor:
-    return fused(x, to.weight, to.lora_a, to.lora_b, to.bias, None, None, to.scaling, to.dropout_p)
+    return fused(_inputs(x, to))
+
+
+def _inputs(x: Tensor, to: LoRAProjection) -> LoraInputs:
+    weight, lora_a, lora_b, scaling, bias, p = to
+    return LoraInputs(x, weight, lora_a, lora_b, bias, None, None, None, scaling, p)
 
 
 class _GluLinear(torch.autograd.Function):
@@ -137,9 +139,9 @@ class _GluLinear(torch.autograd.Function):
         ctx.glu_backend = _dispatch.chosen("glu", *halves)
         product = _dispatch.call("glu", *halves, activation, backend=ctx.glu_backend)
         seed = _dispatch.draw_seed(product) if dropout_p > 0.0 else None
-        inputs = (product, weight, lora_a, lora_b, bias, None, None, seed)
+        inputs = LoraInputs(product, weight, lora_a, lora_b, bias, None, None, seed, scaling, dropout_p)
         ctx.backend = _dispatch.chosen("lora_linear", *inputs)
-        y, h, mask = _dispatch.call("lora_linear", *inputs, scaling, dropout_p, backend=ctx.backend)
+        y, h, mask = _dispatch.call("lora_linear", *inputs, backend=ctx.backend)
         ctx.scaling, ctx.dropout_p, ctx.activation = scaling, dropout_p, activation
         needs_gate, needs_up, needs_weight, needs_a, needs_b = ctx.needs_input_grad[:5]
         needs_product = needs_gate or needs_up
@@ -165,15 +167,12 @@ class _GluLinear(torch.autograd.Function):
         if needs_weight or needs_a:
             product = _dispatch.call("glu", *halves, ctx.activation, backend=ctx.glu_backend)
         branch_needs = [needs_gate or needs_up, needs_a, needs_b, False, False]
-        grads = _dispatch.call(
-            "lora_linear_backward",
-            *(rows, product if needs_a else None, weight, lora_a, lora_b, h, None, mask),
-            *(ctx.scaling, ctx.dropout_p, False, branch_needs),
-            backend=ctx.backend,
-        )
+        x, numbers = product if needs_a else None, (ctx.scaling, ctx.dropout_p, False, branch_needs)
+        saved = LoraBackward(rows, x, weight, lora_a, lora_b, h, None, mask, *numbers)
+        grads = _dispatch.call("lora_linear_backward", *saved, backend=ctx.backend)
         dproduct, da, db, _, _ = spread(grads, branch_needs)
         dweight = rows.T @ product if needs_weight else None
-        del product, grads  # before the next two of that size
+        del x, saved, product, grads  # before the next two of that size
         dgate, dup = None, None
         if dproduct is not None:
             both = _dispatch.call("glu_backward", dproduct, *halves, ctx.activation, backend=ctx.glu_backend)
@@ -194,8 +193,8 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     rows, inputs = rows_of(dy), (gate, up, weight, lora_a, lora_b)
     wanted = [tensor for tensor, needed in zip(inputs, needs, strict=False) if needed]
     product = glu_composite(rows_of(gate), rows_of(up), ctx.activation)
-    branch = (None, None, None, ctx.scaling, mask, ctx.dropout_p)
-    y = composite(product, weight, lora_a, lora_b, *branch)
+    branch = (None, None, None, None, ctx.scaling, ctx.dropout_p)
+    y = composite(LoraInputs(product, weight, lora_a, lora_b, *branch), mask)
     given = iter(torch.autograd.grad(y, wanted, rows, create_graph=True) if wanted else ())
     grads = [next(given) if needed else None for needed in needs[:5]]
     return (*grads, rows.sum(0) if needs[5] else None, None, None, None)

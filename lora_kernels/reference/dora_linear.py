@@ -2,50 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._arguments import DoraBackward, DoraInputs, LoraBackward, flat
 from .dropout import dropout_apply, dropout_mask
 from .lora_linear import lora_linear_backward
 
 
-def composite(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: Tensor,
-    bias: Tensor | None = None,
-    scaling: float = 1.0,
-    mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-) -> Tensor:
+def composite(inputs: DoraInputs, mask: Tensor | None = None) -> Tensor:
     """PEFT's formula, op by op, with autograd's own derivative: the oracle. c is ``scale``; x is [M,K]."""
+    x, weight, lora_a, lora_b, scale, bias, *_ = inputs
     c = scale.to(x.dtype)
     base = F.linear(x, weight)
-    branch = x if mask is None else dropout_apply(x, mask, dropout_p)
+    branch = x if mask is None else dropout_apply(x, mask, inputs.dropout_p)
     low = base if mask is None else F.linear(branch, weight)
     delta = branch @ lora_a.to(x.dtype).T @ lora_b.to(x.dtype).T
-    y = base + (c - 1) * low + c * delta * scaling
+    y = base + (c - 1) * low + c * delta * inputs.scaling
     return y if bias is None else y + bias
 
 
-def dora_linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    keep_z: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@flat(DoraInputs)
+def dora_linear(inputs: DoraInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward op of ``_ops.py``: y, z, h and the packed keep bits."""
+    x, weight, lora_a, lora_b, scale, bias, seed, scaling, dropout_p, keep_z = inputs
     branch, mask = x, x.new_empty(0, dtype=torch.uint8)
     if seed is not None:
         mask = dropout_mask(seed, x.shape[0], x.shape[1], dropout_p)
@@ -58,26 +39,15 @@ def dora_linear(
     return y, z if keep_z else z.new_empty(0, z.shape[1]), h, mask
 
 
-def dora_linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: Tensor,
-    z: Tensor | None,
-    h: Tensor | None,
-    mask: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+@flat(DoraBackward)
+def dora_linear_backward(saved: DoraBackward) -> list[Tensor]:
     """The backward op of ``_ops.py``: the gradients that ``needs`` asks for."""
+    dy, x, weight, lora_a, lora_b, scale, z, h, mask, scaling, dropout_p, needs = saved
     dz = (dy * scale).to(dy.dtype)
     base = weight if mask is None else None
     branch_needs = (*needs[:3], False, False)
-    rest = (h, None, mask, scaling, dropout_p, False, branch_needs)
-    grads = lora_linear_backward(dz, x, base, lora_a, lora_b, *rest)
+    branch = LoraBackward(dz, x, base, lora_a, lora_b, h, None, mask, scaling, dropout_p, False, branch_needs)
+    grads = lora_linear_backward(*branch)
     if needs[0] and mask is not None:
         grads[0] += dropout_apply((dz - dy) @ weight, mask, dropout_p)
         grads[0].addmm_(dy, weight)

@@ -151,9 +151,7 @@ def test_outputs_and_all_gradients_are_pefts(llama, tokens, dtype, compute, auto
 @pytest.mark.parametrize("autocast", [None, BF16])
 def test_layers_that_share_an_input_are_one_call(llama, tokens, autocast, monkeypatch):
     calls, real = [], groups.fused_group
-    monkeypatch.setattr(
-        groups, "fused_group", lambda x, *parts: (calls.append(len(parts[0])), real(x, *parts))[1]
-    )
+    monkeypatch.setattr(groups, "fused_group", lambda members: (calls.append(len(members)), real(members))[1])
     model = wrap(llama(BF16 if autocast else F32, autocast or F32), lora_dropout=0.3)
     report = accelerate(model)
     assert [len(group) for group in report.groups] == [3, 2] * 2 and not report.mlps

@@ -103,7 +103,7 @@ def test_several_active_adapters_are_one_call(monkeypatch):
     from lora_kernels.nn import linear as module
 
     ranks, fused = [], module.fused
-    monkeypatch.setattr(module, "fused", lambda *args: ranks.append(args[2].shape[0]) or fused(*args))
+    monkeypatch.setattr(module, "fused", lambda args: ranks.append(args.lora_a.shape[0]) or fused(args))
     layer = new_layer(adapters=3)
     layer(torch.randn(2, IN))
     assert ranks == [RANK + RANK + 1 + RANK + 2]

@@ -203,7 +203,7 @@ class _Pair(nn.Module):
 @pytest.mark.parametrize("formats", ({"k": "int8"}, {"q": "nf4", "k": "nf4"}), ids=str)
 def test_groups_of_quantised_layers(formats, dtype, monkeypatch):
     calls, real = [], groups.fused_group
-    monkeypatch.setattr(groups, "fused_group", lambda x, *parts: (calls.append(1), real(x, *parts))[1])
+    monkeypatch.setattr(groups, "fused_group", lambda members: (calls.append(1), real(members))[1])
     config = LoRAConfig(r=2, target_modules=["q", "k"], init_lora_weights=False, lora_dropout=0.3)
     pair = apply_lora(_Pair(), config)
     for name, format in formats.items():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lora_kernels import _backend, lora_linear, use_backend
+from lora_kernels._arguments import LoraInputs
 from lora_kernels.ops._lora_function import LoRALinearFunction
 from lora_kernels.reference.dropout import dropout_mask
 from lora_kernels.reference.lora_linear import composite
@@ -29,7 +30,7 @@ def call(path, inputs, case):
     with use_backend(path.removesuffix("-function")):
         if path == "cpp-function":
             args = [inputs[name] for name in TENSORS]
-            return LoRALinearFunction.apply(*args, case.scaling, case.dropout_p)
+            return LoRALinearFunction.apply(*args, None, case.scaling, case.dropout_p)
         return lora_linear(
             *(inputs[name] for name in ("x", "weight", "lora_a", "lora_b")),
             case.scaling,
@@ -50,7 +51,7 @@ def expected(inputs, case, mask):
     args = {name: rows(name) for name in TENSORS}
     for name in ("x", "x_lora"):
         args[name] = None if args[name] is None else args[name].reshape(case.rows, case.cols)
-    y = composite(**args, scaling=case.scaling, mask=mask, dropout_p=case.dropout_p)
+    y = composite(LoraInputs(**args, scaling=case.scaling, dropout_p=case.dropout_p), mask)
     return y.view(*case.lead, case.out)
 
 

@@ -12,6 +12,7 @@ from lora_linear_harness import case_id, mask_of_next_call
 from torch.autograd import gradcheck, gradgradcheck
 
 from lora_kernels import _extension, _products, dora_linear, use_backend
+from lora_kernels._arguments import DoraInputs
 from lora_kernels.reference.dora_linear import composite
 from lora_kernels.testing import LoraCase, assert_close, leaves, lora_inputs
 
@@ -56,7 +57,8 @@ def expected(inputs, case, mask, norm=None):
     total = weight + case.scaling * (lora_b.to(weight.dtype) @ lora_a.to(weight.dtype))
     scale = magnitude.to(weight.dtype) / torch.linalg.norm(total, dim=1).detach()
     rows = x.reshape(case.rows, case.cols)
-    y = composite(rows, weight, lora_a, lora_b, scale, bias, case.scaling, mask, case.dropout_p)
+    numbers = (None, case.scaling, case.dropout_p)
+    y = composite(DoraInputs(rows, weight, lora_a, lora_b, scale, bias, *numbers), mask)
     return y.view(*case.lead, case.out)
 
 
@@ -139,7 +141,7 @@ def test_first_and_second_derivatives(backend, dropout_p):
     def function(*tensors):
         torch.manual_seed(0)
         with use_backend(backend):
-            return _DoRALinear.apply(*tensors, case.scaling, dropout_p)
+            return _DoRALinear.apply(*tensors, None, case.scaling, dropout_p)
 
     assert gradcheck(function, tensors)
     assert gradgradcheck(function, tensors, fast_mode=True)

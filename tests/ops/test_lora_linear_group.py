@@ -14,6 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import dequantize, lora_linear, lora_linear_group, quantize, use_backend
+from lora_kernels._arguments import LoraInputs
 from lora_kernels.reference.dropout import dropout_mask
 from lora_kernels.reference.lora_linear import composite
 from lora_kernels.testing import LoraCase, assert_close, leaves, lora_inputs
@@ -88,7 +89,8 @@ def expected(inputs, group, masks):
         gate = own["gate"]
         own["gate"] = gate if gate is None or gate.dim() == 1 else gate.reshape(-1, gate.shape[-1])
         x = inputs["x"].reshape(case.rows, case.cols)
-        y = composite(x, **own, scaling=case.scaling, mask=masks[i], dropout_p=case.dropout_p)
+        numbers = {"scaling": case.scaling, "dropout_p": case.dropout_p}
+        y = composite(LoraInputs(x, **own, **numbers), masks[i])
         ys.append(y.view(*case.lead, case.out))
     return ys
 

@@ -11,6 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import LoRAProjection, _backend, lora_linear, lora_mlp, use_backend
+from lora_kernels._arguments import LoraInputs
 from lora_kernels.reference.dropout import dropout_mask
 from lora_kernels.reference.glu import composite as glu_composite
 from lora_kernels.reference.lora_linear import composite
@@ -91,7 +92,8 @@ def expected(inputs, block, masks):
     def linear(name, x):
         weight, lora_a, lora_b, bias = (inputs.get(f"{name}.{part}") for part in OWN)
         p = block.cases()[name].dropout_p
-        return composite(x, weight, lora_a, lora_b, bias, None, None, SCALINGS[name], masks[name], p)
+        branch = (None, None, None, SCALINGS[name], p)
+        return composite(LoraInputs(x, weight, lora_a, lora_b, bias, *branch), masks[name])
 
     x = inputs["x"].reshape(-1, block.cols)
     product = glu_composite(linear("gate", x), linear("up", x), block.activation)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lora_kernels import _backend, multi_lora_linear, plan_batch, stack_adapters, use_backend
+from lora_kernels._arguments import LoraInputs
 from lora_kernels.reference.dropout import row_dropout_mask
 from lora_kernels.reference.lora_linear import composite
 from lora_kernels.testing import assert_close
@@ -88,7 +89,7 @@ def loop(batch, tensors, ps=None):
     masks = keep_bits(slots, ps, x.shape[1])
     rows = []
     for m, chosen in enumerate(slots.tolist()):
-        y = composite(x[m : m + 1], tensors["weight"], *nothing(tensors), tensors["bias"])
+        y = composite(LoraInputs(x[m : m + 1], tensors["weight"], *nothing(tensors), tensors["bias"]))
         for j, i in enumerate(chosen):
             if i < 0:
                 continue
@@ -97,9 +98,8 @@ def loop(batch, tensors, ps=None):
                 s = s * tensors["weights"].reshape(len(x), -1)[m, j]
             mask = None if masks is None else masks[m, j][None]
             p = 0.0 if ps is None else ps[i]
-            y = y + composite(
-                x[m : m + 1], None, tensors["a"][i], tensors["b"][i], scaling=s, mask=mask, dropout_p=p
-            )
+            factors = (tensors["a"][i], tensors["b"][i])
+            y = y + composite(LoraInputs(x[m : m + 1], None, *factors, scaling=s, dropout_p=p), mask)
         rows.append(y)
     return torch.cat(rows).view(*tensors["x"].shape[:-1], -1)
 
