@@ -17,6 +17,16 @@ def rows_of(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.reshape(-1, tensor.shape[-1])
 
 
+def output_like(rows: Tensor, like: Tensor) -> Tensor:
+    """What a Function returns for ``rows``: in the leading dimensions of ``like``, and never a view.
+
+    Autograd lets nobody write into a view that a Function returns, as a ReLU in place would.
+    """
+    lead = like.shape[:-1]
+    # Nothing else reads the rows, so that this is safe.
+    return rows if len(lead) == 1 else torch.ops.aten._unsafe_view.default(rows, (*lead, rows.shape[-1]))
+
+
 class LoRALinearFunction(torch.autograd.Function):
     """Saves h and one keep bit an element, and of the inputs only what the asked gradients read.
 
@@ -30,7 +40,7 @@ class LoRALinearFunction(torch.autograd.Function):
         ctx.backend = _dispatch.chosen("lora_linear", *at_op)
         y, h, mask = _dispatch.call("lora_linear", *at_op, backend=ctx.backend)
         ctx.save_for_backward(*to_save(ctx, inputs, h, mask))
-        return y.view(*inputs.x.shape[:-1], inputs.lora_b.shape[0])
+        return output_like(y, inputs.x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -13,7 +13,7 @@ from ..reference.dropout import dropout_apply
 from ..reference.low_rank_norm import low_rank_norm as row_norm
 from . import _dispatch
 from ._inputs import autocasts, cast, check, compute_dtype
-from ._lora_function import rows_of, spread
+from ._lora_function import output_like, rows_of, spread
 from .low_rank_norm import low_rank_norm
 
 
@@ -159,7 +159,7 @@ class _DoRALinear(torch.autograd.Function):
             h if needs_b else None,
             mask if dropout_p > 0.0 and (needs_x or needs_a or needs_weight) else None,
         )
-        return y.view(*x.shape[:-1], lora_b.shape[0])
+        return output_like(y, x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

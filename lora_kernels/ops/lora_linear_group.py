@@ -13,7 +13,7 @@ from ..quant.weight import QuantizedWeight
 from ..reference.lora_linear import composite
 from . import _dispatch
 from ._inputs import autocasts, cast, check, compute_dtype
-from ._lora_function import gate_rows, rows_of
+from ._lora_function import gate_rows, output_like, rows_of
 from .dequantize import parts, sizes
 from .lora_linear import fused as fused_single
 from .quantized_linear import accumulate
@@ -185,7 +185,7 @@ class _LoRALinearGroup(torch.autograd.Function):
         ctx.scalings, ctx.dropout_ps, ctx.layouts = scalings, dropout_ps, layouts
         _save(ctx, x, weights, lora_as, lora_bs, gates, hs, masks, packed)
         ctx.set_materialize_grads(False)
-        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+        return tuple(output_like(y, x) for y in ys)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:

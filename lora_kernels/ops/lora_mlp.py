@@ -13,7 +13,7 @@ from ..reference.glu import composite as glu_composite
 from ..reference.lora_linear import composite
 from . import _dispatch
 from ._inputs import autocasts, cast, check, compute_dtype
-from ._lora_function import rows_of, spread
+from ._lora_function import output_like, rows_of, spread
 from .lora_linear import fused
 from .lora_linear_group import fused_group
 
@@ -155,7 +155,7 @@ class _GluLinear(torch.autograd.Function):
             h if needs_b else None,
             mask if dropout_p > 0.0 and (needs_product or needs_a) else None,
         )
-        return y.view(*gate.shape[:-1], lora_b.shape[0])
+        return output_like(y, gate)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .._ops import TABLE_WIDTH
 from . import _dispatch
 from ._inputs import autocasts, cast, compute_dtype
+from ._lora_function import output_like
 from .batch_plan import BatchPlan, plan_batch
 from .invariant_linear import invariant_linear
 
@@ -315,7 +316,8 @@ def multi_lora_linear_slices(
             for stack, weight, bias in zip(slices.stacks, base_weights, biases, strict=True)
         )
     y = x.new_empty(*x.shape[:-1], sum(slices.widths))
-    views = y.split(slices.widths, -1)
+    # Detached, so that each may be written to in place: autograd lets nobody write into what was split.
+    views = tuple(view.detach() for view in y.split(slices.widths, -1))
     for view, weight, bias in zip(views, base_weights, biases, strict=True):
         view.copy_(_base(x, weight, bias, view.shape[-1], False))
     _add(y, x, slices, weights, plan, False)
@@ -506,8 +508,7 @@ class _MultiLoRALinear(torch.autograd.Function):
             *(mask, keep_scale, *layout),
         )
         y = delta if weight is None else delta.addmm_(rows, weight.T)
-        y = y if bias is None else y.add_(bias)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return output_like(y if bias is None else y.add_(bias), x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

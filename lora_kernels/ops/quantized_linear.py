@@ -10,6 +10,7 @@ from torch import Tensor
 from ..quant.weight import QuantizedWeight
 from . import _dispatch
 from ._inputs import autocasts, compute_dtype
+from ._lora_function import output_like
 from .dequantize import dequantize, parts, sizes
 
 
@@ -80,7 +81,7 @@ class _QuantizedLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         y = rows.new_zeros(rows.shape[0], sizes[1])
         y = y if bias is None else y.copy_(bias)
-        return accumulate(y, rows, (codes, scales, nested), sizes, False).view(*x.shape[:-1], sizes[1])
+        return output_like(accumulate(y, rows, (codes, scales, nested), sizes, False), x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -100,7 +101,7 @@ class _LinearInTranspose(torch.autograd.Function):
         ctx.save_for_backward(codes, scales, nested)
         rows = dy.reshape(-1, dy.shape[-1])
         dx = rows.new_zeros(rows.shape[0], sizes[2])
-        return accumulate(dx, rows, (codes, scales, nested), sizes, True).view(*dy.shape[:-1], sizes[2])
+        return output_like(accumulate(dx, rows, (codes, scales, nested), sizes, True), dy)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:

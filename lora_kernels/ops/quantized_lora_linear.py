@@ -14,6 +14,7 @@ from ._lora_function import (
     differentiable_backward,
     gradients,
     op_inputs,
+    output_like,
     rows_of,
     to_save,
     transformable,
@@ -44,7 +45,7 @@ class QuantizedLoRALinear(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         inputs = LoraInputs(*args[:_INPUTS])
         codes, scales, nested, ctx.sizes = args[_INPUTS:]
-        format, out, _, block = ctx.sizes
+        format, _, _, block = ctx.sizes
         x, _, a, b, bias, gate, x_lora, seed, scaling, p = op_inputs(inputs)
         branch = (a, b, bias, gate, x_lora, seed)
         at_op = QuantizedInputs(x, codes, scales, nested, *branch, format, block, scaling, p)
@@ -52,7 +53,7 @@ class QuantizedLoRALinear(torch.autograd.Function):
         y, h, mask = _dispatch.call("quantized_lora_linear", *at_op, backend=ctx.backend)
         packed = (codes, scales, nested) if ctx.needs_input_grad[0] else (None, None, None)
         ctx.save_for_backward(*to_save(ctx, inputs, h, mask), *packed)
-        return y.view(*inputs.x.shape[:-1], out)
+        return output_like(y, inputs.x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
