@@ -25,6 +25,7 @@ from .linear import LoRALinear
 from .mixed import mixed_adapters, train_adapters
 from .mixture import LoRAMixtureLinear
 from .mlp import fuse_mlps, fused_mlps, unfuse_mlps
+from .pairs import Pair, lora_pairs
 from .quantized import QuantizedLinear, QuantizedLoRALinear
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "LoRAMixtureLinear",
+    "Pair",
     "QuantizedLinear",
     "QuantizedLoRALinear",
     "apply_lora",
@@ -46,6 +48,7 @@ __all__ = [
     "layer_groups",
     "lora_configs",
     "lora_layers",
+    "lora_pairs",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge_adapters",

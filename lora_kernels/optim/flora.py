@@ -1,0 +1,264 @@
+"""Flora: momentum and accumulated gradients as random sketches, drawn from seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ._common import check_count, check_number, evaluate
+
+
+def sketch(rank: int, size: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """P ``[rank, size]`` of N(0, 1/rank), the same for a seed (on one kind of device); E[PᵀP] = I."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(rank, size, generator=generator, device=device, dtype=dtype) / math.sqrt(rank)
+
+
+def compress(gradient: Tensor, projection: Tensor) -> Tensor:
+    """G Pᵀ for P over G's columns, P G for P over its rows."""
+    return gradient @ projection.T if _over_columns(gradient.shape) else projection @ gradient
+
+
+def decompress(compressed: Tensor, projection: Tensor, shape: torch.Size) -> Tensor:
+    """C P or Pᵀ C: G again, in expectation over P."""
+    return compressed @ projection if _over_columns(shape) else projection.T @ compressed
+
+
+def compressed_weight_grad(x: Tensor, dy: Tensor, projection: Tensor) -> Tensor:
+    """(dyᵀ x) Pᵀ = dyᵀ (x Pᵀ) for in ≤ out, else P (dyᵀ x) = (dy Pᵀ)ᵀ x
+
+    What :func:`compress` makes of the gradient of W, which is not formed: the products are those of a LoRA
+    layer's backward pass, dB for A = P or dA for B = Pᵀ. x is ``[..., in]``, dy ``[..., out]``, and P
+    ``[r, in]`` or ``[r, out]``.
+
+    Raises:
+        ValueError: P has another width.
+    """
+    x, dy = x.flatten(0, -2), dy.flatten(0, -2)
+    right = _over_columns(torch.Size((dy.shape[1], x.shape[1])))
+    width = x.shape[1] if right else dy.shape[1]
+    if projection.ndim != 2 or projection.shape[1] != width:
+        raise ValueError(f"projection: expected [r, {width}], got {tuple(projection.shape)}")
+    return dy.T @ (x @ projection.T) if right else (dy @ projection.T).T @ x
+
+
+def _over_columns(shape: torch.Size) -> bool:
+    return shape[0] >= shape[1]
+
+
+def _side(shape: torch.Size) -> int:
+    return min(shape)
+
+
+class Flora(Optimizer):
+    """U = G / √V̂, W ← W - η max(ε₂, RMS(W)) · ((1-β) U + β P̂(M)), M ← β M + (1-β) P(U)
+
+    Flora (Hao et al., 2024, arXiv 2402.03293): Adafactor (V̂ from row and column means, β₂ = 1 - t^-0.8, U
+    clipped to an RMS of 1) whose momentum M is kept as P(U) = U Pᵀ ``[out, r]`` or P U ``[r, in]``, on the
+    shorter side, with P drawn anew from a seed at each use. Every ``kappa`` steps M passes from one P to the
+    next. A tensor that is no matrix, has a side below ``rank`` or sides further apart than 4 to 1 keeps its
+    momentum whole. State of a matrix: out + in numbers, and r · max(out, in) for momentum.
+
+    Args:
+        params: tensors, or groups of them.
+        lr: η.
+        rank: rows of P.
+        kappa: steps between two P.
+        beta1: β, or ``None`` for no momentum.
+        eps: ε₁ of the squared gradient and ε₂, the least scale of a step.
+        clip: largest RMS of U.
+        weight_decay: λ: W ← (1 - ηλ) W before the step.
+        seed: of all P.
+
+    Raises:
+        TypeError: a number is none.
+        ValueError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        rank: int = 16,
+        *,
+        kappa: int = 1000,
+        beta1: float | None = None,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip: float = 1.0,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        check_number("lr", lr)
+        check_count("rank", rank)
+        check_count("kappa", kappa)
+        if beta1 is not None:
+            check_number("beta1", beta1, 0.0, 1.0)
+        check_number("clip", clip, above=True)
+        check_number("weight_decay", weight_decay)
+        options: dict[str, Any] = {"lr": lr, "rank": rank, "kappa": kappa, "beta1": beta1, "eps": eps}
+        options.update(clip=clip, weight_decay=weight_decay, seed=seed)
+        super().__init__(params, options)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; returns what ``closure`` gives."""
+        loss = evaluate(closure)
+        place = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, group, place)
+                place += 1
+        return loss
+
+    def _move(self, parameter: Tensor, group: dict[str, Any], place: int) -> None:
+        state: dict[str, Any] = self.state[parameter]
+        state["step"] = state.get("step", 0) + 1
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        gradient: Any = parameter.grad
+        update = _normalised(gradient.to(wide), state, group)
+        if group["beta1"] is not None:
+            update = _with_momentum(update, state, group, place)
+        if group["weight_decay"]:
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        rms = parameter.to(wide).square().mean().sqrt().clamp_(min=group["eps"][1])
+        parameter.sub_(update * rms * group["lr"])
+
+
+def _normalised(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """G / √V̂, shortened to the largest RMS."""
+    beta2 = 1 - state["step"] ** -0.8
+    square = gradient.square().add_(group["eps"][0])
+    if gradient.dim() < 2:
+        average = state.setdefault("exp_avg_sq", torch.zeros_like(square))
+        update = gradient * average.lerp_(square, 1 - beta2).rsqrt()
+    else:
+        rows = state.setdefault("exp_avg_sq_row", square.new_zeros(square.shape[:-1]))
+        columns = state.setdefault("exp_avg_sq_col", square.new_zeros(*square.shape[:-2], square.shape[-1]))
+        rows.lerp_(square.mean(-1), 1 - beta2)
+        columns.lerp_(square.mean(-2), 1 - beta2)
+        by_row = (rows / rows.mean(-1, keepdim=True)).rsqrt_()
+        update = gradient * by_row[..., None] * columns.rsqrt()[..., None, :]
+    return update.div_((update.square().mean().sqrt() / group["clip"]).clamp_(min=1.0))
+
+
+def _with_momentum(update: Tensor, state: dict[str, Any], group: dict[str, Any], place: int) -> Tensor:
+    """(1-β) U + β M; M, as it is kept, then takes its part of U."""
+    beta, shape = group["beta1"], update.shape
+    if not _sketched(shape, group["rank"]):
+        average = state.setdefault("exp_avg", torch.zeros_like(update))
+        return average.lerp_(update, 1 - beta).clone()
+    cycle = (state["step"] - 1) // group["kappa"]
+    now = _projection(update, group, place, cycle)
+    if "exp_avg" not in state:
+        state["exp_avg"] = torch.zeros_like(compress(update, now))
+    elif cycle != (state["step"] - 2) // group["kappa"]:
+        former = decompress(state["exp_avg"], _projection(update, group, place, cycle - 1), shape)
+        state["exp_avg"] = compress(former, now)
+    average = state["exp_avg"]
+    result = decompress(average, now, shape).mul_(beta).add_(update, alpha=1 - beta)
+    average.lerp_(compress(update, now), 1 - beta)
+    return result
+
+
+def _sketched(shape: torch.Size, rank: int) -> bool:
+    return len(shape) == 2 and _side(shape) >= rank and max(shape) <= 4 * _side(shape)
+
+
+def _projection(like: Tensor, group: dict[str, Any], place: int, cycle: int) -> Tensor:
+    seed = _seed(group["seed"], place, cycle)
+    return sketch(group["rank"], _side(like.shape), seed, like.device, like.dtype)
+
+
+def _seed(*numbers: int) -> int:
+    """One seed from several numbers, the same in every process."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    return seed
+
+
+class FloraAccumulator:
+    """C ← C + P(G) after each backward pass; at the step G ← P̂(C)
+
+    Flora's accumulation of gradients (arXiv 2402.03293). As soon as a matrix has its gradient, it goes into
+    C ``[out, r]`` or ``[r, in]`` and is dropped, so that one gradient at a time is in memory.
+
+        accumulator = FloraAccumulator(model.parameters(), rank=16)
+        for batch in batches:
+            loss(batch).backward()
+        accumulator.restore()
+        optimizer.step()
+
+    Args:
+        params: tensors. Those that do not train, are no matrices or have a side below ``rank`` stay as
+            they are.
+        rank: rows of P.
+        seed: of all P.
+
+    Raises:
+        ValueError: ``rank`` is out of range.
+    """
+
+    def __init__(self, params: Iterable[Tensor], rank: int = 16, *, seed: int = 0) -> None:
+        check_count("rank", rank)
+        self.rank, self.seed, self.cycle = rank, seed, 0
+        every = list(params)
+        chosen = [p for p in every if p.requires_grad and p.dim() == 2 and _side(p.shape) >= rank]
+        self.params = chosen
+        self.sums: list[Tensor | None] = [None] * len(chosen)
+        self._handles: list[RemovableHandle] = [
+            parameter.register_post_accumulate_grad_hook(self._taker(place))
+            for place, parameter in enumerate(chosen)
+        ]
+
+    def _taker(self, place: int) -> Callable[[Tensor], None]:
+        @torch.no_grad()
+        def take(parameter: Tensor) -> None:
+            gradient: Any = parameter.grad
+            compressed = compress(gradient, self._projection(place, gradient.dtype))
+            before = self.sums[place]
+            self.sums[place] = compressed if before is None else before.add_(compressed)
+            parameter.grad = None
+
+        return take
+
+    def _projection(self, place: int, dtype: torch.dtype) -> Tensor:
+        parameter = self.params[place]
+        seed = _seed(self.seed, place, self.cycle)
+        return sketch(self.rank, _side(parameter.shape), seed, parameter.device, dtype)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Writes the sums into ``.grad`` and starts anew, with other P."""
+        for place, (parameter, total) in enumerate(zip(self.params, self.sums, strict=True)):
+            if total is not None:
+                parameter.grad = decompress(total, self._projection(place, total.dtype), parameter.shape)
+        self.sums = [None] * len(self.params)
+        self.cycle += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums and the cycle."""
+        return {"cycle": self.cycle, "sums": list(self.sums)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them back.
+
+        Raises:
+            ValueError: of another number of tensors.
+        """
+        if len(state_dict["sums"]) != len(self.params):
+            raise ValueError(f"state_dict: expected {len(self.params)} sums, got {len(state_dict['sums'])}")
+        self.cycle, self.sums = state_dict["cycle"], list(state_dict["sums"])
+
+    def remove(self) -> None:
+        """Leaves the gradients alone from now on."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []

@@ -1,0 +1,226 @@
+"""GaLore through the adapters is GaLore on W; its gradient is in memory only where vectors are taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from optim_models import loss, net, ours, train, values
+from torch import nn
+
+from lora_kernels import LoRAConfig, apply_lora
+from lora_kernels.nn import remove_lora
+from lora_kernels.optim import GaLoreAdamW
+
+LR, GAP, SCALE, DECAY, RANK = 2e-2, 3, 0.7, 0.05, 4
+TARGETS = ("wide", "tall", "square")
+
+
+def fresh(dtype=torch.float64, **options):
+    return ours(dtype, **({"init_lora_weights": True} | options))
+
+
+def optimizer_of(model, **options):
+    return GaLoreAdamW(model, LR, weight_decay=DECAY, update_proj_gap=GAP, scale=SCALE, **options)
+
+
+class Reference:
+    """The paper's loop on plain weights, from their whole gradients."""
+
+    def __init__(self, weights, proj_type):
+        self.weights, self.proj_type, self.t = weights, proj_type, 0
+        self.m, self.v, self.vectors = {}, {}, {}
+
+    def right(self, name):
+        out, cols = self.weights[name].shape
+        return {"std": out >= cols, "reverse_std": out < cols}.get(self.proj_type, self.proj_type == "right")
+
+    @torch.no_grad()
+    def step(self):
+        self.t += 1
+        for name, weight in self.weights.items():
+            grad = weight.grad
+            if (self.t - 1) % GAP == 0:
+                u, _, vh = torch.linalg.svd(grad, full_matrices=False)
+                self.vectors[name] = vh[:RANK] if self.right(name) else u[:, :RANK]
+            p = self.vectors[name]
+            r = grad @ p.T if self.right(name) else p.T @ grad
+            self.m[name] = 0.9 * self.m.get(name, torch.zeros_like(r)) + 0.1 * r
+            self.v[name] = 0.999 * self.v.get(name, torch.zeros_like(r)) + 0.001 * r * r
+            size = LR * (1 - 0.999**self.t) ** 0.5 / (1 - 0.9**self.t)
+            n = self.m[name] / (self.v[name].sqrt() + 1e-6)
+            weight -= size * SCALE * (n @ p if self.right(name) else p @ n)
+            weight -= LR * DECAY * weight
+
+
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "right", "left"])
+def test_it_is_galore_on_the_base_weights(proj_type):
+    model, plain = fresh(), net()
+    weights = {name: getattr(plain, name).weight for name in TARGETS}
+    reference = Reference(weights, proj_type)
+    optimizer = optimizer_of(model, proj_type=proj_type)
+    for seed in range(7):
+        for one in (model, plain):
+            one.zero_grad()
+            loss(one, seed).backward()
+        optimizer.step()
+        reference.step()
+    for name, weight in weights.items():
+        torch.testing.assert_close(getattr(model, name).weight, weight, rtol=1e-9, atol=1e-9, msg=name)
+        assert not torch.equal(weight, getattr(net(), name).weight)
+
+
+def test_what_remains_is_the_plain_model():
+    model = fresh()
+    train(model, optimizer_of(model), 3)
+    x = torch.arange(6).view(2, 3)
+    y = model(x)
+    plain = remove_lora(model)
+    assert {type(module) for module in plain.modules()} >= {nn.Linear}
+    torch.testing.assert_close(plain(x), y, rtol=0, atol=0)
+
+
+def test_a_sum_of_backward_passes_is_one():
+    one, other = fresh(), fresh()
+    for model, parts in ((one, 1), (other, 2)):
+        optimizer = GaLoreAdamW(model, LR, update_proj_gap=10**6)
+        loss(model, 0).backward()  # takes the vectors
+        optimizer.step()
+        optimizer.zero_grad()
+        for _ in range(parts):
+            (loss(model, 1) / parts).backward()
+        optimizer.step()
+    want = values(one)
+    for key, value in values(other).items():
+        torch.testing.assert_close(value, want[key], rtol=1e-9, atol=1e-12, msg=key)
+
+
+def test_a_layer_that_is_called_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = nn.Linear(6, 6, dtype=torch.float64)
+
+        def forward(self, x):
+            return self.linear(torch.tanh(self.linear(x)))
+
+    plain, model = Twice(), apply_lora(Twice(), LoRAConfig(r=RANK, target_modules=["linear"]))
+    reference, optimizer = Reference({"linear": plain.linear.weight}, "std"), optimizer_of(model)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    for _ in range(4):
+        for one, stepper in ((model, optimizer), (plain, reference)):
+            one.zero_grad()
+            one(x).square().sum().backward()
+            stepper.step()
+    torch.testing.assert_close(model.linear.weight, plain.linear.weight, rtol=1e-9, atol=1e-9)
+
+
+def peak_bytes(run):
+    """The most that is allocated at once during ``run``, above what was before."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as prof:
+        run()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert events
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (128, 256), (256, 128)], ids=str)
+def test_no_gradient_of_w_between_the_steps_that_take_vectors(shape):
+    """W is 4 to 16 times larger than everything else: its gradient would show in the peak."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(*shape, bias=False))
+    size = model[0].weight.nbytes
+    apply_lora(model, LoRAConfig(r=4, target_modules="all-linear"))
+    optimizer = GaLoreAdamW(model, update_proj_gap=3)
+    x = torch.randn(6, shape[0])
+
+    def forward_and_backward():
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+
+    def kept():
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: sizes.append(tuple(t.shape)) or t, lambda t: t
+        ):
+            model(x)
+        return sizes
+
+    peaks = []
+    for _ in range(4):
+        peaks.append(peak_bytes(forward_and_backward))
+        optimizer.step()
+        assert model[0].weight.grad is None
+    assert peaks[0] > size and peaks[3] > size  # the check sees a gradient where there is one
+    assert max(peaks[1:3]) < size / 2
+    assert tuple(x.shape) not in kept() or shape[0] > shape[1]  # Q: h is kept, and not x
+
+
+def test_state_is_of_the_projected_size():
+    model = fresh()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 1)
+    sizes = {"wide": 20, "tall": 20, "square": 9}
+    total = sum(t.numel() for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
+    assert total == sum(2 * RANK * size for size in sizes.values())
+
+
+def test_each_step_has_the_rank_of_the_adapter():
+    model = fresh()
+    optimizer = GaLoreAdamW(model, LR, update_proj_gap=1)
+    start = model.wide.weight.clone()
+    ranks = []
+    for seed in range(2):
+        before = model.wide.weight.clone()
+        train(model, optimizer, 1, first=seed)
+        ranks.append(torch.linalg.matrix_rank(model.wide.weight - before, rtol=1e-9).item())
+    assert ranks == [RANK, RANK]
+    assert torch.linalg.matrix_rank(model.wide.weight - start, rtol=1e-9) == 2 * RANK
+
+
+def test_a_half_precision_base():
+    torch.manual_seed(0)
+    model = apply_lora(
+        nn.Sequential(nn.Linear(8, 8, dtype=torch.bfloat16)), LoRAConfig(r=2, target_modules=["0"])
+    )
+    optimizer = GaLoreAdamW(model, 1e-2, scale=1.0)
+    before = model[0].weight.clone()
+    model(torch.randn(4, 8, dtype=torch.bfloat16)).float().square().sum().backward()
+    optimizer.step()
+    assert model[0].weight.dtype == torch.bfloat16 and not torch.equal(model[0].weight, before)
+    assert model[0].adapters["default"].lora_B.count_nonzero() == 0
+
+
+REFUSED = {
+    "dropout": ({"lora_dropout": 0.1}, "lora_dropout: wide: expected 0, got 0.1"),
+    "started": ({"init_lora_weights": False}, "expected an adapter that is still zero"),
+    "dora": ({"use_dora": True}, "expected an adapter that is s · B A and no more"),
+    "rank": ({"r": 15}, "r: wide: expected at most 12, got 15"),
+    "embedding": ({"target_modules": ["table"]}, "table: expected a linear over a dense weight"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_adapters_that_cannot_carry_it(what):
+    options, message = REFUSED[what]
+    model = fresh(**options)
+    before = values(model)
+    with pytest.raises(ValueError, match=message):
+        GaLoreAdamW(model)
+    assert all(torch.equal(value, before[key]) for key, value in values(model).items())
+
+
+def test_two_active_adapters_are_refused():
+    model = fresh()
+    apply_lora(model, LoRAConfig(r=2, target_modules=["wide"]), "second")
+    from lora_kernels.nn import set_adapter
+
+    set_adapter(model, ["default", "second"])
+    with pytest.raises(ValueError, match="wide: expected one active adapter, got several"):
+        GaLoreAdamW(model)
