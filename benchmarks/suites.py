@@ -53,6 +53,7 @@ MODULES = (
     "bench_beta_passes",
     "bench_multi_lora_linear",
     "bench_quantized_linear",
+    "bench_optimizers",
 )
 DEFAULT, TRAINING, SERVING = "default", "training", "serving"
 
