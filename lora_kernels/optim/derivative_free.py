@@ -201,8 +201,9 @@ class _Search:
 def _forward(pair: Pair, stack: Any, candidates: int, x: Tensor) -> Tensor:
     ids = torch.arange(candidates, device=x.device).repeat_interleave(x.shape[0] // candidates)
     layer: Any = pair.layer
+    bias: Any = getattr(pair.base, "bias", None)
     if pair.weight is not None:
-        return multi_lora_linear(x, pair.weight, stack, ids, bias=getattr(pair.base, "bias", None))
+        return multi_lora_linear(x, pair.weight, stack, ids, bias=bias)
     y = layer._base(x, layer.base_weight) if pair.base is layer else layer.base_layer(x)
     return y + multi_lora_linear(x, None, stack, ids)
 
@@ -219,8 +220,9 @@ def _repeat(batch: Any, times: int) -> Any:
 
 
 def _check(pair: Pair) -> None:
-    if pair.lora_a.ndim != 2 or pair.is_embedding or (pair.weight is not None and pair.base.weight.ndim != 2):
-        raise ValueError(f"model: {pair.name}: expected a linear, got {pair.base}")
+    base: Any = pair.base
+    if pair.lora_a.ndim != 2 or pair.is_embedding or (pair.weight is not None and base.weight.ndim != 2):
+        raise ValueError(f"model: {pair.name}: expected a linear, got {base}")
     if not pair.plain:
         raise ValueError(f"model: {pair.name}: expected an adapter that is s · B A and no more, got another")
     if pair.lora_a.count_nonzero() and pair.lora_b.count_nonzero():
