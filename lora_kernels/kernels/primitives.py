@@ -7,18 +7,21 @@ import triton.language as tl
 
 from .. import _backend
 
-# Triton's interpreter multiplies bfloat16 wrongly, so there the operands are widened first.
 _INTERPRETING = tl.constexpr(_backend.interpreting())
 _ROUNDS = tl.constexpr(7)
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
+def _dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b in fp32."""
-    if _INTERPRETING:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+dot = _dot
+if _backend.interpreting():  # and only there: it needs numpy
+    from . import interpreted
+
+    dot = interpreted.dot
 
 
 @triton.jit
