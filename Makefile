@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(filter csrc/%,$(NATIVE))
 # What clang-tidy reads: the sources with no torch header, which take seconds.
 TIDY := $(wildcard csrc/cpu/*_pass.cpp) $(wildcard tests/csrc/*.cpp)
 
-.PHONY: demo test lint format bench inspect plans install wheel sanitize clean
+.PHONY: demo test lint format docs bench inspect plans install wheel sanitize clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,10 @@ format: install
 	$(BIN)/ruff check --fix . || true
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
+
+# What is made of lora_kernels/methods.py: docs/methods.md and the README's table.
+docs: install
+	$(BIN)/python -m lora_kernels.cli methods --write
 
 bench: install
 	$(BIN)/python -m benchmarks

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from lora_kernels import methods
+from lora_kernels.cli.methods import with_table
+
 README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -27,3 +30,11 @@ def test_readme_snippet(block, tmp_path, monkeypatch):
 
 def test_the_readme_has_snippets():
     assert BLOCK.search(README.read_text(encoding="utf-8")), "README.md shows no python"
+
+
+def test_what_is_made_of_the_register_is_up_to_date():
+    text = (README.parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert text == methods.listing(), "run lora-kernels methods --write"
+    readme = README.read_text(encoding="utf-8")
+    assert with_table(readme) == readme, "run lora-kernels methods --write"
+    assert methods.table() in readme

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-from .base import METHODS, Adapter, Factors, make, register
+from .base import METHODS, Adapter, make, place, register
+from .call import Call, current_call
 from .config import LoRAConfig
 from .dora import DoRA
 from .dylora import DyLoRA
 from .lora import LoRA
 from .lora_fa import LoRAFA
 from .lora_xs import LoRAXS
+from .site import Site, Start
 from .sora import SoRA
+from .update import Added, Dense, LowRank, Update, apply_update, merge_update, stack
 
 __all__ = [
     "METHODS",
     "Adapter",
+    "Added",
+    "Call",
+    "Dense",
     "DoRA",
     "DyLoRA",
-    "Factors",
     "LoRA",
     "LoRAConfig",
     "LoRAFA",
     "LoRAXS",
+    "LowRank",
+    "Site",
     "SoRA",
+    "Start",
+    "Update",
+    "apply_update",
+    "current_call",
     "make",
+    "merge_update",
+    "place",
     "register",
+    "stack",
 ]

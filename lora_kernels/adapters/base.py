@@ -1,106 +1,116 @@
-"""What every adapter method is: parameters that lower to the factors of one primitive."""
+"""What every adapter method is: tensors that it builds for a layer, and that lower to an update."""
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.dora_linear import output_scale
+from ..methods import structures
+from .call import Call, current_call
+from .site import Site, Start
+from .update import Update, delta_of, merge_update
 
 if TYPE_CHECKING:
     from .config import LoRAConfig
 
 
-class Factors(NamedTuple):
-    """s · (B ⊙ g) A, as :func:`lora_kernels.lora_linear` takes it.
-
-    With a magnitude m the adapted weight is m ⊙ (W + s B A) / ‖W + s B A‖ by row, as
-    :func:`lora_kernels.dora_linear` takes it; there is no gate beside it.
-    """
-
-    lora_a: Tensor
-    lora_b: Tensor
-    scaling: float
-    gate: Tensor | None = None
-    magnitude: Tensor | None = None
-
-    def delta(self, dtype: torch.dtype | None = None) -> Tensor:
-        """s · (B ⊙ g) A, ``[out, in]``, computed in ``dtype`` (by default theirs)."""
-        lora_b = self.lora_b.to(dtype)
-        lora_b = lora_b if self.gate is None else lora_b * self.gate.to(dtype)
-        return self.scaling * (lora_b @ self.lora_a.to(dtype))
-
-
 class Adapter(nn.Module):
-    """ΔW = s · (B ⊙ g) A, where A, B, s and g come from :meth:`lower`.
-
-    A method subclasses this, overrides what differs and carries :func:`register`. The defaults are
-    those of LoRA: A ``[r, in]`` and B ``[out, r]`` as parameters.
+    """A method on one layer: a subclass writes :meth:`build` and :meth:`lower` and carries :func:`register`.
 
     Args:
-        in_features: columns of the base weight.
-        out_features: rows of the base weight.
-        config: rank, alpha, dropout, initialisation and the method's own options.
-        weight: the base weight ``[out, in]``, for methods that start from it.
-        device: of the parameters.
-        dtype: of the parameters.
+        site: where it sits.
     """
 
+    method: ClassVar[str]
     # Names of parameters that the method never trains.
     frozen: ClassVar[frozenset[str]] = frozenset()
     # Keys that `config.method_options` may hold.
     options: ClassVar[frozenset[str]] = frozenset()
     # Whether ΔW is exactly zero after initialisation.
     zero_start: ClassVar[bool] = True
-    method: ClassVar[str]
+    # Whether `lower` gives a plain LowRank (see there): what groups, multi-adapter ops and pools take.
+    plain: ClassVar[bool] = True
+    # Whether `lower` reads x: merging then gives it the identity, and it sits on linears alone.
+    reads_x: ClassVar[bool] = False
+    # Whether there is one W + ΔW: not where it depends on the call, or is not linear in x.
+    mergeable: ClassVar[bool] = True
+    # Whether it can sit on a quantised weight.
+    over_quantized: ClassVar[bool] = True
+    # Whether PEFT reads its files as LoRA; it then has no tensors but PEFT's.
+    peft: ClassVar[bool] = False
+    # What tensor parallelism splits: parameter -> ("in" or "out", which dimension). Empty: it does not split.
+    splits: ClassVar[Mapping[str, tuple[str, int]]] = {}
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        config: LoRAConfig,
-        *,
-        weight: Tensor | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, site: Site) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        config = site.config
+        self.config, self.site = config, site.name
+        self.in_features, self.out_features = site.in_features, site.out_features
         self.r, self.lora_alpha, self.lora_dropout = config.r, config.lora_alpha, config.lora_dropout
         self.use_rslora, self.init_lora_weights = config.use_rslora, config.init_lora_weights
         self.scaling = self.scaling_at(self.r)
-        self.build(config, device=device, dtype=dtype)
-        self.reset_parameters(weight)
+        start = self._started(site)
+        for name, tensor in start.tensors.items():
+            self._register(name, tensor, site)
+        # The weight to go on with, until the layer takes it.
+        self.__dict__["rest"] = start.weight
         self.set_trainable(True)
 
-    def build(self, config: LoRAConfig, **where: Any) -> None:
-        """Creates the parameters, uninitialised; ``where`` has their device and dtype."""
-        self.lora_A = nn.Parameter(torch.empty(self.r, self.in_features, **where))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, self.r, **where))
+    if TYPE_CHECKING:
+        # Its tensors.
+        def __getattr__(self, name: str) -> Any: ...
+
+    def build(self, site: Site) -> Start:
+        """The tensors at the start, without gradients; also called to draw them anew.
+
+        Raises:
+            ValueError: the site or an option does not fit the method; the message names it.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: build")
+
+    def lower(self, x: Tensor | None = None, call: Call | None = None) -> Update:
+        """What this method makes of the layer, differentiable in its parameters; once a forward pass.
+
+        Args:
+            x: the layer's input ``[..., in]``; ``None`` where only a method that does not read it is asked.
+            call: the side inputs of this forward pass.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: lower")
+
+    @torch.no_grad()
+    def _started(self, site: Site) -> Start:
+        return self.build(site)
+
+    def _register(self, name: str, tensor: Tensor, site: Site) -> None:
+        if isinstance(tensor, nn.Parameter):  # shared
+            self.register_parameter(name, tensor)
+        elif tensor.is_floating_point():
+            self.register_parameter(name, nn.Parameter(tensor.to(device=site.device, dtype=site.dtype)))
+        else:
+            self.register_buffer(name, tensor.to(device=site.device))
 
     @torch.no_grad()
     def reset_parameters(self, weight: Tensor | None = None) -> None:
-        """Fills the parameters: random A and zero B, or both random for ``init_lora_weights=False``."""
-        if self.init_lora_weights == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if self.init_lora_weights is False:
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(self.lora_B)
+        """Draws the tensors anew, for the base weight ``[out, in]``."""
+        like: Any = next(iter(self.state_dict(keep_vars=True).values()), torch.empty(0))
+        sizes = (self.in_features, self.out_features)
+        site = Site(self.site, *sizes, self.config, weight, like.device, like.dtype, tensors={})
+        for name, tensor in self.build(site).tensors.items():
+            getattr(self, name).copy_(tensor)
 
-    def lower(self) -> Factors:
-        """The factors of this step, differentiable in the method's parameters."""
-        return Factors(self.lora_A, self.lora_B, self.scaling)
+    def drop(self, x: Tensor) -> Tensor:
+        """x as dropout leaves it, for a branch that the fused kernels do not compute."""
+        return nn.functional.dropout(x, self.lora_dropout, self.training)
 
     def delta(self, dtype: torch.dtype | None = None) -> Tensor:
-        """ΔW = s · (B ⊙ g) A, ``[out, in]``, computed in ``dtype`` (by default the parameters')."""
-        return self.lower().delta(dtype)
+        """ΔW ``[out, in]``, computed in ``dtype`` (by default the parameters')."""
+        eye = self._identity(dtype)
+        return delta_of(self.lower(eye, current_call()), eye, dtype)
 
     def merged(self, weight: Tensor, base: Tensor) -> Tensor:
         """W + ΔW in the dtype of ``weight``, or what else the method makes of the two.
@@ -108,13 +118,21 @@ class Adapter(nn.Module):
         Args:
             weight: W, or what the active adapters before this one made of it.
             base: W itself, whose norms DoRA takes.
+
+        Raises:
+            RuntimeError: the method has no one ΔW.
         """
-        factors = self.lower()
-        total = weight + factors.delta(weight.dtype)
-        lora_a, lora_b, scaling, _, magnitude = factors
-        if magnitude is None:
-            return total
-        return output_scale(base, lora_a, lora_b, magnitude, scaling).to(total.dtype)[:, None] * total
+        if not self.mergeable:
+            raise RuntimeError(f"cannot merge: {self.method} has no one weight that it makes of W")
+        eye = self._identity(weight.dtype)
+        return merge_update(weight, base, self.lower(eye, current_call()), eye)
+
+    def _identity(self, dtype: torch.dtype | None) -> Tensor | None:
+        """The x that makes a branch its own weight, for a method that reads x."""
+        if not self.reads_x:
+            return None
+        like = next(self.parameters())
+        return torch.eye(self.in_features, device=like.device, dtype=dtype or like.dtype)
 
     def scaling_at(self, rank: int) -> float:
         """s: alpha/rank, or alpha/√rank for rsLoRA (Kalajdzievski, 2023, arXiv 2312.03732)."""
@@ -130,7 +148,28 @@ class Adapter(nn.Module):
         return f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}"
 
 
-METHODS: dict[str, type[Adapter]] = {}
+class _Methods(Mapping[str, type[Adapter]]):
+    """Key -> class, of the package's own methods, whose files are imported when asked for, and of others."""
+
+    def __init__(self) -> None:
+        self._classes: dict[str, type[Adapter]] = {}
+
+    def __getitem__(self, key: str) -> type[Adapter]:
+        if key not in self._classes and key in structures():
+            importlib.import_module(f"lora_kernels.{structures()[key].home}")
+        return self._classes[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*structures(), *self._classes]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def add(self, key: str, cls: type[Adapter]) -> None:
+        self._classes[key] = cls
+
+
+METHODS = _Methods()
 _Method = TypeVar("_Method", bound=type[Adapter])
 
 
@@ -139,7 +178,7 @@ def register(name: str) -> Callable[[_Method], _Method]:
 
     def add(cls: _Method) -> _Method:
         cls.method = name
-        METHODS[name] = cls
+        METHODS.add(name, cls)
         return cls
 
     return add
@@ -166,5 +205,9 @@ def make(
     dtype: torch.dtype | None = None,
 ) -> Adapter:
     """An adapter of ``config.method`` for a base weight ``[out_features, in_features]``."""
-    cls = method(config.method)
-    return cls(in_features, out_features, config, weight=weight, device=device, dtype=dtype)
+    return place(Site("", in_features, out_features, config, weight, device, dtype, tensors={}))
+
+
+def place(site: Site) -> Adapter:
+    """An adapter of the site's config, on it."""
+    return method(site.config.method)(site)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.low_rank_norm import low_rank_norm
-from .base import Adapter, Factors, register
-from .config import LoRAConfig
+from .base import register
+from .call import Call
+from .lora import LoRA
+from .site import Site, Start
+from .update import LowRank
 
 
 @register("dora")
-class DoRA(Adapter):
+class DoRA(LoRA):
     """W′ = m ⊙ (W + (α/r) · B A) / ‖W + (α/r) · B A‖, the norm by row
 
     DoRA (Liu et al., 2024, arXiv 2402.09353), also ``LoRAConfig(use_dora=True)``. A, B and the magnitude
@@ -21,21 +22,20 @@ class DoRA(Adapter):
     constant. ``delta()`` is (α/r) · B A, the change of direction alone; ``merged()`` is W′.
     """
 
-    def build(self, config: LoRAConfig, **where: Any) -> None:
-        """Creates A, B and the magnitude."""
-        super().build(config, **where)
-        self.lora_magnitude_vector = nn.Parameter(torch.empty(self.out_features, **where))
+    plain = False
+    over_quantized = False  # the norms are those of a dense weight
+    splits = {}  # noqa: RUF012
 
-    @torch.no_grad()
-    def reset_parameters(self, weight: Tensor | None = None) -> None:
-        """LoRA's A and B, and the row norms of ``weight`` + ΔW; ones where there is no weight."""
-        super().reset_parameters(weight)
-        if weight is None:
-            nn.init.ones_(self.lora_magnitude_vector)
+    def build(self, site: Site) -> Start:
+        """LoRA's A and B, and the row norms of the weight + ΔW; ones where there is no weight."""
+        tensors = dict(super().build(site).tensors)
+        if site.weight is None:
+            magnitude = torch.ones_like(tensors["lora_B"][:, 0])
         else:
-            norms = low_rank_norm(weight, self.lora_A, self.lora_B, self.scaling)
-            self.lora_magnitude_vector.copy_(norms)
+            magnitude = low_rank_norm(site.weight, tensors["lora_A"], tensors["lora_B"], self.scaling)
+        return Start({**tensors, "lora_magnitude_vector": magnitude})
 
-    def lower(self) -> Factors:
+    def lower(self, x: Tensor | None = None, call: Call | None = None) -> LowRank:
         """A and B with the magnitude."""
-        return Factors(self.lora_A, self.lora_B, self.scaling, None, self.lora_magnitude_vector)
+        magnitude = self.lora_magnitude_vector
+        return LowRank(self.lora_A, self.lora_B, self.scaling, magnitude=magnitude)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from torch import Tensor
 
-from .base import Adapter, Factors, register
-from .config import LoRAConfig
+from .base import register
+from .call import Call
+from .lora import LoRA
+from .site import Site
+from .update import LowRank
 
 
 @register("dylora")
-class DyLoRA(Adapter):
+class DyLoRA(LoRA):
     """ΔW = (α/b) · B[:, :b] A[:b] for the active rank b ≤ r
 
     DyLoRA (Valipour et al., 2022, arXiv 2210.07558). Draw b anew at each step with
@@ -23,11 +25,10 @@ class DyLoRA(Adapter):
 
     options = frozenset({"frozen"})
 
-    def build(self, config: LoRAConfig, **where: Any) -> None:
-        """Creates A and B, all ranks active."""
-        super().build(config, **where)
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
         self.rank = self.r
-        self.only_last = bool(config.method_options.get("frozen", False))
+        self.only_last = bool(site.option("frozen", False))
 
     def set_rank(self, b: int) -> None:
         """Makes b the active rank.
@@ -44,11 +45,11 @@ class DyLoRA(Adapter):
         """Uniform in 1..r; does not set it."""
         return int(torch.randint(1, self.r + 1, (), generator=generator))
 
-    def lower(self) -> Factors:
+    def lower(self, x: Tensor | None = None, call: Call | None = None) -> LowRank:
         """The first b ranks."""
         b = self.rank
         lora_a, lora_b = self.lora_A[:b], self.lora_B[:, :b]
         if self.only_last and torch.is_grad_enabled() and b > 1:
             lora_a = torch.cat((lora_a[:-1].detach(), lora_a[-1:]))
             lora_b = torch.cat((lora_b[:, :-1].detach(), lora_b[:, -1:]), 1)
-        return Factors(lora_a, lora_b, self.scaling)
+        return LowRank(lora_a, lora_b, self.scaling)

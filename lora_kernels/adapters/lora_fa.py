@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from .base import Adapter, register
+from .base import register
+from .lora import LoRA
 
 
 @register("lora_fa")
-class LoRAFA(Adapter):
+class LoRAFA(LoRA):
     """ΔW = (α/r) · B A with A frozen
 
     LoRA-FA (Zhang et al., 2023, arXiv 2308.03303). Only B ``[out, r]`` trains, so the backward pass

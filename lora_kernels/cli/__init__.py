@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": "fine-tune a pretrained encoder with LoRA, check it against PEFT, time it",
     "inspect": "what the assembler made of every kernel, with no card needed",
     "tune": "measure the strategies on your card and shapes; the fastest runs from then on",
+    "methods": "the methods of the literature that are here, with paper, file and state",
     "bench": "the benchmarks, from a checkout",
 }
 

@@ -1,7 +1,7 @@
 """Adapters on disk in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Methods that are plain A and B (`lora`, `lora_fa`, `dylora`), and `dora`, are written so that PEFT reads
-them. Others carry a peft_type that PEFT refuses, since it would load only half of them.
+Methods whose class says ``peft`` are written so that PEFT reads them. Others carry a peft_type that PEFT
+refuses, since it would load only half of them. A tensor that sites share is written once.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..adapters import LoRAConfig
+from ..adapters import METHODS, LoRAConfig
 from ..nn.apply import apply_lora, lora_configs, lora_layers, lora_state_dict, planned_adapters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_PLAIN_METHODS = ("lora", "lora_fa", "dylora", "dora")
 _OWN_TYPE = "LORA_KERNELS"
 _FIELDS = (
     "r",
@@ -78,7 +77,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
             f"adapter_name: expected one of {', '.join(configs) or 'none'}, got {adapter_name!r}"
         )
     config = configs[adapter_name]
-    state, layers = lora_state_dict(model, adapter_name), lora_layers(model)
+    state, layers = _once(lora_state_dict(model, adapter_name)), lora_layers(model)
     embeddings, shapes = _embeddings(model), _peft_shapes(model, state, adapter_name)
     tensors = {}
     for key, value in state.items():
@@ -106,7 +105,7 @@ def _replace(target: Path, write: Any) -> None:
 
 
 def _config_dict(config: LoRAConfig, fan_in_fan_out: bool) -> dict[str, Any]:
-    plain = config.method in _PLAIN_METHODS
+    plain = METHODS[config.method].peft
     values = {name: getattr(config, name) for name in _FIELDS} | {"fan_in_fan_out": fan_in_fan_out}
     ours = {"version": __version__, "method": config.method, "method_options": config.method_options}
     return {**values, "peft_type": "LORA" if plain else _OWN_TYPE, "lora_kernels": ours}
@@ -177,7 +176,8 @@ def load_adapter(
     known = adapter_name in lora_configs(model)
     if known:
         layers: Container[str] = lora_layers(model)
-        expected = {key: value.shape for key, value in lora_state_dict(model, adapter_name).items()}
+        state = _once(lora_state_dict(model, adapter_name))
+        expected = {key: value.shape for key, value in state.items()}
     else:
         layers, expected = _planned(model, config, adapter_name)
     embeddings, shapes = _embeddings(model), _peft_shapes(model, expected, adapter_name)
@@ -190,6 +190,19 @@ def load_adapter(
         for name, tensor in tensors.items():
             _fill(targets[by_key[name]], tensor.view(expected[by_key[name]]))
     return model
+
+
+def _once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with each tensor that several sites share under the first of its keys alone."""
+    first: dict[tuple[Any, ...], str] = {}
+    for key, value in state.items():
+        place = (key,) if hasattr(value, "full_tensor") or not value.numel() else _place(value)
+        first.setdefault(place, key)
+    return {key: state[key] for key in first.values()}
+
+
+def _place(value: Tensor) -> tuple[Any, ...]:
+    return value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -212,11 +225,12 @@ def _planned(
 ) -> tuple[Container[str], dict[str, torch.Size]]:
     """The layers that ``apply_lora`` would adapt, and the keys and shapes that a checkpoint would hold."""
     adapters = planned_adapters(model, config, adapter_name)
-    shapes = {
-        f"{layer}.adapters.{adapter_name}.{key}": value.shape
+    state = {
+        f"{layer}.adapters.{adapter_name}.{key}": value
         for layer, adapter in adapters.items()
         for key, value in adapter.state_dict().items()
     }
+    shapes = {key: value.shape for key, value in _once(state).items()}
     saved = tuple(config.modules_to_save or ())
     for key, value in model.state_dict().items():
         module, _, name = key.rpartition(".")

@@ -17,7 +17,7 @@ from peft.tuners.lora.variants import (
 )
 from torch import Tensor, nn
 
-from ..adapters import Factors
+from ..adapters import LowRank
 from ..nn.conv import convolve
 from ..nn.embedding import embed
 from .peft_linear import PeftNamed, hooked, magnitude_of, scale_and_gate
@@ -39,16 +39,16 @@ class FusedLoraEmbedding(PeftNamed, PeftEmbedding):
         return embed(base, x, [_embedding_factors(self, name) for name in names])
 
 
-def _embedding_factors(layer: Any, name: str) -> Factors:
+def _embedding_factors(layer: Any, name: str) -> LowRank:
     return _factors(layer, name, layer.lora_embedding_A[name], layer.lora_embedding_B[name])
 
 
-def _factors(layer: Any, name: str, lora_a: Tensor, lora_b: Tensor) -> Factors:
+def _factors(layer: Any, name: str, lora_a: Tensor, lora_b: Tensor) -> LowRank:
     scaling, gate = scale_and_gate(layer.scaling[name], lora_a)
     magnitude = _magnitude(layer, name)
     if magnitude is None or gate is None:
-        return Factors(lora_a, lora_b, scaling, gate, magnitude)
-    return Factors(lora_a, lora_b * gate, scaling, None, magnitude)
+        return LowRank(lora_a, lora_b, scaling, gate, None, magnitude)
+    return LowRank(lora_a, lora_b * gate, scaling, None, None, magnitude)
 
 
 class _FusedLoraConv(PeftNamed):
@@ -64,7 +64,7 @@ class _FusedLoraConv(PeftNamed):
         return convolve(base, x, [(_conv_factors(self, name), _dropout(self, name)) for name in names])
 
 
-def _conv_factors(layer: Any, name: str) -> Factors:
+def _conv_factors(layer: Any, name: str) -> LowRank:
     lora_a, lora_b = (part[name].weight.flatten(1) for part in (layer.lora_A, layer.lora_B))
     return _factors(layer, name, lora_a, lora_b)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..adapters import LoRAConfig
+from ..adapters import METHODS, LoRAConfig
 from ..serving.pool import AdapterPool
 from .checkpoint import CONFIG, WEIGHTS, read_config, read_weights
 
@@ -31,7 +31,8 @@ def load_into_pool(pool: AdapterPool, directory: str | os.PathLike[str], name: s
     """
     folder = Path(directory)
     config = read_config(folder / CONFIG)
-    if config.bias != "none" or config.modules_to_save or config.method != "lora":
+    kind = METHODS[config.method]
+    if config.bias != "none" or config.modules_to_save or not (kind.peft and kind.plain):
         what = f"bias={config.bias!r}, modules_to_save={config.modules_to_save}, method={config.method!r}"
         raise ValueError(f"{folder / CONFIG}: expected a plain LoRA adapter, got {what}")
     factors = _factors(read_weights(folder))

@@ -27,6 +27,7 @@ from .mixture import LoRAMixtureLinear
 from .mlp import fuse_mlps, fused_mlps, unfuse_mlps
 from .pairs import Pair, lora_pairs
 from .quantized import QuantizedLinear, QuantizedLoRALinear
+from .side_inputs import side_inputs
 
 __all__ = [
     "LoRAConfig",
@@ -57,6 +58,7 @@ __all__ = [
     "quantize_base",
     "remove_lora",
     "set_adapter",
+    "side_inputs",
     "train_adapters",
     "unfuse_mlps",
     "ungroup_layers",

@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter, LoRAConfig, make
+from ..adapters import METHODS, Adapter, LoRAConfig, Site, place
 
 _HALF = (torch.float16, torch.bfloat16)
+# What a layer with adapters holds beside its base's own.
+OWN = (
+    *("adapters", "active", "merged", "enabled"),
+    *("_single", "_unmerged", "_taker", "_taking", "_other_weight"),
+)
 
 
 def shared_state(base: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
@@ -77,6 +82,10 @@ class AdapterLayer(nn.Module):
         self.enabled = True
         # The name of the one adapter that a plain fused call serves, for the shortest way through forward.
         self._single: str | None = None
+        # The adapter whose start took something out of W, and whether `weight` is now what is left.
+        self._taker: str | None = None
+        self._taking = False
+        self.register_buffer("_other_weight", None, persistent=False)
         self.register_buffer("_unmerged", None, persistent=False)
         for parameter in (self.weight, getattr(self, "bias", None)):
             if isinstance(parameter, Tensor):
@@ -93,15 +102,25 @@ class AdapterLayer(nn.Module):
         plain = self.enabled and not self.merged and len(self.active) == 1
         self._single = self.active[0] if plain else None
 
-    def make_adapter(self, config: LoRAConfig) -> Adapter:
-        """An adapter that fits this layer; :meth:`add_adapter` adds it."""
+    def make_adapter(self, config: LoRAConfig, **where: Any) -> Adapter:
+        """An adapter that fits this layer; :meth:`add_adapter` adds it.
+
+        Args:
+            config: what it is.
+            where: further fields of :class:`lora_kernels.adapters.Site`: name, statistics, previous, tensors.
+        """
         weight = self.base_weight
         if not weight.is_floating_point():
             raise TypeError(f"weight: expected a floating dtype, got {weight.dtype}")
         dtype = torch.float32 if weight.dtype in _HALF else weight.dtype
-        matrix = self._matrix(weight)
+        return self._place(config, self._matrix(weight), dtype, where)
+
+    def _place(
+        self, config: LoRAConfig, matrix: Tensor, dtype: torch.dtype, where: dict[str, Any]
+    ) -> Adapter:
         out_features, in_features = matrix.shape
-        return make(in_features, out_features, config, weight=matrix, device=weight.device, dtype=dtype)
+        site = Site("", in_features, out_features, config, matrix, matrix.device, dtype, tensors={})
+        return place(site._replace(**where))
 
     def _draw(self, adapter: Adapter) -> None:
         """Draws the parameters of an adapter anew."""
@@ -132,6 +151,8 @@ class AdapterLayer(nn.Module):
         activate = not self.adapters if activate is None else activate
         if activate:
             self._must_be_unmerged("add an active adapter")
+        if adapter.rest is not None:
+            self._take(name, adapter)
         self.adapters[name] = adapter
         adapter.set_trainable(False)
         if activate:
@@ -142,9 +163,34 @@ class AdapterLayer(nn.Module):
         self._check_known((name,))
         if name in self.merged:
             self._must_be_unmerged(f"delete {name!r}")
+        active = tuple(other for other in self.active if other != name)
+        if name == self._taker:
+            self._must_be_unmerged(f"delete {name!r}")
+            self.active = active
+            self._settle_weight()
+            self._taker, self._buffers["_other_weight"] = None, None
         del self.adapters[name]
-        self.active = tuple(other for other in self.active if other != name)
+        self.active = active
         self._refresh()
+
+    def _take(self, name: str, adapter: Adapter) -> None:
+        """Keeps beside W the weight that the adapter goes on with, which is W's part while it is active."""
+        self._must_be_unmerged("add an adapter that changes the weight")
+        if self._taker is not None:
+            raise ValueError(f"adapter: {self._taker!r} has taken its start out of this weight already")
+        rest = self._unmatrix(adapter.__dict__.pop("rest")).to(self.weight.dtype)
+        adapter.__dict__["rest"] = None
+        self._taker, self._taking = name, False
+        self._buffers["_other_weight"] = nn.Parameter(rest.contiguous(), requires_grad=False)
+
+    def _settle_weight(self) -> None:
+        """Puts W, or what the taker left of it, into ``weight``."""
+        if self._taker is None or self._taking == (self._taker in self.active):
+            return
+        other, self._buffers["_other_weight"] = self._buffers["_other_weight"], self.weight
+        # A move between devices or dtypes leaves a plain tensor in the buffer.
+        self.weight = other if isinstance(other, nn.Parameter) else nn.Parameter(other, requires_grad=False)
+        self._taking = not self._taking
 
     def set_adapter(self, names: str | Iterable[str]) -> None:
         """Makes these adapters the active ones, which add up, and trains them alone.
@@ -157,6 +203,7 @@ class AdapterLayer(nn.Module):
         self._check_known(names)
         self._must_be_unmerged("choose other adapters")
         self.active = names
+        self._settle_weight()
         for name, adapter in self.adapters.items():
             adapter.set_trainable(name in names)
         self._refresh()
@@ -181,6 +228,12 @@ class AdapterLayer(nn.Module):
         """W, also while ``weight`` holds W + Σ ΔW_i."""
         return self.weight if self._unmerged is None else self._unmerged
 
+    @property
+    def bare_weight(self) -> Tensor:
+        """W without any adapter."""
+        other = self._buffers["_other_weight"]
+        return other if self._taking and other is not None else self.base_weight
+
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """W + Σ ΔW_i over the active adapters, or what else their methods make of W.
@@ -202,7 +255,7 @@ class AdapterLayer(nn.Module):
         """
         if self.merged or not self.active:
             return
-        merged = self.merged_weight()
+        merged = self.merged_weight()  # raises where a method has no one weight, before anything changes
         base = self.weight
         # Not by attribute: a module files a Parameter as a parameter, also under the name of a buffer.
         self._buffers["_unmerged"] = base
@@ -223,10 +276,10 @@ class AdapterLayer(nn.Module):
 
     def to_base(self, *, merge: bool = False) -> nn.Module:
         """The layer this was, or with ``merge`` the one it has become."""
-        weight = nn.Parameter(self.merged_weight(), requires_grad=False) if merge else self.base_weight
+        weight: Any = self.merged_weight() if merge else self.bare_weight
+        weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
         base = self.base_type.__new__(self.base_type)
-        own = ("adapters", "active", "merged", "enabled", "_single")
-        state = {key: value for key, value in vars(self).items() if key not in own}
+        state = {key: value for key, value in vars(self).items() if key not in OWN}
         state["_modules"], state["_buffers"] = {}, {}
         state["_parameters"] = {**self._parameters, "weight": weight}
         state["_non_persistent_buffers_set"] = set()
@@ -261,6 +314,12 @@ class AdapterLayer(nn.Module):
         state = "" if self.enabled else ", disabled"
         state += f", merged={list(self.merged)}" if self.merged else ""
         return f"{super().extra_repr()}, active={list(self.active)}{state}"
+
+
+def refuse_reader(config: LoRAConfig, what: str) -> None:
+    """Raises for a method that reads the x of a linear."""
+    if METHODS[config.method].reads_x:
+        raise ValueError(f"method: {config.method} reads its input and sits on linears alone, got {what}")
 
 
 def _check_name(name: str, taken: Iterable[str]) -> None:

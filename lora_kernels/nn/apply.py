@@ -43,7 +43,7 @@ def _linear_types() -> tuple[type[nn.Module], ...]:
     return tuple(base for base, layer in layer_types().items() if issubclass(layer, LinearAdapterLayer))
 
 
-class Site(NamedTuple):
+class Target(NamedTuple):
     """One layer of a model: every (parent, attribute) that holds it, and its first dotted name."""
 
     name: str
@@ -51,7 +51,9 @@ class Site(NamedTuple):
     places: list[tuple[nn.Module, str]]
 
 
-def apply_lora(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") -> nn.Module:
+def apply_lora(
+    model: nn.Module, config: LoRAConfig, adapter_name: str = "default", *, fuse: bool = True
+) -> nn.Module:
     """Replaces the targeted layers of ``model`` in place by ones with adapters and freezes the rest.
 
     A target is an ``nn.Linear``, ``nn.Embedding`` or ``nn.Conv1d``, ``2d`` or ``3d``; it becomes a
@@ -65,6 +67,9 @@ def apply_lora(model: nn.Module, config: LoRAConfig, adapter_name: str = "defaul
         model: any module that contains such layers.
         config: what to adapt and how.
         adapter_name: name of the new adapter.
+        fuse: whether linears that share an input, and gated MLPs, are computed together, which
+            :func:`group_layers` and :func:`fuse_mlps` also do later. ``False`` leaves the model's classes
+            and forwards as they are.
 
     Returns:
         ``model`` itself.
@@ -79,12 +84,13 @@ def apply_lora(model: nn.Module, config: LoRAConfig, adapter_name: str = "defaul
     sites = find_sites(model, config)
     _check_saved_modules(model, config)
     first = not lora_configs(model)
-    made = [_prepare(site, config, adapter_name) for site in sites]
+    made = _prepare_all(sites, config, adapter_name)
     for site, (layer, adapter) in zip(sites, made, strict=True):
         layer.add_adapter(adapter_name, adapter, activate=first)
         _install(site, layer)
-    group_layers(model)
-    fuse_mlps(model)
+    if fuse:
+        group_layers(model)
+        fuse_mlps(model)
     model.__dict__.setdefault(_CONFIGS, {})[adapter_name] = config
     mark_only_lora_as_trainable(model, _bias_mode(model))
     return model
@@ -98,7 +104,9 @@ def planned_adapters(model: nn.Module, config: LoRAConfig, adapter_name: str) ->
         ValueError: as :func:`apply_lora`.
     """
     _check_types(model, config)
-    return {site.name: _prepare(site, config, adapter_name)[1] for site in find_sites(model, config)}
+    sites = find_sites(model, config)
+    made = _prepare_all(sites, config, adapter_name)
+    return {site.name: adapter for site, (_, adapter) in zip(sites, made, strict=True)}
 
 
 def lora_configs(model: nn.Module) -> dict[str, LoRAConfig]:
@@ -118,8 +126,25 @@ def _check_types(model: nn.Module, config: LoRAConfig) -> None:
         raise TypeError(f"config: expected a LoRAConfig, got {type(config).__name__}")
 
 
-def _prepare(site: Site, config: LoRAConfig, adapter_name: str) -> tuple[AdapterLayer, Adapter]:
-    """The layer for ``site`` and its new adapter, nothing yet changed."""
+def _prepare_all(
+    targets: list[Target], config: LoRAConfig, adapter_name: str
+) -> list[tuple[AdapterLayer, Adapter]]:
+    """The layer for each target and its new adapter, nothing yet changed."""
+    tensors: dict[Any, nn.Parameter] = {}
+    latest: dict[str, Adapter] = {}
+    made = []
+    for target in targets:
+        role = target.name.rpartition(".")[2]
+        where = {"name": target.name, "tensors": tensors, "previous": latest.get(role)}
+        layer, adapter = _prepare(target, config, adapter_name, where)
+        latest[role] = adapter
+        made.append((layer, adapter))
+    return made
+
+
+def _prepare(
+    site: Target, config: LoRAConfig, adapter_name: str, where: dict[str, Any]
+) -> tuple[AdapterLayer, Adapter]:
     layer = site.linear
     if isinstance(layer, AdapterLayer):
         _check_name(adapter_name, layer.adapters)
@@ -128,10 +153,10 @@ def _prepare(site: Site, config: LoRAConfig, adapter_name: str) -> tuple[Adapter
         layer = layer_types()[type(layer)]._share(layer)
         for parameter in trained:  # frozen once everything is known to fit
             parameter.requires_grad_(True)
-    return layer, layer.make_adapter(config.for_module(site.name))
+    return layer, layer.make_adapter(config.for_module(site.name), **where)
 
 
-def _install(site: Site, layer: nn.Module) -> None:
+def _install(site: Target, layer: nn.Module) -> None:
     for parent, attribute in site.places:
         parent._modules[attribute] = layer
         if isinstance(parent, nn.TransformerEncoderLayer) and not layer._forward_pre_hooks:
@@ -152,7 +177,7 @@ def _drop_hook(module: nn.Module) -> None:
 
 def find_sites(
     model: nn.Module, config: LoRAConfig, kinds: tuple[type[nn.Module], ...] | None = None
-) -> list[Site]:
+) -> list[Target]:
     """The layers that ``config`` targets: linears alone where it says "all-linear", else any of ``kinds``.
 
     Without ``kinds`` these are all that an adapter can be put on.
@@ -166,12 +191,12 @@ def find_sites(
     everything = _is_all_linear(config)
     skipped = _output_head(model) if everything else None
     linears = tuple(kind for kind in kinds if kind in _linear_types())
-    sites: dict[int, Site] = {}
+    sites: dict[int, Target] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if not name or module is skipped or _inside_adapters(name) or not _targets(config, name):
             continue
         if _adaptable(module, linears if everything else kinds):
-            site = sites.setdefault(id(module), Site(name, module, []))
+            site = sites.setdefault(id(module), Target(name, module, []))
             parent, _, attribute = name.rpartition(".")
             site.places.append((model.get_submodule(parent), attribute))
         elif isinstance(config.target_modules, list):
@@ -430,7 +455,7 @@ def quantize_base(
     return model
 
 
-def _quantized_layer(site: Site, format: str, options: dict[str, Any]) -> nn.Module:
+def _quantized_layer(site: Target, format: str, options: dict[str, Any]) -> nn.Module:
     linear = site.linear
     try:
         if isinstance(linear, LoRALinear):

@@ -8,11 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._arguments import LoraInputs
-from ..adapters import Adapter, Factors, LoRAConfig
-from ..ops.dora_linear import fused_dora, output_scale
-from ..ops.lora_linear import fused
-from .adapter_layer import AdapterLayer
+from ..adapters import Adapter, Dense, LoRAConfig, LowRank, Update, apply_update, current_call
+from ..ops.dora_linear import output_scale
+from .adapter_layer import AdapterLayer, refuse_reader
 
 if TYPE_CHECKING:
     _Conv = nn.Conv2d
@@ -106,20 +104,23 @@ class _LoRAConv(AdapterLayer, _Conv):
         """
         return cls._wrap(conv, config, adapter_name, options)
 
-    def make_adapter(self, config: LoRAConfig) -> Adapter:
+    def make_adapter(self, config: LoRAConfig, **where: Any) -> Adapter:
         """An adapter that fits this layer; :meth:`add_adapter` adds it."""
         if self.groups != 1:
             raise ValueError(f"groups: expected 1 for an adapter of a convolution, got {self.groups}")
-        return super().make_adapter(config)
+        refuse_reader(config, "a convolution")
+        return super().make_adapter(config, **where)
 
     def forward(self, input: Tensor) -> Tensor:
         """y for x ``[batch, in, *size]`` or ``[in, *size]``."""
         if not self.enabled:
-            return self._conv_forward(input, self.base_weight, self.bias)
+            return self._conv_forward(input, self.bare_weight, self.bias)
         if self.merged or not self.active:
             return self._conv_forward(input, self.weight, self.bias)
         active = [self.adapters[name] for name in self.active]
-        return convolve(self, input, [(a.lower(), a.lora_dropout if self.training else 0.0) for a in active])
+        ps = [adapter.lora_dropout if self.training else 0.0 for adapter in active]
+        updates = [adapter.lower(None, current_call()) for adapter in active]
+        return convolve(self, input, list(zip(updates, ps, strict=True)))
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
@@ -128,23 +129,25 @@ class _LoRAConv(AdapterLayer, _Conv):
         return matrix.view(self.weight.shape)
 
 
-def convolve(conv: Any, x: Tensor, adapters: list[tuple[Factors, float]]) -> Tensor:
+def convolve(conv: Any, x: Tensor, adapters: list[tuple[Update, float]]) -> Tensor:
     """y of ``conv`` with adapters of its weight as a matrix, and the dropout of each one's input."""
     if x.dim() == conv.weight.dim() - 1:
         return convolve(conv, x[None], adapters)[0]
     if len(adapters) == 1 and _is_linear(conv, x):
         return _as_linear(conv, x, *adapters[0])
-    scaled = any(factors.magnitude is not None for factors, _ in adapters)
+    scaled = any(type(update) is LowRank and update.magnitude is not None for update, _ in adapters)
     y = conv._conv_forward(x, conv.weight, None if scaled else conv.bias)
-    for factors, p in adapters:
-        y = _adapted(conv, y, x, factors, p)
+    for update, p in adapters:
+        y = _adapted(conv, y, x, update, p)
     return y + _by_channel(conv, conv.bias) if scaled and conv.bias is not None else y
 
 
-def _adapted(conv: Any, y: Tensor, x: Tensor, factors: Factors, p: float) -> Tensor:
+def _adapted(conv: Any, y: Tensor, x: Tensor, update: Any, p: float) -> Tensor:
     """y with what one adapter adds to it or makes of it; with DoRA y is without the bias."""
-    lora_a, lora_b, scaling, gate, magnitude = factors
     d = F.dropout(x, p) if p else x
+    if type(update) is Dense:
+        return y + conv._conv_forward(d, update.delta.to(y.dtype).view_as(conv.weight), None)
+    lora_a, lora_b, scaling, gate, _, magnitude = update
     down = lora_a.to(conv.weight.dtype).view(-1, *conv.weight.shape[1:])
     up = (lora_b if gate is None else lora_b * gate).to(conv.weight.dtype)
     h = conv._conv_forward(d, down, None).flatten(2)
@@ -169,14 +172,9 @@ def _is_linear(conv: Any, x: Tensor) -> bool:
     return plain and x.movedim(1, -1).is_contiguous()
 
 
-def _as_linear(conv: Any, x: Tensor, factors: Factors, p: float) -> Tensor:
-    lora_a, lora_b, scaling, gate, magnitude = factors
+def _as_linear(conv: Any, x: Tensor, update: Update, p: float) -> Tensor:
     rows, weight = x.movedim(1, -1), conv.weight.flatten(1)
-    if magnitude is None:
-        y = fused(LoraInputs(rows, weight, lora_a, lora_b, conv.bias, gate, None, None, scaling, p))
-    else:
-        y = fused_dora(rows, weight, lora_a, lora_b, magnitude, conv.bias, scaling, p)
-    return y.movedim(-1, 1)
+    return apply_update(rows, weight, conv.bias, update, p).movedim(-1, 1)
 
 
 class LoRAConv1d(_LoRAConv, nn.Conv1d):  # type: ignore[misc]

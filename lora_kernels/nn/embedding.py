@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters import Adapter, Factors, LoRAConfig
+from ..adapters import Adapter, Dense, LoRA, LoRAConfig, current_call
 from ..ops.dora_linear import output_scale
-from .adapter_layer import AdapterLayer
+from .adapter_layer import AdapterLayer, refuse_reader
 
 
 class LoRAEmbedding(AdapterLayer, nn.Embedding):
@@ -89,13 +89,14 @@ class LoRAEmbedding(AdapterLayer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """y for token numbers of any shape."""
         if not self.enabled:
-            return look_up(self, input, self.base_weight)
+            return look_up(self, input, self.bare_weight)
         active = self.active if not self.merged else ()
-        return embed(self, input, [self.adapters[name].lower() for name in active])
+        return embed(self, input, [self.adapters[name].lower(None, current_call()) for name in active])
 
-    def make_adapter(self, config: LoRAConfig) -> Adapter:
+    def make_adapter(self, config: LoRAConfig, **where: Any) -> Adapter:
         """An adapter that fits this layer; :meth:`add_adapter` adds it."""
-        adapter = super().make_adapter(config)
+        refuse_reader(config, "an embedding")
+        adapter = super().make_adapter(config, **where)
         _swap_starts(adapter)
         return adapter
 
@@ -110,11 +111,15 @@ class LoRAEmbedding(AdapterLayer, nn.Embedding):
         return matrix.T.contiguous()
 
 
-def embed(base: nn.Embedding, input: Tensor, adapters: Iterable[Factors]) -> Tensor:
+def embed(base: nn.Embedding, input: Tensor, adapters: Iterable[Any]) -> Tensor:
     """What ``base`` looks up, with what each adapter of its transposed weight adds or makes of it."""
     tokens = input.reshape(-1)
     y = look_up(base, tokens, base.weight, base.sparse)
-    for lora_a, lora_b, scaling, gate, magnitude in adapters:
+    for update in adapters:
+        if isinstance(update, Dense):
+            y = y + look_up(base, tokens, update.delta.T.to(y.dtype))
+            continue
+        lora_a, lora_b, scaling, gate, _, magnitude = update
         h = look_up(base, tokens, lora_a.T)
         h = h if gate is None else h * gate
         y = y.addmm_(h.to(y.dtype), lora_b.T.to(y.dtype), alpha=scaling)
@@ -132,6 +137,7 @@ def look_up(base: nn.Embedding, tokens: Tensor, weight: Tensor, sparse: bool = F
 @torch.no_grad()
 def _swap_starts(adapter: Adapter) -> None:
     """Zero A and normal B where both train: a token that never came keeps its embedding."""
-    if adapter.init_lora_weights is not False and adapter.zero_start and not adapter.frozen:
+    plain = isinstance(adapter, LoRA) and adapter.zero_start and not adapter.frozen
+    if adapter.init_lora_weights is not False and plain:
         nn.init.zeros_(adapter.lora_A)
         nn.init.normal_(adapter.lora_B)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -59,10 +59,11 @@ class _Scope:
         waiting, state = self.pending.get(i), _state(layer, x)
         if waiting is not None and waiting.x is x and waiting.state == state:
             return waiting.outputs.pop(id(layer), None)
-        found = _members(layers, x, layer.training)
-        members = {id(one): member for one, member in found if member is not None}
-        if id(layer) not in members or len(members) < 2:
+        own = _member_of(layer, x, layer.training)
+        if own is None:
             return None
+        others = ((one, _member_of(one, x, layer.training)) for one in layers if one is not layer)
+        members = {id(layer): own} | {id(one): member for one, member in others if member is not None}
         outputs = _computed(members)
         self.pending[i] = _Pending(x, state, outputs)
         return outputs.pop(id(layer))
@@ -80,12 +81,11 @@ def _settings(layer: Any, x: Tensor) -> tuple[Any, ...]:
     return torch.is_grad_enabled(), autocast, layer.training
 
 
-def _members(layers: Iterable[Any], x: Tensor, training: bool) -> Iterator[tuple[Any, LoraInputs | None]]:
-    """Each layer with what it computes for x, or ``None`` where that is not for a group."""
-    for layer in layers:
-        member = layer.group_member(x) if _groupable(layer) else None
-        fits = member is not None and layer.training == training and _fits(layer, member, x)
-        yield layer, member if fits else None
+def _member_of(layer: Any, x: Tensor, training: bool) -> LoraInputs | None:
+    """What the layer computes for x, or ``None`` where that is not for a group."""
+    member = layer.group_member(x) if _groupable(layer) else None
+    fits = member is not None and layer.training == training and _fits(layer, member, x)
+    return member if fits else None
 
 
 def _computed(members: dict[Any, LoraInputs]) -> dict[Any, Tensor]:
@@ -156,13 +156,15 @@ def _member(parent: Any, names: tuple[str, ...], name: str, x: Any, held: dict[A
         y = waiting.outputs.pop(name, None)
         return layer(x) if y is None else y
     layers = {one: getattr(parent, one) for one in names}
-    members = {
-        one: member
-        for one, (sibling, member) in zip(names, _members(layers.values(), x, layer.training), strict=True)
-        if member is not None and not touched(sibling)
-    }
-    if name not in members or len(members) < 2:
+    own = None if touched(layer) else _member_of(layer, x, layer.training)
+    if own is None:
         return layer(x)
+    others = {
+        one: _member_of(sibling, x, layer.training)
+        for one, sibling in layers.items()
+        if one != name and not touched(sibling)
+    }
+    members = {name: own} | {one: member for one, member in others.items() if member is not None}
     held[names] = _Pending(x, state, _computed(members))
     return held[names].outputs.pop(name)
 

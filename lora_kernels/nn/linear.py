@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._arguments import LoraInputs
-from ..adapters import Factors, LoRAConfig
+from ..adapters import LoRAConfig, LowRank, apply_update, current_call, stack
 from ..ops._inputs import autocasts
-from ..ops.dora_linear import fused_dora, output_scale
-from ..ops.lora_linear import fused
+from ..ops.dora_linear import output_scale
+from ..ops.lora_linear import scaling_as_gate
 from .adapter_layer import AdapterLayer
 from .groups import grouped
 
@@ -33,24 +33,25 @@ class LinearAdapterLayer(AdapterLayer):
         y = grouped(self, x)
         if y is not None:
             return y
-        # Inline, and past ModuleDict's lookup: at small sizes each of these microseconds shows.
+        # Past ModuleDict's lookup: at small sizes each of these microseconds shows.
         adapter: Any = self.adapters._modules[self._single]
-        lora_a, lora_b, scaling, gate, magnitude = adapter.lower()
         p = adapter.lora_dropout if self.training else 0.0
-        if magnitude is not None:
-            return fused_dora(x, weight, lora_a, lora_b, magnitude, self.bias, scaling, p)
-        return fused(LoraInputs(x, weight, lora_a, lora_b, self.bias, gate, None, None, scaling, p))
+        return apply_update(x, weight, self.bias, adapter.lower(x, current_call()), p)
 
     def group_member(self, x: Tensor) -> LoraInputs | None:
         """What this layer computes for ``x``, where that is one plain fused linear."""
         if self._single is None or not self._takes(x):
             return None
         adapter = self.adapters[self._single]
-        lora_a, lora_b, scaling, gate, magnitude = adapter.lower()
+        if not adapter.plain:
+            return None
+        update: Any = adapter.lower(x, current_call())
+        lora_a, lora_b, scaling, gate, *_ = update
         p = adapter.lora_dropout if self.training else 0.0
+        if isinstance(scaling, Tensor):
+            gate, scaling = scaling_as_gate(scaling, gate, lora_b), 1.0
         weight = self._matrix(self.weight)
-        member = LoraInputs(x, weight, lora_a, lora_b, self.bias, gate, None, None, scaling, p)
-        return member if magnitude is None else None
+        return LoraInputs(x, weight, lora_a, lora_b, self.bias, gate, None, None, scaling, p)
 
     def _takes(self, x: Tensor) -> bool:
         """Whether x is of a dtype that needs no error."""
@@ -64,27 +65,28 @@ class LinearAdapterLayer(AdapterLayer):
             raise TypeError(f"x: expected {self.weight.dtype} (the weight's), got {x.dtype}")
 
     def _forward_general(self, x: Tensor) -> Tensor:
-        """The cases that need more, or less, than one fused call on one adapter."""
+        """The cases that need more, or less, than one update of one adapter."""
         if not self.enabled:
-            return self._base(x, self.base_weight)
+            return self._base(x, self.bare_weight)
         if self.merged or not self.active:
             return self._base(x, self.weight)
         weight, active = self._matrix(self.weight), [self.adapters[name] for name in self.active]
-        factors = [adapter.lower() for adapter in active]
+        call = current_call()
+        updates = [adapter.lower(x, call) for adapter in active]
         ps = [adapter.lora_dropout if self.training else 0.0 for adapter in active]
-        if any(one.magnitude is not None for one in factors):
-            return self._forward_scaled(x, factors, ps)
-        if not any(ps):
-            return _call(x, stack(factors), 0.0, weight, self.bias)
-        y = _call(x, factors[0], ps[0], weight, self.bias)
-        for one, p in zip(factors[1:], ps[1:], strict=True):
-            y = y + _call(x, one, p)
+        if any(type(one) is LowRank and one.magnitude is not None for one in updates):
+            return self._forward_scaled(x, updates, ps)
+        if not any(ps) and all(type(one) is LowRank and one.plain for one in updates):
+            return apply_update(x, weight, self.bias, stack(updates))
+        y = apply_update(x, weight, self.bias, updates[0], ps[0])
+        for one, p in zip(updates[1:], ps[1:], strict=True):
+            y = y + apply_update(x, None, None, one, p)
         return y
 
     def _base(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, self._matrix(weight), self.bias)
 
-    def _forward_scaled(self, x: Tensor, factors: list[Factors], ps: list[float]) -> Tensor:
+    def _forward_scaled(self, x: Tensor, updates: list[Any], ps: list[float]) -> Tensor:
         """Several adapters with DoRA among them, as PEFT adds them up.
 
         One after the other, each scales what those before it gave; its norms are those of W with itself
@@ -92,23 +94,16 @@ class LinearAdapterLayer(AdapterLayer):
         """
         weight = self._matrix(self.weight)
         y = F.linear(x, weight)
-        for one, p in zip(factors, ps, strict=True):
-            lora_a, lora_b, scaling, _, magnitude = one
+        for one, p in zip(updates, ps, strict=True):
+            magnitude = one.magnitude if type(one) is LowRank else None
             if magnitude is None:
-                y = y + _call(x, one, p)
+                y = y + apply_update(x, None, None, one, p)
                 continue
-            scale = output_scale(weight, lora_a, lora_b, magnitude, scaling).to(y.dtype)
+            scale = output_scale(weight, one.lora_a, one.lora_b, magnitude, one.scaling).to(y.dtype)
             d = F.dropout(x, p) if p else x
-            branch = fused(LoraInputs(d, None, lora_a, lora_b, scaling=scaling))
+            branch = apply_update(d, None, None, one._replace(magnitude=None))
             y = y + (scale - 1) * (F.linear(d, weight) if p else y) + scale * branch
         return y if self.bias is None else y + self.bias
-
-
-def _call(
-    x: Tensor, factors: Factors, p: float, weight: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
-    lora_a, lora_b, scaling, gate, _ = factors
-    return fused(LoraInputs(x, weight, lora_a, lora_b, bias, gate, None, None, scaling, p))
 
 
 class LoRALinear(LinearAdapterLayer, nn.Linear):
@@ -191,20 +186,3 @@ class LoRALinear(LinearAdapterLayer, nn.Linear):
     def to_linear(self, *, merge: bool = False) -> nn.Linear:
         """The ``nn.Linear`` this layer was, or with ``merge`` the one it has become."""
         return self.to_base(merge=merge)  # type: ignore[return-value]
-
-
-def stack(factors: list[Factors]) -> Factors:
-    """The factors of Σ_i s_i · (B_i ⊙ g_i) A_i: ranks side by side, the scales in the gate."""
-    lora_a = torch.cat([f.lora_a for f in factors])
-    lora_b = torch.cat([f.lora_b for f in factors], 1)
-    if len({f.scaling for f in factors}) == 1 and all(f.gate is None for f in factors):
-        return Factors(lora_a, lora_b, factors[0].scaling)
-    gates = [_scaled_gate(f) for f in factors]
-    lead = torch.broadcast_shapes(*(gate.shape[:-1] for gate in gates))
-    return Factors(lora_a, lora_b, 1.0, torch.cat([gate.expand(*lead, -1) for gate in gates], -1))
-
-
-def _scaled_gate(factors: Factors) -> Tensor:
-    if factors.gate is None:
-        return factors.lora_a.new_full(factors.lora_a.shape[:1], factors.scaling)
-    return factors.gate * factors.scaling

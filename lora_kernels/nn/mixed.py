@@ -139,7 +139,8 @@ def _forward(layer: Any, names: list[str], plans: dict[tuple[object, ...], Batch
 
 def _factors(adapter: Adapter) -> tuple[Tensor, Tensor, float]:
     """A, B and s of an adapter, its gate taken into B."""
-    lora_a, lora_b, scaling, gate, magnitude = adapter.lower()
-    if magnitude is not None:
-        raise ValueError(f"adapter_names: {adapter.method} scales its output and cannot be mixed")
+    if not adapter.plain:
+        raise ValueError(f"adapter_names: {adapter.method} is more than A, B and s and cannot be mixed")
+    update: Any = adapter.lower()
+    lora_a, lora_b, scaling, gate, *_ = update
     return lora_a, lora_b if gate is None else lora_b * gate, scaling

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..adapters import Adapter
+from ..adapters import LoRA
 from .adapter_layer import AdapterLayer
 
 
@@ -77,7 +77,7 @@ def _own(name: str, layer: AdapterLayer) -> Iterator[Pair]:
         adapter: Any = layer.adapters[key]
         lora_a, lora_b = getattr(adapter, "lora_A", None), getattr(adapter, "lora_B", None)
         if isinstance(lora_a, nn.Parameter) and isinstance(lora_b, nn.Parameter):
-            plain = type(adapter).lower is Adapter.lower
+            plain = type(adapter).lower is LoRA.lower
             p = 0.0 if isinstance(layer, nn.Embedding) else adapter.lora_dropout
             yield Pair(name, key, lora_a, lora_b, adapter.scaling, layer, p, plain)
 

@@ -15,13 +15,10 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 from torch.distributed.tensor.placement_types import Placement
 
-from ..adapters import Adapter
+from ..adapters import METHODS, Adapter
 from .linear import LoRALinear
 
 __all__ = ["ColwiseLoRA", "RowwiseLoRA"]
-
-# Their parameters but A and B know neither in nor out features.
-METHODS = ("lora", "lora_fa", "lora_xs", "sora", "dylora")
 
 
 class ColwiseLoRA(ColwiseParallel):
@@ -37,7 +34,7 @@ class ColwiseLoRA(ColwiseParallel):
     """
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        _split(self, module, device_mesh, {"weight": Shard(0), "bias": Shard(0), "lora_B": Shard(0)})
+        _split(self, module, device_mesh, {"weight": Shard(0), "bias": Shard(0)}, "out")
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, LoRALinear):
@@ -59,7 +56,7 @@ class RowwiseLoRA(RowwiseParallel):
     """
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        _split(self, module, device_mesh, {"weight": Shard(1), "bias": Replicate(), "lora_A": Shard(1)})
+        _split(self, module, device_mesh, {"weight": Shard(1), "bias": Replicate()}, "in")
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, LoRALinear):
@@ -78,15 +75,19 @@ def _stock(cls: type[ParallelStyle], style: ParallelStyle) -> ParallelStyle:
 def _check(layer: LoRALinear) -> None:
     layer._must_be_unmerged("split the layer")
     for name, adapter in layer.adapters.items():
-        if adapter.method not in METHODS:
-            known = ", ".join(METHODS)
+        if not adapter.splits:
+            known = ", ".join(sorted(key for key, cls in METHODS.items() if cls.splits))
             raise TypeError(f"adapter {name!r}: expected a method among {known}, got {adapter.method!r}")
 
 
-def _split(style: ParallelStyle, module: nn.Module, mesh: DeviceMesh, places: dict[str, Placement]) -> None:
-    """Splits the module's own parameters; those that are not named become whole on every process."""
+def _split(
+    style: ParallelStyle, module: nn.Module, mesh: DeviceMesh, places: dict[str, Placement], side: str
+) -> None:
+    """Splits the module's own parameters, an adapter's along the features of ``side``; others stay whole."""
     if not isinstance(module, (LoRALinear, Adapter)):
         return
+    if isinstance(module, Adapter):
+        places = {name: Shard(dim) for name, (along, dim) in module.splits.items() if along == side}
     for name, parameter in list(module.named_parameters(recurse=False)):
         place = places.get(name, Replicate())
         value = distribute_tensor(parameter.data, mesh, [place], src_data_rank=style.src_data_rank)

@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter, LoRAConfig, make
+from ..adapters import Adapter, LoRAConfig
 from ..ops.dequantize import dequantize
 from ..ops.quantized_linear import quantized_linear
 from ..quant import QuantizedWeight, quantize
-from .adapter_layer import _HALF
+from .adapter_layer import _HALF, OWN
 from .linear import LoRALinear
 
 _PARTS = ("codes", "scales", "nested")
-# What a layer with adapters holds beside its base's own.
-_OWN = ("adapters", "active", "merged", "enabled", "_single", "_unmerged")
 
 
 class _QuantizedBase(nn.Module):
@@ -76,7 +74,7 @@ def _quantized(cls: Any, linear: nn.Linear, format: str, options: dict[str, Any]
 
 def _dense(layer: nn.Module, weight: Tensor) -> nn.Linear:
     """``layer`` as a plain linear of this weight."""
-    linear = _transplant(nn.Linear, layer, (*_PARTS, "_layout", *_OWN))
+    linear = _transplant(nn.Linear, layer, (*_PARTS, "_layout", *OWN))
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear
 
@@ -177,7 +175,7 @@ class QuantizedLoRALinear(_QuantizedBase, LoRALinear):  # type: ignore[misc]
         if layer.merged:
             raise ValueError(f"layer: {', '.join(layer.merged)} is merged; call unmerge() first")
         for adapter in layer.adapters.values():
-            _refuse_dora(adapter)
+            _refuse(adapter)
         return _quantized(cls, layer, format, options)
 
     def _check_input(self, x: Tensor) -> None:
@@ -191,24 +189,22 @@ class QuantizedLoRALinear(_QuantizedBase, LoRALinear):  # type: ignore[misc]
     def _base(self, x: Tensor, weight: Any) -> Tensor:
         return QuantizedLinear.forward(self, x)  # type: ignore[arg-type]
 
-    def make_adapter(self, config: LoRAConfig) -> Adapter:
+    def make_adapter(self, config: LoRAConfig, **where: Any) -> Adapter:
         """An adapter that fits this layer; methods that start from W see what its codes stand for."""
         weight = self.weight
         dtype = torch.float32 if weight.dtype in _HALF else weight.dtype
-        sizes = (self.in_features, self.out_features)
-        dense = dequantize(weight, dtype)
-        adapter = make(*sizes, config, weight=dense, device=weight.device, dtype=dtype)
-        _refuse_dora(adapter)
+        adapter = self._place(config, dequantize(weight, dtype), dtype, where)
+        _refuse(adapter)
         return adapter
 
     def add_adapter(self, name: str, config: LoRAConfig | Adapter, *, activate: bool | None = None) -> None:
-        """As of :class:`LoRALinear`; a DoRA is refused.
+        """As of :class:`LoRALinear`; what needs a dense W is refused, as DoRA.
 
         Raises:
             ValueError: the name is taken or no name, or a DoRA.
         """
         if isinstance(config, Adapter):
-            _refuse_dora(config)
+            _refuse(config)
         super().add_adapter(name, config, activate=activate)
 
     def reset_parameters(self) -> None:
@@ -240,7 +236,7 @@ class QuantizedLoRALinear(_QuantizedBase, LoRALinear):  # type: ignore[misc]
 
     def to_base(self, *, merge: bool = False) -> nn.Module:
         """The :class:`QuantizedLinear` this layer was, or with ``merge`` a dense ``nn.Linear``."""
-        return _dense(self, self.merged_weight()) if merge else _transplant(QuantizedLinear, self, _OWN)
+        return _dense(self, self.merged_weight()) if merge else _transplant(QuantizedLinear, self, OWN)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
@@ -250,6 +246,9 @@ class QuantizedLoRALinear(_QuantizedBase, LoRALinear):  # type: ignore[misc]
         return f"{LoRALinear.extra_repr(self)}, {_words(self)}"
 
 
-def _refuse_dora(adapter: Adapter) -> None:
-    if adapter.lower().magnitude is not None:
-        raise ValueError("use_dora: DoRA needs the norms of a dense base weight, and this one is quantised")
+def _refuse(adapter: Adapter) -> None:
+    if not adapter.over_quantized:
+        name = "use_dora: DoRA" if adapter.method == "dora" else f"method: {adapter.method}"
+        raise ValueError(f"{name} needs a dense base weight, and this one is quantised")
+    if adapter.rest is not None:
+        raise ValueError(f"method: {adapter.method} takes its start out of W, and this one is quantised")

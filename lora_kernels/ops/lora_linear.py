@@ -57,7 +57,7 @@ def lora_linear(
     """
     check(x, weight, lora_a, lora_b, bias, gate, x_lora, dropout_p)
     if isinstance(scaling, Tensor):
-        gate, scaling = _scaling_as_gate(scaling, gate, lora_a), 1.0
+        gate, scaling = scaling_as_gate(scaling, gate, lora_b), 1.0
     elif not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling: expected a number or a Tensor, got {type(scaling).__name__}")
     p = dropout_p if training else 0.0
@@ -92,13 +92,13 @@ def fused(inputs: LoraInputs) -> Tensor:
     return LoRALinearFunction.apply(*inputs)
 
 
-def _scaling_as_gate(scaling: Tensor, gate: Tensor | None, lora_a: Tensor) -> Tensor:
+def scaling_as_gate(scaling: Tensor, gate: Tensor | None, lora_b: Tensor) -> Tensor:
     """s as part of g, so that autograd carries its gradient from g's."""
     if not scaling.is_floating_point():
         raise TypeError(f"scaling: expected a floating dtype, got {scaling.dtype}")
-    if scaling.device != lora_a.device:
-        raise ValueError(f"scaling: expected device {lora_a.device} (x's), got {scaling.device}")
+    if scaling.device != lora_b.device:
+        raise ValueError(f"scaling: expected device {lora_b.device} (x's), got {scaling.device}")
     if scaling.numel() != 1:
         raise ValueError(f"scaling: expected one element, got shape {tuple(scaling.shape)}")
     flat = scaling.reshape(1)
-    return flat.expand(lora_a.shape[0]) if gate is None else gate * flat
+    return flat.expand(lora_b.shape[-1]) if gate is None else gate * flat

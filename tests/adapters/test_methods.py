@@ -1,151 +1,17 @@
-"""Every registered method through the same invariants, then what each promises by itself."""
+"""What each method promises by itself; the invariants of all are in ``test_invariants.py``."""
 
 from __future__ import annotations
 
-import copy
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import IN, OUT, RANK, new_layer, shake
 from torch import nn
 
-import lora_kernels.adapters as adapters
-from lora_kernels.adapters import METHODS, LoRAConfig, make
+from lora_kernels.adapters import LoRAConfig, make
 from lora_kernels.nn import LoRALinear
-
-IN, OUT, RANK = 12, 10, 4
-every_method = pytest.mark.parametrize("method", sorted(METHODS))
-
-
-def new_layer(method: str, *, dtype=torch.float64, bias=True, **options) -> LoRALinear:
-    torch.manual_seed(0)
-    return LoRALinear(IN, OUT, r=RANK, lora_alpha=6, method=method, bias=bias, dtype=dtype, **options)
-
-
-def shake(layer: LoRALinear) -> LoRALinear:
-    """Random values for all that trains, as after some steps: zeros would hide errors."""
-    with torch.no_grad():
-        for adapter in layer.adapters.values():
-            for parameter in adapter.parameters():
-                if parameter.requires_grad:
-                    parameter.normal_()
-    return layer
-
-
-def dense(layer: LoRALinear, x: torch.Tensor) -> torch.Tensor:
-    weight = layer.weight
-    for adapter in layer.adapters.values():
-        weight = adapter.merged(weight, layer.weight)
-    return F.linear(x, weight, layer.bias)
-
-
-@every_method
-def test_starts_at_the_base(method):
-    layer = new_layer(method)
-    x = torch.randn(3, IN, dtype=torch.float64)
-    base = F.linear(x, layer.weight, layer.bias)
-    error = (layer(x) - base).abs().max()
-    if METHODS[method].zero_start:
-        assert error == 0
-    else:
-        assert 0 < error < 1e-2
-
-
-@every_method
-@pytest.mark.parametrize("use_rslora", [False, True])
-def test_forward_is_the_dense_layer(method, use_rslora):
-    layer = shake(new_layer(method, use_rslora=use_rslora))
-    x = torch.randn(2, 3, IN, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), dense(layer, x), rtol=1e-12, atol=1e-12)
-
-
-@every_method
-def test_gradients_are_those_of_the_dense_layer(method):
-    layer = shake(new_layer(method))
-    x = torch.randn(5, IN, dtype=torch.float64, requires_grad=True)
-    dy = torch.randn(5, OUT, dtype=torch.float64)
-    trained = [p for p in layer.parameters() if p.requires_grad]
-    assert trained
-    ours = torch.autograd.grad(layer(x), [x, *trained], dy)
-    theirs = torch.autograd.grad(dense(layer, x), [x, *trained], dy)
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
-    assert any(grad.abs().max() > 0 for grad in ours[1:])
-
-
-@every_method
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_merge_equals_forward_and_unmerge_is_exact(method, dtype):
-    layer = shake(new_layer(method, dtype=dtype))
-    x = torch.randn(4, IN, dtype=dtype)
-    weight, before, y = layer.weight, layer.weight.clone(), layer(x)
-    layer.merge()
-    assert layer.weight is not weight
-    torch.testing.assert_close(layer(x), y)
-    layer.unmerge()
-    assert layer.weight is weight
-    assert torch.equal(layer.weight, before)
-    assert torch.equal(layer(x), y)
-
-
-@every_method
-def test_state_dict_round_trip(method):
-    layer = shake(new_layer(method))
-    torch.manual_seed(1)
-    other = LoRALinear(IN, OUT, r=RANK, lora_alpha=6, method=method, dtype=torch.float64)
-    x = torch.randn(4, IN, dtype=torch.float64)
-    assert not torch.equal(layer(x), other(x))
-    other.load_state_dict(layer.state_dict())
-    assert torch.equal(layer(x), other(x))
-
-
-@every_method
-def test_a_step_moves_what_trains_and_nothing_else(method):
-    layer = shake(new_layer(method))
-    before = {name: p.clone() for name, p in layer.named_parameters()}
-    layer(torch.randn(4, IN, dtype=torch.float64)).square().sum().backward()
-    torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1).step()
-    frozen = METHODS[method].frozen
-    for name, parameter in layer.named_parameters():
-        trains = name.startswith("adapters.") and name.rpartition(".")[2] not in frozen
-        assert parameter.requires_grad == trains
-        assert torch.equal(parameter, before[name]) != trains, name
-
-
-@every_method
-def test_deepcopy_is_apart(method):
-    layer = shake(new_layer(method))
-    x = torch.randn(4, IN, dtype=torch.float64)
-    other, y = copy.deepcopy(layer), layer(x)
-    assert torch.equal(other(x), y)
-    other.set_adapter([])
-    assert torch.equal(layer(x), y)
-
-
-@every_method
-def test_stacks_with_lora(method):
-    layer = new_layer(method)
-    layer.add_adapter("second", LoRAConfig(r=3, lora_alpha=1))
-    layer.set_adapter(["default", "second"])
-    shake(layer)
-    x = torch.randn(4, IN, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), dense(layer, x), rtol=1e-12, atol=1e-12)
-
-
-@every_method
-def test_trains_in_full_float32_on_a_half_precision_base(method):
-    layer = new_layer(method, dtype=torch.bfloat16)
-    assert {p.dtype for p in layer.adapters.parameters()} == {torch.float32}
-    layer(torch.randn(4, IN, dtype=torch.bfloat16)).float().sum().backward()
-    assert all(p.grad.dtype == torch.float32 for p in layer.adapters.parameters() if p.requires_grad)
-
-
-@every_method
-def test_a_method_is_one_short_file(method):
-    folder = Path(adapters.__file__).parent
-    assert len((folder / f"{method}.py").read_text().splitlines()) <= 60
 
 
 def test_unknown_method_lists_those_there_are():
@@ -391,20 +257,3 @@ def test_adapters_are_modules_without_a_forward_of_their_own():
     with pytest.raises(NotImplementedError):
         make(3, 3, LoRAConfig(r=1))(torch.zeros(3))
     assert isinstance(make(3, 3, LoRAConfig(r=1)), nn.Module)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("count", [1, 2])
-def test_each_active_adapter_lowers_once_a_call(method, dropout, count, monkeypatch):
-    """What a method computes from its parameters may be dear, and may be drawn at random."""
-    layer = LoRALinear(6, 5, r=2, method=method, lora_dropout=dropout)
-    layer.add_adapter("other", LoRAConfig(r=2, method=method, lora_dropout=dropout))
-    layer.set_adapter(["default", "other"][:count])
-    calls, kind = [], type(layer.adapters["default"])
-    real = kind.lower
-    monkeypatch.setattr(kind, "lower", lambda self: (calls.append(self), real(self))[1])
-    for run in (lambda: layer(torch.randn(3, 6)), layer.merged_weight):
-        calls.clear()
-        run()
-        assert len(calls) == len(set(calls)) == count

@@ -298,7 +298,7 @@ COMMON = [
     (row_dropout_is_independent,),
 ]
 ON_TWO = [
-    *((equals_one_process, method, False) for method in parallel.METHODS),
+    *((equals_one_process, method, False) for method, cls in ADAPTERS.items() if cls.splits),
     (column_dropout_is_that_of_one_process, True),
     (lies_where_it_should,),
     (whole_gradients_are_left_where_the_parameter_is,),
@@ -320,8 +320,9 @@ def test_four_processes(tmp_path):
 
 
 def test_methods_that_do_not_split_are_refused():
-    assert set(parallel.METHODS) <= set(ADAPTERS)
+    splitting = {method for method, cls in ADAPTERS.items() if cls.splits}
+    assert {"lora", "lora_fa", "lora_xs", "sora", "dylora"} <= splitting and "dora" not in splitting
     layer = LoRALinear(4, 4, r=2)
-    layer.adapters["default"].method = "unheard of"
-    with pytest.raises(TypeError, match="adapter 'default': expected a method among lora"):
+    layer.adapters["default"].splits = {}
+    with pytest.raises(TypeError, match="adapter 'default': expected a method among dylora, lora"):
         parallel._check(layer)

@@ -1,0 +1,82 @@
+"""One forward's side inputs: what a method's ``lower`` reads beside x."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+
+class Call(dict[str, Any]):
+    """Side inputs by name: a task, a scale for each token, factors that a network made.
+
+    A layer may also write what a later one reads, in the same forward pass. Missing ones are an error that
+    names them.
+    """
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(
+            f"call: expected {key!r}, which an active adapter reads, got"
+            f" {', '.join(map(repr, self)) or 'nothing'}; run the model inside"
+            f" lora_kernels.nn.side_inputs(model, {key}=...)"
+        )
+
+    def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` with these side inputs whenever it runs: what to give to ``checkpoint``."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with entered(self):
+                return function(*args, **kwargs)
+
+        return run
+
+
+class _Nothing(Call):
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise ValueError(
+            f"call: {key!r} can be written inside lora_kernels.nn.side_inputs(model) alone, which is not open"
+        )
+
+
+class _State:
+    """What is in force. A plain object, so that ``torch.compile`` reads it with a guard: of what a thread or
+    a context holds it would take the value that it saw first.
+    """
+
+    call: Call = _Nothing()
+    owner: int | None = None
+
+
+_state = _State()
+
+
+def current_call() -> Call:
+    """The side inputs in force; empty outside of any block."""
+    return _state.call
+
+
+@contextlib.contextmanager
+def entered(call: Call) -> Iterator[Call]:
+    """Inside the ``with`` block ``call`` is in force, for every thread.
+
+    Raises:
+        RuntimeError: a block of another thread is open.
+    """
+    before, thread = (_state.call, _state.owner), threading.get_ident()
+    if _state.owner not in (None, thread):
+        raise RuntimeError("call: the side inputs of another thread are in force; one forward pass at a time")
+    _state.call, _state.owner = call, thread
+    try:
+        yield call
+    finally:
+        _state.call, _state.owner = before
+
+
+def expand_rows(value: Tensor, x: Tensor) -> Tensor:
+    """A side input with one value for each sample or row of x, as a gate ``[..., 1]``."""
+    while value.dim() < x.dim():
+        value = value[..., None]
+    return value

@@ -1,0 +1,185 @@
+"""What a method makes of a layer for one forward pass, and the one place that computes a linear with it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._arguments import LoraInputs
+from ..ops.dora_linear import fused_dora, output_scale
+from ..ops.lora_linear import fused, scaling_as_gate
+from ..ops.quantized_linear import quantized_linear
+from ..quant.weight import QuantizedWeight
+
+
+class LowRank(NamedTuple):
+    """x Wᵀ + s · ((drop(x_lora) Aᵀ) ⊙ g) Bᵀ: the only kind that the fused kernels compute.
+
+    With a magnitude m the weight is m ⊙ (W + s B A) / ‖W + s B A‖ by row (DoRA), and there is no gate.
+    """
+
+    # A [r, K], K the width of x_lora; [samples, r, K]: one for each sample along x_lora's first dimension.
+    # None: x_lora already is h, and was dropped by the method.
+    lora_a: Tensor | None
+    # B [N, r], or [samples, N, r].
+    lora_b: Tensor
+    # s, a number or a tensor of one element.
+    scaling: float | Tensor = 1.0
+    # g: [r]; [..., r], one for each row; or [..., 1], a scale for each row.
+    gate: Tensor | None = None
+    # What A multiplies, where it is not x; of any width that A has.
+    x_lora: Tensor | None = None
+    # m [N].
+    magnitude: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is A, B, s and g over x: what groups, multi-adapter ops and pools take."""
+        return (
+            self.x_lora is None
+            and self.magnitude is None
+            and self.lora_a is not None
+            and self.lora_a.dim() == self.lora_b.dim() == 2
+            and (self.gate is None or self.gate.shape[-1] == self.lora_a.shape[0])
+        )
+
+
+class Dense(NamedTuple):
+    """x Wᵀ + drop(x) ΔWᵀ: where ΔW [N, K] is of no low rank (HiRA, LoHa, FourierFT of many terms)."""
+
+    delta: Tensor
+
+
+class Added(NamedTuple):
+    """x Wᵀ + y: any differentiable branch, with an op of its own; it drops x itself."""
+
+    y: Tensor
+
+
+Update = LowRank | Dense | Added
+
+
+def apply_update(
+    x: Tensor, weight: Any, bias: Tensor | None, update: Update, dropout_p: float = 0.0
+) -> Tensor:
+    """y of a linear with ``update``; with no weight what the update adds alone.
+
+    Args:
+        x: ``[..., K]``.
+        weight: W ``[N, K]``, dense or quantised, or ``None``.
+        bias: b ``[N]``, or ``None``.
+        update: what :meth:`Adapter.lower` gave for this x.
+        dropout_p: the probability in this call.
+    """
+    if type(update) is LowRank:
+        scaling: Any
+        lora_a, lora_b, scaling, gate, x_lora, magnitude = update
+        # Spelled out, since at small sizes a call more shows.
+        simple = x_lora is None and gate is None and magnitude is None and type(scaling) is float
+        if not simple or lora_a.dim() != 2 or lora_b.dim() != 2:
+            return _low_rank(x, weight, bias, update, dropout_p)
+        return fused(LoraInputs(x, weight, lora_a, lora_b, bias, None, None, None, scaling, dropout_p))
+    if type(update) is Dense:
+        dropped = F.dropout(x, dropout_p) if dropout_p else x
+        if dropped is x and isinstance(weight, Tensor):
+            return F.linear(x, weight + update.delta.to(weight.dtype), bias)
+        return _plus(_base(x, weight, bias), F.linear(dropped, update.delta.to(x.dtype)))
+    return _plus(_base(x, weight, bias), update.y)  # type: ignore[union-attr]
+
+
+def _base(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor | None:
+    if isinstance(weight, QuantizedWeight):
+        return quantized_linear(x, weight, bias)
+    return bias if weight is None else F.linear(x, weight, bias)
+
+
+def _plus(base: Tensor | None, y: Tensor) -> Tensor:
+    return y if base is None else base + y.to(base.dtype)
+
+
+def _low_rank(x: Tensor, weight: Any, bias: Tensor | None, update: LowRank, p: float) -> Tensor:
+    lora_a, lora_b, scaling, gate, x_lora, magnitude = update
+    if isinstance(scaling, Tensor):
+        gate, scaling = scaling_as_gate(scaling, gate, lora_b), 1.0
+    if magnitude is not None:
+        return fused_dora(x, weight, lora_a, lora_b, magnitude, bias, scaling, p)
+    branch = x if x_lora is None else x_lora
+    if lora_a is not None and lora_a.dim() == lora_b.dim() == 2:
+        gate = _gate_of(gate, branch, lora_b.shape[1])
+        if x_lora is None or weight is None or x_lora.shape == x.shape:
+            x, x_lora = (branch, None) if weight is None else (x, x_lora)
+            return fused(LoraInputs(x, weight, lora_a, lora_b, bias, gate, x_lora, None, scaling, p))
+        y = fused(LoraInputs(branch, None, lora_a, lora_b, None, gate, None, None, scaling, p))
+        return _plus(_base(x, weight, bias), y)
+    h = branch if lora_a is None else _by_sample(F.dropout(branch, p) if p else branch, lora_a)
+    h = h if gate is None else h * gate.to(h.dtype)
+    return _plus(_base(x, weight, bias), _by_sample(h, lora_b) * scaling)
+
+
+def _gate_of(gate: Tensor | None, branch: Tensor, rank: int) -> Tensor | None:
+    """g as the ops take it, a view where it has one value a row."""
+    if gate is None or gate.dim() == 1:
+        return gate
+    return gate.expand(*branch.shape[:-1], rank)
+
+
+def _by_sample(x: Tensor, factor: Tensor) -> Tensor:
+    """x Fᵀ, with one F for all or one for each sample."""
+    factor = factor.to(x.dtype)
+    if factor.dim() == 2:
+        return F.linear(x, factor)
+    samples = x.reshape(x.shape[0], -1, x.shape[-1])
+    return torch.bmm(samples, factor.transpose(1, 2)).view(*x.shape[:-1], factor.shape[1])
+
+
+def delta_of(update: Update, eye: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """ΔW [N, K] in ``dtype``; ``eye`` is the x that the update was made for, where that was one.
+
+    Of DoRA's update it is s B A, the change of direction alone.
+    """
+    if isinstance(update, Dense):
+        return update.delta.to(dtype)
+    if isinstance(update, LowRank) and (update.plain or update.magnitude is not None):
+        lora_a, lora_b, scaling, gate, _, _ = update
+        lora_b = lora_b.to(dtype)
+        lora_b = lora_b if gate is None else lora_b * gate.to(dtype)
+        return scaling * (lora_b @ lora_a.to(dtype))
+    return apply_update(eye, None, None, update).T.to(dtype)
+
+
+def merge_update(weight: Tensor, base: Tensor, update: Update, eye: Tensor | None = None) -> Tensor:
+    """What ``update`` makes of ``weight``, in its dtype; ``base`` is W, whose norms DoRA takes."""
+    total = weight + delta_of(update, eye, weight.dtype)
+    if not isinstance(update, LowRank) or update.magnitude is None:
+        return total
+    low_rank: Any = (update.lora_a, update.lora_b, update.magnitude, update.scaling)
+    scale = output_scale(base, *low_rank)
+    return scale.to(total.dtype)[:, None] * total
+
+
+def stack(updates: list[Any]) -> LowRank:
+    """Σ_i s_i · (B_i ⊙ g_i) A_i of plain updates: ranks side by side, the scales in the gate."""
+    lora_a = torch.cat([f.lora_a for f in updates])
+    lora_b = torch.cat([f.lora_b for f in updates], 1)
+    same = all(f.gate is None and f.scaling is updates[0].scaling for f in updates)
+    if same or (all(f.gate is None for f in updates) and len({_number(f.scaling) for f in updates}) == 1):
+        return LowRank(lora_a, lora_b, updates[0].scaling)
+    gates = [_scaled_gate(f) for f in updates]
+    lead = torch.broadcast_shapes(*(gate.shape[:-1] for gate in gates))
+    return LowRank(lora_a, lora_b, 1.0, torch.cat([gate.expand(*lead, -1) for gate in gates], -1))
+
+
+def _number(scaling: float | Tensor) -> float | int:
+    return id(scaling) if isinstance(scaling, Tensor) else scaling
+
+
+def _scaled_gate(update: LowRank) -> Tensor:
+    if update.gate is not None:
+        return update.gate * update.scaling
+    rank = update.lora_a.shape[:1]
+    if isinstance(update.scaling, Tensor):
+        return update.scaling.reshape(1).expand(rank)
+    return update.lora_a.new_full(rank, update.scaling)
