@@ -15,8 +15,8 @@ from lora_kernels import testing
 PACKAGE = Path(lora_kernels.__file__).parent
 # Lower layers first: a module imports from its own layer and from those before it.
 LAYERS = (
-    ("_version", "_settings", "quant"),
-    ("_extension", "_ops"),
+    ("_version", "_settings", "_arguments", "methods", "quant"),
+    ("_extension", "_ops", "_products", "planner"),
     ("_backend",),
     ("reference",),
     ("kernels",),

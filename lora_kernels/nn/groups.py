@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .._arguments import LoraInputs
+from ..ops.lora_linear import fused
 from ..ops.lora_linear_group import fused_group
 from ..quant import QuantizedWeight
 from .forward_source import CannotRewrite, shared_inputs, source, twin
@@ -64,6 +65,8 @@ class _Scope:
             return None
         others = ((one, _member_of(one, x, layer.training)) for one in layers if one is not layer)
         members = {id(layer): own} | {id(one): member for one, member in others if member is not None}
+        if len(members) == 1:
+            return fused(own)  # and not by the layer, which would ask the method a second time
         outputs = _computed(members)
         self.pending[i] = _Pending(x, state, outputs)
         return outputs.pop(id(layer))
@@ -165,6 +168,8 @@ def _member(parent: Any, names: tuple[str, ...], name: str, x: Any, held: dict[A
         if one != name and not touched(sibling)
     }
     members = {name: own} | {one: member for one, member in others.items() if member is not None}
+    if len(members) == 1:
+        return fused(own)
     held[names] = _Pending(x, state, _computed(members))
     return held[names].outputs.pop(name)
 
