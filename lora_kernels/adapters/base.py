@@ -138,6 +138,11 @@ class Adapter(nn.Module):
         """s: alpha/rank, or alpha/√rank for rsLoRA (Kalajdzievski, 2023, arXiv 2312.03732)."""
         return self.lora_alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def take_settings(self, other: Adapter) -> None:
+        """Takes over what is no tensor of ``other``, an adapter of this class: rank, scale, dropout, …"""
+        held = {*vars(nn.Module()), "rest"}
+        self.__dict__.update({name: value for name, value in vars(other).items() if name not in held})
+
     def set_trainable(self, flag: bool) -> None:
         """Switches the gradients of the parameters that the method trains."""
         for name, parameter in self.named_parameters():

@@ -27,7 +27,8 @@ class LoRAConfig:
         lora_dropout: probability in [0, 1) on the branch's input.
         bias: which biases train: ``"none"``, ``"all"`` or ``"lora_only"`` (those of adapted linears).
         use_rslora: rsLoRA's scaling.
-        modules_to_save: names of further modules to train and save whole.
+        modules_to_save: ends of the names of further modules to train and save whole.
+        ensure_weight_tying: whether what shares a weight with one of these goes on sharing it.
         init_lora_weights: ``True`` (Kaiming-uniform A, zero B), ``"gaussian"`` (normal A, zero B) or
             ``False`` (both random).
         rank_pattern: expression for the end of a dotted name -> r.
@@ -53,6 +54,7 @@ class LoRAConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_dora: bool = False
+    ensure_weight_tying: bool = False
     method: str = "lora"
     method_options: dict[str, Any] = field(default_factory=dict)
 

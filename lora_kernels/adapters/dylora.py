@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import register
+from .base import Adapter, register
 from .call import Call
 from .lora import LoRA
 from .site import Site
@@ -44,6 +44,12 @@ class DyLoRA(LoRA):
     def sample_rank(self, generator: torch.Generator | None = None) -> int:
         """Uniform in 1..r; does not set it."""
         return int(torch.randint(1, self.r + 1, (), generator=generator))
+
+    def take_settings(self, other: Adapter) -> None:
+        """As of :class:`Adapter`; the rank in use stays."""
+        rank = self.rank
+        super().take_settings(other)
+        self.set_rank(rank)
 
     def lower(self, x: Tensor | None = None, call: Call | None = None) -> LowRank:
         """The first b ranks."""

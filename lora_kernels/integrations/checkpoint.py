@@ -1,67 +1,48 @@
 """Adapters on disk in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 Methods whose class says ``peft`` are written so that PEFT reads them. Others carry a peft_type that PEFT
-refuses, since it would load only half of them. A tensor that sites share is written once.
+refuses, since it would load only half of them. A tensor that layers share is written once.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
-from collections.abc import Container, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .._version import __version__
-from ..adapters import METHODS, LoRAConfig
-from ..nn.apply import apply_lora, lora_configs, lora_layers, lora_state_dict, planned_adapters
+from ..nn import owned
+from ..nn.apply import (
+    Plan,
+    install,
+    is_combined,
+    lora_configs,
+    lora_layers,
+    lora_state_dict,
+    plan_adapter,
+    reinstall,
+    retune,
+)
+from ..nn.wrappers import plain_key, plain_names
+from .checkpoint_config import CONFIG, config_text, read_config
+from .checkpoint_fit import Slot, fitted, value_of, whole
+from .checkpoint_keys import PREFIX, factor_key, factor_shape, owned_key, renamed
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_OWN_TYPE = "LORA_KERNELS"
-_FIELDS = (
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "exclude_modules",
-    "lora_dropout",
-    "bias",
-    "use_rslora",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_dora",
-)
-# Initialisers that leave the base weight alone: what they drew is in the checkpoint anyway.
-_HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")
-# Options of PEFT that change the function computed; a checkpoint that sets one is refused.
-_REFUSED = (
-    "lora_bias",
-    "layers_to_transform",
-    "layers_pattern",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_qalora",
-    "alora_invocation_tokens",
-    "use_bdlora",
-    "arrow_config",
-    "megatron_config",
-)
+WEIGHTS = "adapter_model.safetensors"
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Writes one adapter of ``model`` so that ``PeftModel.from_pretrained`` or :func:`load_adapter` reads it.
 
     Args:
-        model: a model that :func:`apply_lora` adapted.
+        model: a model that :func:`apply_lora` adapted, or what ``torch.compile``, DDP or FSDP made of it or
+            of parts of it: their names are left out.
         directory: the folder, made where it is missing. Each file is replaced in one step.
         adapter_name: which adapter.
 
@@ -76,20 +57,43 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         raise ValueError(
             f"adapter_name: expected one of {', '.join(configs) or 'none'}, got {adapter_name!r}"
         )
-    config = configs[adapter_name]
-    state, layers = _once(lora_state_dict(model, adapter_name)), lora_layers(model)
-    embeddings, shapes = _embeddings(model), _peft_shapes(model, state, adapter_name)
-    tensors = {}
-    for key, value in state.items():
-        name = _to_peft(key, adapter_name, layers, embeddings)
-        tensors[name] = _whole(value.detach()).cpu().contiguous().view(shapes[key])
+    tensors = _alone({key: whole(value) for key, value in _file_tensors(model, adapter_name)})
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     # PEFT goes by the type of each layer and writes down what it found.
-    transposed = any(layer.fan_in_fan_out for layer in layers.values())
-    text = json.dumps(_config_dict(config, transposed), indent=2, sort_keys=True)
+    transposed = any(layer.fan_in_fan_out for layer in lora_layers(model).values())
+    text = config_text(configs[adapter_name], transposed)
     _replace(folder / CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
+
+
+def _file_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
+    """Key in the file -> tensor."""
+    plain, layers = plain_names(model), lora_layers(model)
+    layers = {at: layer for at, layer in layers.items() if adapter_name in layer.adapters}
+    state = {plain_key(key): value for key, value in lora_state_dict(model, adapter_name).items()}
+    written: set[int] = set()
+    for at, layer in layers.items():
+        for parameter, tensor in layer.adapters[adapter_name].state_dict(keep_vars=True).items():
+            if id(tensor) in written:
+                continue
+            written.add(id(tensor))
+            value = whole(state[plain_key(f"{at}.adapters.{adapter_name}.{parameter}")])
+            shape = factor_shape(layer, parameter, value.shape)
+            yield factor_key(plain[at], layer, parameter), value.reshape(shape)
+    for (at, name), key in owned.state_keys(model, adapter_name).items():
+        yield owned_key(plain[at], name, at in layers), state[plain_key(key)]
+
+
+def _alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, each with memory of its own, as safetensors takes them."""
+    found, taken = {}, set()
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        found[key] = tensor.clone() if place in taken else tensor
+        taken.add(place)
+    return found
 
 
 def _replace(target: Path, write: Any) -> None:
@@ -104,110 +108,76 @@ def _replace(target: Path, write: Any) -> None:
         raise
 
 
-def _config_dict(config: LoRAConfig, fan_in_fan_out: bool) -> dict[str, Any]:
-    plain = METHODS[config.method].peft
-    values = {name: getattr(config, name) for name in _FIELDS} | {"fan_in_fan_out": fan_in_fan_out}
-    ours = {"version": __version__, "method": config.method, "method_options": config.method_options}
-    return {**values, "peft_type": "LORA" if plain else _OWN_TYPE, "lora_kernels": ours}
-
-
-def _embeddings(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-
-
-def _peft_shapes(
-    model: nn.Module, tensors: Mapping[str, Tensor | torch.Size], adapter_name: str
-) -> dict[str, torch.Size]:
-    """Key -> shape in PEFT, which keeps the factors of a convolution as convolutions."""
-    shapes = {}
-    for key, given in tensors.items():
-        shape = given if isinstance(given, torch.Size) else given.shape
-        layer, separator, parameter = key.partition(f".adapters.{adapter_name}.")
-        module = model.get_submodule(layer) if separator else None
-        if isinstance(module, _CONVS):
-            kernel, ones = module.weight.shape[1:], [1] * (module.weight.dim() - 2)
-            if parameter == "lora_A":
-                shape = torch.Size([shape[0], *kernel])
-            elif parameter == "lora_B":
-                shape = torch.Size([*shape, *ones])
-            elif parameter == "lora_magnitude_vector":
-                shape = torch.Size([1, *shape, *ones])
-        shapes[key] = shape
-    return shapes
-
-
-def _to_peft(key: str, adapter_name: str, layers: Container[str], embeddings: Container[str]) -> str:
-    """``<layer>.adapters.<name>.lora_A`` -> ``base_model.model.<layer>.lora_A.weight``.
-
-    The bias of one of the adapted ``layers`` is its base layer's in PEFT, and the factors of one of the
-    ``embeddings`` have a name of their own.
-    """
-    layer, separator, parameter = key.partition(f".adapters.{adapter_name}.")
-    if not separator:  # a trained bias, or part of a module saved whole
-        owner, _, name = key.rpartition(".")
-        return f"{_PREFIX}{owner}.base_layer.{name}" if owner in layers else _PREFIX + key
-    if layer in embeddings and parameter in ("lora_A", "lora_B"):
-        return f"{_PREFIX}{layer}.lora_embedding_{parameter[-1]}"
-    return f"{_PREFIX}{layer}.{parameter}" + (".weight" if parameter in ("lora_A", "lora_B") else "")
-
-
 def load_adapter(
-    model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default"
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    key_mapping: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """Reads an adapter that PEFT or :func:`save_adapter` wrote; never unpickles.
 
-    A model without that adapter is adapted first, as :func:`apply_lora` does. Everything is checked before
-    anything changes: after an error the model is as it was.
+    A model without that adapter is adapted first, as :func:`apply_lora` does; one that has it takes over all
+    that the files say, rank, alpha and targets included. Base tensors beside the adapter (of embeddings that
+    were resized) become the adapter's own, like ``modules_to_save``: they act while it is active. Everything
+    is checked before anything changes: after an error the model is as it was.
 
     Args:
-        model: a plain model, or one with adapters.
+        model: a plain model, or one with adapters; wrapped by ``torch.compile``, DDP or FSDP or not.
         directory: the folder with both files.
         adapter_name: the name the adapter gets, or has.
+        key_mapping: expression -> replacement for the names of the file without ``base_model.model.``, where
+            the model has other ones now; the first that is found in a name counts. By default the mapping
+            that Transformers gives its models.
 
     Returns:
         ``model`` itself.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, sets an option that is not supported, or does not fit the model.
+        ValueError: a file is damaged or in another program's layout, sets an option that is not supported, or
+            does not fit the model.
+        RuntimeError: a layer is merged of which the adapter has to be replaced.
     """
-    folder = Path(directory)
-    config, tensors = read_config(folder / CONFIG), read_weights(folder)
-    known = adapter_name in lora_configs(model)
-    if known:
-        layers: Container[str] = lora_layers(model)
-        state = _once(lora_state_dict(model, adapter_name))
-        expected = {key: value.shape for key, value in state.items()}
+    folder = _folder(directory)
+    config = read_config(folder / CONFIG)
+    tensors = renamed(read_weights(folder), model, key_mapping, folder / WEIGHTS)
+    plan, slots = fitted(model, plan_adapter(model, config, draw=False), tensors, folder / WEIGHTS)
+    values = [value_of(slot, tensors) for slot in slots]
+    there = _same_tensors(model, plan, slots, adapter_name)
+    _fill_all([slot.target for slot in slots] if there is None else there, values)
+    if there is not None:
+        retune(model, config, adapter_name, plan)
+    elif adapter_name in lora_configs(model):
+        reinstall(model, config, adapter_name, plan)
     else:
-        layers, expected = _planned(model, config, adapter_name)
-    embeddings, shapes = _embeddings(model), _peft_shapes(model, expected, adapter_name)
-    by_key = {_to_peft(key, adapter_name, layers, embeddings): key for key in expected}
-    _check_fit(tensors, {name: shapes[key] for name, key in by_key.items()})
-    if not known:
-        apply_lora(model, config, adapter_name)
-    targets = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            _fill(targets[by_key[name]], tensor.view(expected[by_key[name]]))
+        fuse = not lora_configs(model) or is_combined(model)
+        install(model, config, adapter_name, plan, fuse=fuse)
     return model
 
 
-def _once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state with each tensor that several sites share under the first of its keys alone."""
-    first: dict[tuple[Any, ...], str] = {}
-    for key, value in state.items():
-        place = (key,) if hasattr(value, "full_tensor") or not value.numel() else _place(value)
-        first.setdefault(place, key)
-    return {key: state[key] for key in first.values()}
+def _same_tensors(model: nn.Module, plan: Plan, slots: list[Slot], adapter_name: str) -> list[Tensor] | None:
+    """The tensors for the slots in the adapter that is there, if it has these and no others."""
+    there: dict[tuple[str, str], Tensor] = dict(owned.owned_tensors(model, adapter_name))
+    planned = {layer: type(adapter) for _, layer, adapter in plan.layers}
+    for at, layer in lora_layers(model).items():
+        if adapter_name in layer.adapters:
+            adapter = layer.adapters[adapter_name]
+            if planned.get(layer) is not type(adapter):
+                return None
+            for name, value in adapter.state_dict(keep_vars=True).items():
+                if not any(value is one for one in there.values()):  # one that layers share
+                    there[at, name] = value
+    wanted = {(slot.at, slot.name): slot.target.shape for slot in slots}
+    if {place: tensor.shape for place, tensor in there.items()} != wanted:
+        return None
+    return [there[slot.at, slot.name] for slot in slots]
 
 
-def _place(value: Tensor) -> tuple[Any, ...]:
-    return value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The whole of a DTensor, gathered from all processes; any other tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+@torch.no_grad()
+def _fill_all(targets: list[Tensor], values: list[Tensor]) -> None:
+    for target, value in zip(targets, values, strict=True):
+        _fill(target, value)
 
 
 def _fill(target: Any, value: Tensor) -> None:
@@ -220,70 +190,28 @@ def _fill(target: Any, value: Tensor) -> None:
     target.copy_(value)
 
 
-def _planned(
-    model: nn.Module, config: LoRAConfig, adapter_name: str
-) -> tuple[Container[str], dict[str, torch.Size]]:
-    """The layers that ``apply_lora`` would adapt, and the keys and shapes that a checkpoint would hold."""
-    adapters = planned_adapters(model, config, adapter_name)
-    state = {
-        f"{layer}.adapters.{adapter_name}.{key}": value
-        for layer, adapter in adapters.items()
-        for key, value in adapter.state_dict().items()
-    }
-    shapes = {key: value.shape for key, value in _once(state).items()}
-    saved = tuple(config.modules_to_save or ())
-    for key, value in model.state_dict().items():
-        module, _, name = key.rpartition(".")
-        trained = name == "bias" and (
-            config.bias == "all" or (config.bias == "lora_only" and module in adapters)
-        )
-        whole = any(f".{module}.".find(f".{one}.") >= 0 for one in saved)
-        if (trained or whole) and ".adapters." not in f".{key}":
-            shapes[key] = value.shape
-    return adapters, shapes
+def _folder(directory: str | os.PathLike[str]) -> Path:
+    folder = Path(directory)
+    if folder.is_file():
+        what = f"the file {folder}{_first_key(folder)}"
+        raise ValueError(f"directory: expected a folder with {CONFIG} and {WEIGHTS}, got {what}")
+    return folder
 
 
-def read_config(path: Path) -> LoRAConfig:
-    """The config in PEFT's JSON, or a ValueError that says what is wrong with it."""
+def _first_key(path: Path) -> str:
+    """What the layout of a file looks like."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: expected a JSON object, got a file that does not parse ({error})"
-        ) from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    if values.get("peft_type") not in ("LORA", _OWN_TYPE):
-        raise ValueError(f"{path}: peft_type: expected 'LORA', got {values.get('peft_type')!r}")
-    for name in _REFUSED:
-        if values.get(name):
-            raise ValueError(f"{path}: {name}: expected it unset (not supported), got {values[name]!r}")
-    if values.get("init_lora_weights", True) not in _HARMLESS_INITS:
-        init = values["init_lora_weights"]
-        raise ValueError(
-            f"{path}: init_lora_weights: expected one that leaves the base as it is, got {init!r}"
-        )
-    return _config_from(values, path)
-
-
-def _config_from(values: dict[str, Any], path: Path) -> LoRAConfig:
-    ours = values.get("lora_kernels") or {}
-    method = "dora" if values.get("use_dora") else "lora"
-    fields = {name: values[name] for name in _FIELDS if values.get(name) is not None}
-    try:
-        return LoRAConfig(
-            **fields, method=ours.get("method", method), method_options=ours.get("method_options", {})
-        )
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        with safe_open(path, "pt") as file:
+            keys = sorted(file.keys())
+    except (SafetensorError, OSError):
+        return ""
+    if not keys or keys[0].startswith(PREFIX):
+        return ""
+    return f" in another program's layout ({keys[0]!r}), which has to be converted first"
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of the folder's safetensors file; anything else is refused.
-
-    Beside the adapter of an embedding or an output head PEFT writes its frozen base weight, which the model
-    has: that is left out.
-    """
+    """The tensors of the folder's safetensors file; anything else is refused."""
     path = folder / WEIGHTS
     if not path.exists():
         pickle = folder / "adapter_model.bin"
@@ -291,24 +219,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{pickle}: expected {WEIGHTS}, got a pickle, which is never loaded")
         raise FileNotFoundError(f"{path}: expected the adapter's weights, got no such file")
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: expected a safetensors file, got one that is damaged ({error})") from error
-    return {key: tensor for key, tensor in tensors.items() if not key.endswith(".base_layer.weight")}
-
-
-def _check_fit(tensors: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
-    """Raises where a key is missing or unknown, or a shape or dtype differs."""
-    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if missing or unknown:
-        raise ValueError(
-            f"{WEIGHTS}: expected the adapter's {len(expected)} tensors, got {len(missing)} missing"
-            f" {missing[:3]} and {len(unknown)} unknown {unknown[:3]}"
-        )
-    for name, shape in expected.items():
-        got = tensors[name]
-        if got.shape != shape or not got.is_floating_point():
-            raise ValueError(
-                f"{WEIGHTS}: {name}: expected a floating tensor of shape {tuple(shape)},"
-                f" got {got.dtype} {tuple(got.shape)}"
-            )

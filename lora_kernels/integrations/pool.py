@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from pathlib import Path
 
 from torch import Tensor
 
 from ..adapters import METHODS, LoRAConfig
 from ..serving.pool import AdapterPool
-from .checkpoint import CONFIG, WEIGHTS, read_config, read_weights
+from .checkpoint import WEIGHTS, read_weights
+from .checkpoint_config import CONFIG, read_config
 
 # The factors of a linear, or of an embedding: A [r, num_embeddings] and B [embedding_dim, r].
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_([AB])|([AB])\.weight)")
@@ -41,8 +43,16 @@ def load_into_pool(pool: AdapterPool, directory: str | os.PathLike[str], name: s
 
 def _factors(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Linear -> (A, B)."""
+    base = sorted(key for key in tensors if key.endswith(".base_layer.weight"))
+    if base:  # PEFT writes the frozen embedding beside an adapter of it
+        warnings.warn(
+            f"{WEIGHTS}: not used: {', '.join(base)}; the model that the pool serves has to have it",
+            stacklevel=3,
+        )
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
+        if key in base:
+            continue
         match = _KEY.fullmatch(key)
         if match is None:
             raise ValueError(f"{WEIGHTS}: expected A and B of linears and embeddings, got {key!r}")

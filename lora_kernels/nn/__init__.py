@@ -6,6 +6,7 @@ from ..adapters import LoRAConfig
 from .apply import (
     apply_lora,
     count_parameters,
+    delete_adapter,
     disable_adapters,
     lora_configs,
     lora_layers,
@@ -42,6 +43,7 @@ __all__ = [
     "QuantizedLoRALinear",
     "apply_lora",
     "count_parameters",
+    "delete_adapter",
     "disable_adapters",
     "fuse_mlps",
     "fused_mlps",

@@ -122,6 +122,22 @@ class AdapterLayer(nn.Module):
         site = Site("", in_features, out_features, config, matrix, matrix.device, dtype, tensors={})
         return place(site._replace(**where))
 
+    def plan_adapter(self, config: LoRAConfig, **where: Any) -> Adapter:
+        """:meth:`make_adapter` for one that is read from a file: nothing is drawn, no weight decomposed.
+
+        Its tensors are on the meta device, unless the method has to take its start out of W.
+        """
+        meta = {"weight": torch.empty(self._sizes(), device="meta"), "device": "meta"}
+        try:
+            adapter = self.make_adapter(config, **{**where, **meta})
+        except (NotImplementedError, RuntimeError):  # a start that reads values
+            return self.make_adapter(config, **where)
+        return adapter if adapter.rest is None else self.make_adapter(config, **where)
+
+    def _sizes(self) -> torch.Size:
+        """[out, in] of the weight as adapters change it."""
+        return self._matrix(self.base_weight).shape
+
     def _draw(self, adapter: Adapter) -> None:
         """Draws the parameters of an adapter anew."""
         adapter.reset_parameters(self._matrix(self.base_weight))
@@ -327,5 +343,5 @@ def _check_name(name: str, taken: Iterable[str]) -> None:
         raise TypeError(f"adapter_name: expected str, got {type(name).__name__}")
     if not name or "." in name:
         raise ValueError(f"adapter_name: expected a name without dots, got {name!r}")
-    if name in taken or hasattr(nn.ModuleDict, name):
+    if name in taken or hasattr(nn.ModuleDict, name) or name == "__base__":
         raise ValueError(f"adapter_name: {name!r} is taken")

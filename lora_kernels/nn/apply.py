@@ -6,19 +6,22 @@ import contextlib
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, LoRAConfig
+from . import owned
 from .adapter_layer import AdapterLayer, _check_name
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .embedding import LoRAEmbedding
-from .groups import group_layers, ungroup_layers
+from .groups import group_layers, layer_groups, ungroup_layers
 from .linear import LinearAdapterLayer, LoRALinear
 from .mlp import fuse_mlps, fused_mlps, unfuse_mlps
 from .quantized import QuantizedLinear, QuantizedLoRALinear
+from .wrappers import is_wrapper, plain_key, plain_names, unwrapped
 
 ALL_LINEAR = "all-linear"
 _CONFIGS = "_lora_configs"
@@ -44,11 +47,23 @@ def _linear_types() -> tuple[type[nn.Module], ...]:
 
 
 class Target(NamedTuple):
-    """One layer of a model: every (parent, attribute) that holds it, and its first dotted name."""
+    """One layer of a model: every (parent, attribute) that holds it, and its first dotted name.
+
+    ``plain`` is that name without what ``torch.compile``, DDP or FSDP put into it.
+    """
 
     name: str
     linear: nn.Module
     places: list[tuple[nn.Module, str]]
+    plain: str
+
+
+class Plan(NamedTuple):
+    """An adapter that is not yet there: its part of each layer, and the tensors of the model that it owns."""
+
+    layers: list[tuple[Target, AdapterLayer, Adapter]]
+    owned: dict[owned.Place, Tensor]
+    trained: tuple[owned.Place, ...]
 
 
 def apply_lora(
@@ -81,37 +96,116 @@ def apply_lora(
     """
     _check_types(model, config)
     _check_name(adapter_name, lora_configs(model))
-    sites = find_sites(model, config)
-    _check_saved_modules(model, config)
-    first = not lora_configs(model)
-    made = _prepare_all(sites, config, adapter_name)
-    for site, (layer, adapter) in zip(sites, made, strict=True):
-        layer.add_adapter(adapter_name, adapter, activate=first)
-        _install(site, layer)
-    if fuse:
-        group_layers(model)
-        fuse_mlps(model)
-    model.__dict__.setdefault(_CONFIGS, {})[adapter_name] = config
-    mark_only_lora_as_trainable(model, _bias_mode(model))
+    plan = plan_adapter(model, config)
+    for _, layer, _ in plan.layers:
+        _check_name(adapter_name, layer.adapters)
+    install(model, config, adapter_name, plan, fuse=fuse)
+    for one in config.modules_to_save or ():
+        if not any(name.endswith(one) for name in owned.saved_modules(model, config)):
+            warnings.warn(f"modules_to_save: no module's name ends in {one!r}", stacklevel=2)
     return model
 
 
-def planned_adapters(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str, Adapter]:
-    """The adapters that :func:`apply_lora` would add, by layer; the model stays as it is.
+def plan_adapter(model: nn.Module, config: LoRAConfig, *, draw: bool = True) -> Plan:
+    """What :func:`apply_lora` would add; the model stays as it is.
+
+    Without ``draw`` all new tensors are memory that nobody wrote to.
 
     Raises:
         TypeError: a wrong type.
-        ValueError: as :func:`apply_lora`.
+        ValueError: as :func:`apply_lora`, but for the name.
     """
     _check_types(model, config)
-    sites = find_sites(model, config)
-    made = _prepare_all(sites, config, adapter_name)
-    return {site.name: adapter for site, (_, adapter) in zip(sites, made, strict=True)}
+    layers = _prepare_all(find_sites(model, config), config, draw)
+    adapted = {site.linear: layer for site, layer, _ in layers}
+    places = tuple(owned.config_places(model, config, adapted))
+    return Plan(layers, owned.copies(places, config.ensure_weight_tying, draw), places)
+
+
+def install(
+    model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Plan, *, fuse: bool = True
+) -> None:
+    """Adds a planned adapter; the model's first one becomes active, and what is none of its own is frozen."""
+    first = not lora_configs(model)
+    if first:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+    for site, layer, adapter in plan.layers:
+        layer.add_adapter(adapter_name, adapter, activate=first)
+        _install(site, layer)
+    owned.add(adapter_name, plan.owned, plan.trained)
+    if first:
+        owned.choose(model, (adapter_name,))
+    if fuse:
+        _combine(model)
+    vars(unwrapped(model)).setdefault(_CONFIGS, {})[adapter_name] = config
+
+
+def reinstall(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Plan) -> None:
+    """Puts a planned adapter in the place of the one called ``adapter_name``, active as that was.
+
+    Raises:
+        RuntimeError: a layer of either is merged, or :func:`owned.check_choice` refuses. The model is then as
+            it was.
+    """
+    layers = lora_layers(model)
+    for layer in (*layers.values(), *(layer for _, layer, _ in plan.layers)):
+        layer._must_be_unmerged(f"replace {adapter_name!r}")
+    active = any(adapter_name in layer.active for layer in layers.values())
+    acting = owned.acting(model) - {adapter_name}
+    owned.check_choice(model, acting)
+    kept, combined = {id(layer) for _, layer, _ in plan.layers}, is_combined(model)
+    for layer in layers.values():
+        if adapter_name in layer.adapters and id(layer) not in kept:
+            layer.delete_adapter(adapter_name)
+    for site, layer, adapter in plan.layers:
+        _exchange(layer, adapter_name, adapter, active)
+        _install(site, layer)
+    owned.forget(model, adapter_name)
+    owned.add(adapter_name, plan.owned, plan.trained)
+    if active:
+        owned.choose(model, {*acting, adapter_name})
+    if combined:
+        _combine(model)
+    vars(unwrapped(model))[_CONFIGS][adapter_name] = config
+
+
+def retune(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Plan) -> None:
+    """Gives the adapter that is there the settings of a planned one that has the same tensors."""
+    for _, layer, adapter in plan.layers:
+        layer.adapters[adapter_name].take_settings(adapter)
+    vars(unwrapped(model))[_CONFIGS][adapter_name] = config
+
+
+def _exchange(layer: AdapterLayer, name: str, adapter: Adapter, active: bool) -> None:
+    """Lets ``adapter`` be the layer's ``name``; what trains beside it, and what is active, stay so."""
+    acting = (*layer.active, *([name] if active and name not in layer.active else ()))
+    old = dict(layer.adapters.items()).get(name)
+    trains = active if old is None else any(p.requires_grad for p in old.parameters())
+    if old is not None:
+        layer.delete_adapter(name)
+    flags = [(p, p.requires_grad) for p in layer.adapters.parameters()]
+    layer.add_adapter(name, adapter, activate=False)
+    layer.set_adapter(acting)
+    adapter.set_trainable(trains)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+
+
+def _combine(model: nn.Module) -> None:
+    """Finds what can be computed together, after layers came or went."""
+    group_layers(model)
+    fuse_mlps(model)
+
+
+def is_combined(model: nn.Module) -> bool:
+    """Whether anything of the model is computed together."""
+    return bool(layer_groups(model) or fused_mlps(model))
 
 
 def lora_configs(model: nn.Module) -> dict[str, LoRAConfig]:
     """The config of each adapter that :func:`apply_lora` put on ``model``, by name."""
-    return dict(vars(model).get(_CONFIGS, {}))
+    return dict(vars(unwrapped(model)).get(_CONFIGS, {}))
 
 
 def lora_layers(model: nn.Module) -> dict[str, AdapterLayer]:
@@ -127,33 +221,50 @@ def _check_types(model: nn.Module, config: LoRAConfig) -> None:
 
 
 def _prepare_all(
-    targets: list[Target], config: LoRAConfig, adapter_name: str
-) -> list[tuple[AdapterLayer, Adapter]]:
+    targets: list[Target], config: LoRAConfig, draw: bool
+) -> list[tuple[Target, AdapterLayer, Adapter]]:
     """The layer for each target and its new adapter, nothing yet changed."""
     tensors: dict[Any, nn.Parameter] = {}
     latest: dict[str, Adapter] = {}
+    real: dict[int, Tensor] = {}
     made = []
     for target in targets:
-        role = target.name.rpartition(".")[2]
-        where = {"name": target.name, "tensors": tensors, "previous": latest.get(role)}
-        layer, adapter = _prepare(target, config, adapter_name, where)
+        role = target.plain.rpartition(".")[2]
+        where = {"name": target.plain, "tensors": tensors, "previous": latest.get(role)}
+        layer = _layer_for(target)
+        make = layer.make_adapter if draw else layer.plan_adapter
+        adapter = make(config.for_module(target.plain), **where)
         latest[role] = adapter
-        made.append((layer, adapter))
+        made.append((target, layer, adapter))
+    for _, layer, adapter in made:
+        real = _materialised(adapter, layer, real)
     return made
 
 
-def _prepare(
-    site: Target, config: LoRAConfig, adapter_name: str, where: dict[str, Any]
-) -> tuple[AdapterLayer, Adapter]:
-    layer = site.linear
+def _layer_for(target: Target) -> AdapterLayer:
+    layer = target.linear
     if isinstance(layer, AdapterLayer):
-        _check_name(adapter_name, layer.adapters)
-    else:
-        trained = [p for p in layer.parameters() if p.requires_grad]
-        layer = layer_types()[type(layer)]._share(layer)
-        for parameter in trained:  # frozen once everything is known to fit
-            parameter.requires_grad_(True)
-    return layer, layer.make_adapter(config.for_module(site.name), **where)
+        return layer
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    layer = layer_types()[type(layer)]._share(layer)
+    for parameter in trained:  # who freezes it does so once everything is known to fit
+        parameter.requires_grad_(True)
+    return layer
+
+
+def _materialised(adapter: Adapter, layer: AdapterLayer, real: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Gives the tensors of an adapter that are on the meta device memory where the layer is."""
+    for module in adapter.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is not None and tensor.is_meta and layer.base_weight.device.type != "meta":
+                    if id(tensor) not in real:
+                        empty = torch.empty_like(tensor, device=layer.base_weight.device)
+                        is_one = isinstance(tensor, nn.Parameter)
+                        real[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_one else empty
+                    table[name] = real[id(tensor)]
+    return real
 
 
 def _install(site: Target, layer: nn.Module) -> None:
@@ -192,11 +303,14 @@ def find_sites(
     skipped = _output_head(model) if everything else None
     linears = tuple(kind for kind in kinds if kind in _linear_types())
     sites: dict[int, Target] = {}
+    plain, saved = plain_names(model), owned.saved_modules(model, config)
     for name, module in model.named_modules(remove_duplicate=False):
-        if not name or module is skipped or _inside_adapters(name) or not _targets(config, name):
+        if not plain[name] or module is skipped or is_wrapper(module) or _inside_adapters(name):
+            continue
+        if not _targets(config, plain[name], saved):
             continue
         if _adaptable(module, linears if everything else kinds):
-            site = sites.setdefault(id(module), Target(name, module, []))
+            site = sites.setdefault(id(module), Target(name, module, [], plain[name]))
             parent, _, attribute = name.rpartition(".")
             site.places.append((model.get_submodule(parent), attribute))
         elif isinstance(config.target_modules, list):
@@ -205,7 +319,7 @@ def find_sites(
             raise ValueError(f"target_modules: {name!r} is of type {kind}, not a plain {want}")
     if not sites:
         raise ValueError(_no_match(model, config))
-    _warn_of_strays(config, [site.name for site in sites.values()])
+    _warn_of_strays(config, [site.plain for site in sites.values()])
     return list(sites.values())
 
 
@@ -215,18 +329,18 @@ def _adaptable(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
 
 
 def _inside_adapters(name: str) -> bool:
-    return ".adapters." in f".{name}."
+    return ".adapters." in f".{name}." or owned.is_inside(name)
 
 
 def _is_all_linear(config: LoRAConfig) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
 
 
-def _targets(config: LoRAConfig, name: str) -> bool:
+def _targets(config: LoRAConfig, name: str, saved: Sequence[str]) -> bool:
     """PEFT's rule: exclusions first, modules saved whole next, then the targets."""
     if config.exclude_modules and _matches(config.exclude_modules, name):
         return False
-    if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ()):
+    if any(name == one or name.startswith(f"{one}.") for one in saved):
         return False
     return _is_all_linear(config) or _matches(config.target_modules, name)
 
@@ -257,31 +371,13 @@ def _warn_of_strays(config: LoRAConfig, found: list[str]) -> None:
         warnings.warn(f"target_modules: no linear is named {', '.join(strays)}", stacklevel=4)
 
 
-def _check_saved_modules(model: nn.Module, config: LoRAConfig) -> None:
-    names = [name for name, _ in model.named_modules()]
-    for saved in config.modules_to_save or ():
-        if not any(_matches([saved], name) for name in names):
-            raise ValueError(f"modules_to_save: no module is named {saved!r}")
-
-
-def _bias_mode(model: nn.Module) -> str:
-    modes = {config.bias for config in lora_configs(model).values()}
-    return next((mode for mode in ("all", "lora_only") if mode in modes), "none")
-
-
-def _saved_modules(model: nn.Module, configs: Iterable[LoRAConfig]) -> Iterator[tuple[str, nn.Module]]:
-    wanted = [saved for config in configs for saved in config.modules_to_save or ()]
-    for name, module in model.named_modules():
-        if _matches(wanted, name):
-            yield name, module
-
-
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Freezes ``model`` but for its active adapters, its ``modules_to_save`` and the biases asked for.
+    """Freezes ``model`` but for its active adapters, what they own, and the biases asked for.
 
     Args:
         model: a model with :class:`LoRALinear` layers.
-        bias: ``"none"``, ``"all"``, or ``"lora_only"`` for those of the adapted linears.
+        bias: ``"none"``, ``"all"``, or ``"lora_only"`` for those of the adapted linears: those that act now,
+            whoever owns them.
 
     Raises:
         ValueError: no such ``bias``.
@@ -299,16 +395,16 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     for name, parameter in model.named_parameters():
         if bias == "all" and name.rpartition(".")[2] == "bias" and not _inside_adapters(name):
             parameter.requires_grad_(True)
-    for _, module in _saved_modules(model, lora_configs(model).values()):
-        for parameter in module.parameters():
-            parameter.requires_grad_(True)
+    owned.choose(model, owned.acting(model))
 
 
 def lora_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
     """The part of ``model.state_dict()`` that fine-tuning made, under the same keys.
 
     Adapter parameters are ``<layer>.adapters.<adapter name>.<parameter>``; with them come the biases and the
-    ``modules_to_save`` of the adapter's config. ``model.load_state_dict(…, strict=False)`` takes it back.
+    ``modules_to_save`` that the adapter owns: under the model's own names where they act, and else under
+    ``<module>.lora_owned.<adapter name>``. ``model.load_state_dict(…, strict=False)`` takes it back where the
+    same adapters are active.
 
     Args:
         model: a model with :class:`LoRALinear` layers.
@@ -317,19 +413,15 @@ def lora_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[s
     Raises:
         ValueError: no layer has that adapter.
     """
-    layers = lora_layers(model)
     if adapter_name is not None:
-        _check_adapters(layers, (adapter_name,))
-    configs = {n: c for n, c in lora_configs(model).items() if adapter_name in (None, n)}
-    whole = [name for name, _ in _saved_modules(model, configs.values())]
-    biases = {config.bias for config in configs.values()}
+        _check_adapters(lora_layers(model), (adapter_name,))
+    names = lora_configs(model) if adapter_name is None else (adapter_name,)
+    # FSDP1's state dict leaves its wrappers out of the names.
+    own = {plain_key(key) for name in names for key in owned.state_keys(model, name).values()}
     inside = ".adapters." if adapter_name is None else f".adapters.{adapter_name}."
 
     def wanted(key: str) -> bool:
-        owner, _, last = key.rpartition(".")
-        is_bias = last == "bias" and ("all" in biases or ("lora_only" in biases and owner in layers))
-        saved = any(owner == name or owner.startswith(f"{name}.") for name in whole)
-        return inside in f".{key}" or (not _inside_adapters(key) and (is_bias or saved))
+        return inside in f".{key}" or plain_key(key) in own
 
     return {key: value for key, value in model.state_dict().items() if wanted(key)}
 
@@ -357,23 +449,50 @@ def _check_adapters(layers: dict[str, AdapterLayer], names: Iterable[str]) -> No
 def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
     """Makes these adapters the active ones in every layer that has them, and inactive all others.
 
+    What the adapters own beside it, ``modules_to_save`` and trained biases, acts with them.
+
     Raises:
-        ValueError: no layer has an adapter of that name.
-        RuntimeError: a layer is merged.
+        ValueError: no layer has an adapter of that name, or several own parameters of one module.
+        RuntimeError: a layer is merged, or FSDP2 has taken over parameters that would be switched.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     layers = lora_layers(model)
     _check_adapters(layers, names)
+    owned.check_choice(model, names)
     for layer in layers.values():
         layer._must_be_unmerged("choose other adapters")
     for layer in layers.values():
         layer.set_adapter([name for name in names if name in layer.adapters])
+    owned.choose(model, names)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Forgets the adapter ``name`` with all that it owns; others that were active remain so.
+
+    Raises:
+        ValueError: no layer has an adapter of that name.
+        RuntimeError: it is merged.
+    """
+    layers = {at: layer for at, layer in lora_layers(model).items() if name in layer.adapters}
+    _check_adapters(layers, (name,))
+    for layer in layers.values():
+        if name in layer.merged:
+            layer._must_be_unmerged(f"delete {name!r}")
+    combined = is_combined(model)
+    for layer in layers.values():
+        layer.delete_adapter(name)
+    owned.forget(model, name)
+    if combined:
+        _combine(model)
+    vars(unwrapped(model)).get(_CONFIGS, {}).pop(name, None)
 
 
 @contextlib.contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Inside the ``with`` block ``model`` computes what its base does."""
+    resume = owned.suspend(model)
     with contextlib.ExitStack() as scope:
+        scope.callback(resume)
         for layer in lora_layers(model).values():
             scope.enter_context(layer.disable_adapters())
         yield
@@ -395,10 +514,11 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> nn.Module:
     """Puts the base layer back wherever there is one with adapters.
 
     The base parameters are the original ones and stay frozen. With ``merge`` the layers carry the active
-    adapters in new weights.
+    adapters in new weights, and what these own stays in the model.
     """
     ungroup_layers(model)
     unfuse_mlps(model)
+    owned.settle(model, merge)
     plain: dict[int, nn.Module] = {}
     for parent in list(model.modules()):
         for attribute, child in parent._modules.items():
@@ -408,7 +528,7 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> nn.Module:
                     if not isinstance(plain[id(child)], QuantizedLinear):  # it keeps off the fast path too
                         _drop_hook(plain[id(child)])
                 parent._modules[attribute] = plain[id(child)]
-    model.__dict__.pop(_CONFIGS, None)
+    vars(unwrapped(model)).pop(_CONFIGS, None)
     return model
 
 
@@ -458,6 +578,8 @@ def quantize_base(
 def _quantized_layer(site: Target, format: str, options: dict[str, Any]) -> nn.Module:
     linear = site.linear
     try:
+        if owned.CHILD in linear._modules:
+            raise ValueError("an adapter owns a version of its weight or bias, which has to stay dense")
         if isinstance(linear, LoRALinear):
             return QuantizedLoRALinear.from_dense(linear, format, **options)
         return QuantizedLinear.from_linear(linear, format, **options)  # type: ignore[arg-type]

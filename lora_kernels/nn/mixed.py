@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..adapters import Adapter, LoRAConfig
 from ..ops.batch_plan import BatchPlan, plan_batch
 from ..ops.multi_lora_linear import multi_lora_linear, stack_adapters
+from . import owned
 from .apply import apply_lora, lora_layers, set_adapter
 from .linear import LoRALinear
 
@@ -72,6 +73,8 @@ def mixed_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[N
     for name in names:
         if name != BASE and name not in known:
             raise ValueError(f"adapter_names: expected {', '.join(sorted(known))} or {BASE}, got {name!r}")
+    for name in sorted(owned.acting(model)):
+        raise ValueError(f"adapter_names: {name!r} owns parameters of the model, which act for a whole batch")
     for place, layer in layers.items():
         layer._must_be_unmerged("mix adapters")
         if not isinstance(layer, LoRALinear):

@@ -193,9 +193,14 @@ class QuantizedLoRALinear(_QuantizedBase, LoRALinear):  # type: ignore[misc]
         """An adapter that fits this layer; methods that start from W see what its codes stand for."""
         weight = self.weight
         dtype = torch.float32 if weight.dtype in _HALF else weight.dtype
-        adapter = self._place(config, dequantize(weight, dtype), dtype, where)
+        dense = where.pop("weight", None)
+        dense = dequantize(weight, dtype) if dense is None else dense
+        adapter = self._place(config, dense, dtype, where)
         _refuse(adapter)
         return adapter
+
+    def _sizes(self) -> torch.Size:
+        return torch.Size((self.out_features, self.in_features))
 
     def add_adapter(self, name: str, config: LoRAConfig | Adapter, *, activate: bool | None = None) -> None:
         """As of :class:`LoRALinear`; what needs a dense W is refused, as DoRA.

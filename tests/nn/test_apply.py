@@ -164,6 +164,7 @@ def test_a_name_that_matches_nothing_among_others_warns(model):
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
 def test_what_trains(model, bias):
+    biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
     apply_lora(model, LoRAConfig(r=2, target_modules=["q"], modules_to_save=["head"], bias=bias))
     got = {name for name, p in model.named_parameters() if p.requires_grad}
     want = {f"layers.{i}.q.adapters.default.lora_{f}" for i in range(3) for f in "AB"} | {
@@ -173,7 +174,7 @@ def test_what_trains(model, bias):
     if bias == "lora_only":
         want |= {f"layers.{i}.q.bias" for i in range(3)}
     if bias == "all":
-        want |= {name for name, _ in model.named_parameters() if name.endswith(".bias")}
+        want |= biases
     assert got == want
     assert set(lora_state_dict(model)) == want
 
