@@ -29,7 +29,7 @@ from ..nn.apply import (
     reinstall,
     retune,
 )
-from ..nn.wrappers import plain_key, plain_names
+from ..nn.wrappers import plain_key, plain_names, unwrapped
 from .checkpoint_config import CONFIG, config_text, read_config
 from .checkpoint_fit import Slot, fitted, value_of, whole
 from .checkpoint_keys import PREFIX, factor_key, factor_shape, owned_key, renamed
@@ -37,7 +37,13 @@ from .checkpoint_keys import PREFIX, factor_key, factor_shape, owned_key, rename
 WEIGHTS = "adapter_model.safetensors"
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    save_embedding_layers: bool = False,
+) -> None:
     """Writes one adapter of ``model`` so that ``PeftModel.from_pretrained`` or :func:`load_adapter` reads it.
 
     Args:
@@ -45,19 +51,23 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
             of parts of it: their names are left out.
         directory: the folder, made where it is missing. Each file is replaced in one step.
         adapter_name: which adapter.
+        save_embedding_layers: whether the input and output embeddings of a Transformers model go with it, for
+            one that was resized before training, whose new rows no other model has.
 
     Of a model that is split over processes (FSDP2, tensor parallelism) every process must call this; each
     writes the whole.
 
     Raises:
-        ValueError: no such adapter.
+        ValueError: no such adapter, or a model that does not name its embeddings.
     """
     configs = lora_configs(model)
     if adapter_name not in configs:
         raise ValueError(
             f"adapter_name: expected one of {', '.join(configs) or 'none'}, got {adapter_name!r}"
         )
-    tensors = _alone({key: whole(value) for key, value in _file_tensors(model, adapter_name)})
+    found = dict(_embedding_tensors(model, adapter_name)) if save_embedding_layers else {}
+    found |= dict(_file_tensors(model, adapter_name))
+    tensors = _alone({key: whole(value) for key, value in found.items()})
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
@@ -83,6 +93,18 @@ def _file_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Te
             yield factor_key(plain[at], layer, parameter), value.reshape(shape)
     for (at, name), key in owned.state_keys(model, adapter_name).items():
         yield owned_key(plain[at], name, at in layers), state[plain_key(key)]
+
+
+def _embedding_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
+    """Key in the file -> the model's own weight, of its input and its output embedding."""
+    base, plain = unwrapped(model), plain_names(model)
+    if not callable(getattr(base, "get_input_embeddings", None)):
+        raise ValueError("save_embedding_layers: expected a model that has get_input_embeddings, got none")
+    ends: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if any(module is one for one in ends):
+            adapted = adapter_name in getattr(module, "adapters", ())
+            yield owned_key(plain[name], "weight", adapted), owned.base_tensor((module, "weight"))
 
 
 def _alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -159,6 +181,7 @@ def load_adapter(
 def _same_tensors(model: nn.Module, plan: Plan, slots: list[Slot], adapter_name: str) -> list[Tensor] | None:
     """The tensors for the slots in the adapter that is there, if it has these and no others."""
     there: dict[tuple[str, str], Tensor] = dict(owned.owned_tensors(model, adapter_name))
+    seen: set[int] = set()
     planned = {layer: type(adapter) for _, layer, adapter in plan.layers}
     for at, layer in lora_layers(model).items():
         if adapter_name in layer.adapters:
@@ -166,8 +189,9 @@ def _same_tensors(model: nn.Module, plan: Plan, slots: list[Slot], adapter_name:
             if planned.get(layer) is not type(adapter):
                 return None
             for name, value in adapter.state_dict(keep_vars=True).items():
-                if not any(value is one for one in there.values()):  # one that layers share
+                if id(value) not in seen:  # else one that layers share
                     there[at, name] = value
+                seen.add(id(value))
     wanted = {(slot.at, slot.name): slot.target.shape for slot in slots}
     if {place: tensor.shape for place, tensor in there.items()} != wanted:
         return None

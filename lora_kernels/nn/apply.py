@@ -93,6 +93,7 @@ def apply_lora(
         TypeError: not a module, or not a config.
         ValueError: no layer matches ``target_modules``, a match cannot be adapted, or the name is taken.
             The model is then as it was.
+        RuntimeError: the adapter owns parameters (``modules_to_save``, biases) that FSDP2 has taken over.
     """
     _check_types(model, config)
     _check_name(adapter_name, lora_configs(model))
@@ -126,6 +127,7 @@ def install(
     model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Plan, *, fuse: bool = True
 ) -> None:
     """Adds a planned adapter; the model's first one becomes active, and what is none of its own is frozen."""
+    owned.check_add(model, plan.owned)
     first = not lora_configs(model)
     if first:
         for parameter in model.parameters():
@@ -153,6 +155,7 @@ def reinstall(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Pla
         layer._must_be_unmerged(f"replace {adapter_name!r}")
     active = any(adapter_name in layer.active for layer in layers.values())
     acting = owned.acting(model) - {adapter_name}
+    owned.check_add(model, plan.owned)
     owned.check_choice(model, acting)
     kept, combined = {id(layer) for _, layer, _ in plan.layers}, is_combined(model)
     for layer in layers.values():

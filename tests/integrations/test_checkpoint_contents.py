@@ -12,7 +12,14 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from lora_kernels import LoRAConfig, apply_lora, load_adapter, save_adapter
-from lora_kernels.nn import disable_adapters, lora_configs, lora_layers, merge_adapters, set_adapter
+from lora_kernels.nn import (
+    disable_adapters,
+    lora_configs,
+    lora_layers,
+    merge_adapters,
+    remove_lora,
+    set_adapter,
+)
 
 IDS = torch.arange(12).view(2, 6)
 WEIGHTS = "adapter_model.safetensors"
@@ -187,6 +194,20 @@ def test_embeddings_beside_an_adapter_are_its_own(tmp_path, options, how, tie):
     same = load_adapter(llama(tie, 10), tmp_path)
     assert not any("lora_owned" in name for name, _ in same.named_modules())  # the model has them already
     refused(llama(tie), tmp_path, "has to be resized")
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]], ids=str)
+@pytest.mark.parametrize("tie", [False, True])
+def test_resized_embeddings_are_written_where_asked_for(tmp_path, tie, targets):
+    ids = torch.tensor([[1, 66, 67, 68]])
+    model = shake(apply_lora(llama(tie, 10), LoRAConfig(r=4, target_modules=targets)))
+    save_adapter(model, tmp_path, save_embedding_layers=True)
+    want = logits(model, ids)
+    close(logits(load_adapter(llama(tie, 99), tmp_path), ids), want)
+    close(logits(PeftModel.from_pretrained(llama(tie, 99), tmp_path).eval(), ids), want)
+    plain = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match="save_embedding_layers"):
+        save_adapter(plain, tmp_path, save_embedding_layers=True)
 
 
 def test_a_plain_adapter_fits_a_resized_model(tmp_path):
@@ -366,3 +387,38 @@ def test_inputs_made_to_require_gradients():
     model.enable_input_require_grads()
     model.train()(input_ids=IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_compiled_model_switches(tmp_path):
+    wants = {
+        "a": theirs(tmp_path / "a", llama(), 1, modules_to_save=["lm_head"]),
+        "b": theirs(tmp_path / "b", llama(), 2, modules_to_save=["lm_head"], bias="all"),
+    }
+    torch._dynamo.reset()
+    model = torch.compile(llama(), backend="aot_eager")
+    for name in wants:
+        load_adapter(model, tmp_path / name, name)
+    for name in ("a", "b", "a"):
+        set_adapter(model, name)
+        close(logits(model), wants[name])
+    with disable_adapters(model):
+        close(logits(model), logits(llama()))
+
+
+def test_a_reference_pass_within_a_step():
+    """As preference losses do it: the same model with its adapters off, before the backward pass."""
+    model = apply_lora(llama(), LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    y = model(input_ids=IDS).logits
+    with torch.no_grad(), disable_adapters(model):
+        reference = model(input_ids=IDS).logits
+    close(reference, logits(llama()))
+    (y - reference - 1).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_what_was_untied_stays_so_in_a_merged_checkpoint(tmp_path):
+    want = theirs(tmp_path / "adapter", llama(True), modules_to_save=["lm_head", "embed_tokens"])
+    model = remove_lora(load_adapter(llama(True), tmp_path / "adapter"), merge=True)
+    close(logits(model), want)
+    model.save_pretrained(tmp_path / "whole")
+    close(logits(LlamaForCausalLM.from_pretrained(tmp_path / "whole").eval()), want)

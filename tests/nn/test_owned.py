@@ -269,3 +269,58 @@ def test_an_owned_weight_is_not_quantised():
         quantize_base(model, "int8")
     with pytest.raises(ValueError, match="adapter_name"):
         apply_lora(net(), config(), "__base__")
+
+
+def test_what_fsdp2_holds_is_not_switched(tmp_path, tokens):
+    """In one process: FSDP2 writes its own tensors into the places that a switch would change."""
+    distributed = pytest.importorskip("torch.distributed")
+    from torch.distributed.fsdp import fully_shard
+
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = fully_shard(apply_lora(net(), config(modules_to_save=["mid.0"])))
+        want = model(tokens)
+        with pytest.raises(RuntimeError, match="choose the adapter before"), disable_adapters(model):
+            pass
+        apply_lora(model, config(), "b")
+        with pytest.raises(RuntimeError, match="choose the adapter before"):
+            set_adapter(model, "b")
+        with pytest.raises(RuntimeError, match="add the adapter before"):
+            apply_lora(model, config(bias="all"), "c")
+        torch.testing.assert_close(model(tokens), want)
+        assert set(lora_layers(model)["q"].adapters) == {"default", "b"}
+        fresh = fully_shard(net())
+        with pytest.raises(RuntimeError, match="add the adapter before"):
+            apply_lora(fresh, config(modules_to_save=["head"]))
+        assert not lora_layers(fresh)
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_each_adapter_has_its_optimiser(tokens):
+    options = {"modules_to_save": ["head"], "bias": "lora_only"}
+
+    def step(model, optimiser):
+        optimiser.zero_grad()
+        model(tokens).square().mean().backward()
+        optimiser.step()
+
+    def optimiser_of(model):
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+
+    model = two(options)
+    optimisers = {}
+    for name in ("a", "b"):
+        set_adapter(model, name)
+        optimisers[name] = optimiser_of(model)
+    alone = two(options)
+    set_adapter(alone, "a")
+    optimiser = optimiser_of(alone)
+    for _ in range(3):
+        for name in ("a", "b"):
+            set_adapter(model, name)
+            step(model, optimisers[name])
+        step(alone, optimiser)
+    set_adapter(model, "a")
+    torch.testing.assert_close(model(tokens), alone(tokens))
