@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..adapters import METHODS, LoRAConfig
+from ..nn.wrappers import plain_key
 from ..serving.pool import AdapterPool
 from .checkpoint import WEIGHTS, read_weights
 from .checkpoint_config import CONFIG, read_config
@@ -53,7 +54,7 @@ def _factors(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     for key, tensor in tensors.items():
         if key in base:
             continue
-        match = _KEY.fullmatch(key)
+        match = _KEY.fullmatch(plain_key(key))
         if match is None:
             raise ValueError(f"{WEIGHTS}: expected A and B of linears and embeddings, got {key!r}")
         halves.setdefault(match[1], {})[match[2] or match[3]] = tensor

@@ -165,14 +165,27 @@ class AdapterLayer(nn.Module):
         adapter = config if isinstance(config, Adapter) else self.make_adapter(config)
         adapter.train(self.training)
         activate = not self.adapters if activate is None else activate
-        if activate:
-            self._must_be_unmerged("add an active adapter")
+        self.check_new(name, adapter, activate)
         if adapter.rest is not None:
             self._take(name, adapter)
         self.adapters[name] = adapter
         adapter.set_trainable(False)
         if activate:
             self.set_adapter(name)
+
+    def check_new(self, name: str, adapter: Adapter, activate: bool) -> None:
+        """Whether an adapter can be added, or put in the place of the one called ``name``.
+
+        Raises:
+            ValueError: another one has taken its start out of the weight, and this one would too.
+            RuntimeError: the layer is merged, and either the adapter would be active or changes the weight.
+        """
+        if activate:
+            self._must_be_unmerged("add an active adapter")
+        if adapter.rest is not None:
+            self._must_be_unmerged("add an adapter that changes the weight")
+            if self._taker not in (None, name):
+                raise ValueError(f"adapter: {self._taker!r} has taken its start out of this weight already")
 
     def delete_adapter(self, name: str) -> None:
         """Forgets the adapter ``name``; if it was active, the others that were remain so."""
@@ -191,9 +204,6 @@ class AdapterLayer(nn.Module):
 
     def _take(self, name: str, adapter: Adapter) -> None:
         """Keeps beside W the weight that the adapter goes on with, which is W's part while it is active."""
-        self._must_be_unmerged("add an adapter that changes the weight")
-        if self._taker is not None:
-            raise ValueError(f"adapter: {self._taker!r} has taken its start out of this weight already")
         rest = self._unmatrix(adapter.__dict__.pop("rest")).to(self.weight.dtype)
         adapter.__dict__["rest"] = None
         self._taker, self._taking = name, False

@@ -119,8 +119,22 @@ def plan_adapter(model: nn.Module, config: LoRAConfig, *, draw: bool = True) -> 
     _check_types(model, config)
     layers = _prepare_all(find_sites(model, config), config, draw)
     adapted = {site.linear: layer for site, layer, _ in layers}
+    if config.ensure_weight_tying:
+        _check_ties(model, adapted)
     places = tuple(owned.config_places(model, config, adapted))
     return Plan(layers, owned.copies(places, config.ensure_weight_tying, draw), places)
+
+
+def _check_ties(model: nn.Module, adapted: dict[nn.Module, AdapterLayer]) -> None:
+    """Raises where an adapted embedding shares its weight, for which PEFT ties two adapters."""
+    for module, layer in adapted.items():
+        if isinstance(layer, nn.Embedding):
+            shared = owned.sharing(model, {id(owned.base_tensor((module, "weight")))})
+            if any(other is not module for other, _ in shared):
+                raise ValueError(
+                    "ensure_weight_tying: expected False where an adapter is put on an embedding whose weight"
+                    " another module shares"
+                )
 
 
 def install(
@@ -129,6 +143,8 @@ def install(
     """Adds a planned adapter; the model's first one becomes active, and what is none of its own is frozen."""
     owned.check_add(model, plan.owned)
     first = not lora_configs(model)
+    for _, layer, adapter in plan.layers:
+        layer.check_new(adapter_name, adapter, first)
     if first:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -153,6 +169,8 @@ def reinstall(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Pla
     layers = lora_layers(model)
     for layer in (*layers.values(), *(layer for _, layer, _ in plan.layers)):
         layer._must_be_unmerged(f"replace {adapter_name!r}")
+    for _, layer, adapter in plan.layers:
+        layer.check_new(adapter_name, adapter, False)
     active = any(adapter_name in layer.active for layer in layers.values())
     acting = owned.acting(model) - {adapter_name}
     owned.check_add(model, plan.owned)

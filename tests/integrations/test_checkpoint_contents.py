@@ -138,6 +138,12 @@ def test_whole_modules_go_both_ways(tmp_path, options, tie):
         assert torch.equal(logits(model), logits(llama(tie)))
 
 
+def test_tied_adapters_are_refused(tmp_path):
+    theirs(tmp_path, llama(True), target_modules=["embed_tokens"], ensure_weight_tying=True)
+    with pytest.raises(ValueError, match="ensure_weight_tying"):
+        load_adapter(llama(True), tmp_path)
+
+
 def test_adapters_with_different_modules_come_one_after_the_other(tmp_path):
     wants = {
         name: theirs(tmp_path / name, llama(), seed, **options)

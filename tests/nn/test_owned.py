@@ -233,6 +233,8 @@ def test_ties_hold_where_they_are_asked_for(tokens):
     with disable_adapters(model):
         assert model.head.weight is model.embed.weight
         assert torch.equal(model(tokens), net()(tokens))
+    with pytest.raises(ValueError, match="ensure_weight_tying"):
+        apply_lora(net(), LoRAConfig(r=2, target_modules=["embed"], ensure_weight_tying=True))
     loose = apply_lora(net(), config(modules_to_save=["embed"]))
     assert loose.head.weight is not loose.embed.weight and not loose.head.weight.requires_grad
 
