@@ -26,15 +26,15 @@ class LoraInputs(NamedTuple):
     x: Tensor
     # W [N, K], or a QuantizedWeight above the op; None for the branch alone.
     weight: Any
-    # A [r, K].
-    lora_a: Tensor
-    # B [N, r].
+    # A [r, K]; above the op also None where x_lora is h, or one for each sample [samples, r, K].
+    lora_a: Tensor | None
+    # B [N, r]; above the op also [samples, N, r].
     lora_b: Tensor
     # b [N].
     bias: Tensor | None = None
-    # g: [r], or one for each row [..., r].
+    # g: [r], one for each row [..., r], or above the op a scale for each row [..., 1].
     gate: Tensor | None = None
-    # The branch's input where it is another than x.
+    # The branch's input where it is another than x, of the width of A.
     x_lora: Tensor | None = None
     # int64 [1]: of the dropout's bits. Above the op None means that it is yet to be drawn.
     seed: Tensor | None = None
@@ -159,7 +159,7 @@ class QuantizedInputs(NamedTuple):
     @property
     def sizes(self) -> tuple[str, int, int, int]:
         """Format, rows, columns and block of W, as the ops on quantised weights take them."""
-        return self.format, self.lora_b.shape[0], self.lora_a.shape[1], self.block
+        return self.format, self.lora_b.shape[0], self.x.shape[1], self.block
 
     def over(self, weight: Tensor | None) -> LoraInputs:
         """The same over a dense W."""

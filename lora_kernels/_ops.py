@@ -44,7 +44,8 @@ SCHEMAS = {
     "dropout_seed": "(Tensor like) -> Tensor",
     # Packed keep bits, uint8 [rows, ceil(cols/8)]: bit k%8 of byte k//8 is column k.
     "dropout_mask": "(Tensor seed, SymInt rows, SymInt cols, float dropout_p) -> Tensor",
-    # y [M,N], h = drop(x_lora or x) Aᵀ [M,R], and the keep bits ([0] without dropout).
+    # y [M,N], h = drop(x_lora or x) Aᵀ [M,R], and the keep bits ([0] without dropout). x_lora and A have a
+    # width of their own.
     "lora_linear": (
         "(Tensor x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? gate,"
         " Tensor? x_lora, Tensor? seed, float scaling, float dropout_p)"
@@ -208,7 +209,7 @@ def _fake_dropout_mask(seed: Tensor, rows: int, cols: int, dropout_p: float) -> 
 @flat(LoraInputs)
 def _fake_lora_linear(inputs: LoraInputs) -> tuple[Tensor, Tensor, Tensor]:
     x = inputs.x
-    rows, cols = x.shape
+    rows, cols = inputs.branch.shape
     mask_shape = (0,) if inputs.seed is None else (rows, (cols + 7) // 8)
     return (
         x.new_empty(rows, inputs.lora_b.shape[0]),
@@ -220,8 +221,9 @@ def _fake_lora_linear(inputs: LoraInputs) -> tuple[Tensor, Tensor, Tensor]:
 @flat(LoraBackward)
 def _fake_lora_linear_backward(saved: LoraBackward) -> list[Tensor]:
     dy, needs = saved.dy, saved.needs
-    dx = dy.new_empty(dy.shape[0], saved.lora_a.shape[1]) if needs[0] or needs[4] else None
-    return _empty_like((dx, saved.lora_a, saved.lora_b, saved.gate, dx), needs)
+    branch = dy.new_empty(dy.shape[0], saved.lora_a.shape[1])
+    dx = branch if saved.weight is None else dy.new_empty(dy.shape[0], saved.weight.shape[1])
+    return _empty_like((dx, saved.lora_a, saved.lora_b, saved.gate, branch), needs)
 
 
 def _empty_like(likes: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:

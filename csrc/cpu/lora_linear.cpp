@@ -71,9 +71,10 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear(const Tensor& x, const OptTensor&
                                                const OptTensor& x_lora, const OptTensor& seed,
                                                double scaling, double dropout_p) {
   const auto dtype = x.scalar_type();
-  const Tensor mask = has(seed) ? dropout_mask(*seed, x.size(0), x.size(1), dropout_p)
+  const Tensor& read = has(x_lora) ? *x_lora : x;
+  const Tensor mask = has(seed) ? dropout_mask(*seed, read.size(0), read.size(1), dropout_p)
                                 : at::empty({0}, x.options().dtype(at::kByte));
-  const Dropped branch = {has(x_lora) ? *x_lora : x, mask, dropout_p};
+  const Dropped branch = {read, mask, dropout_p};
   const Tensor h = unpack(shrink(branch, pack_transposed(lora_a, dtype)), lora_a.size(0), dtype);
   const Tensor y = output(x, weight, bias, gated(h, gate), lora_b.to(dtype).t(), scaling);
   return {y, h, mask};

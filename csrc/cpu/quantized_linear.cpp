@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> quantized_lora_linear(
     double scaling, double dropout_p) {
   auto [y, h, mask] =
       lora_linear(x, std::nullopt, lora_a, lora_b, bias, gate, x_lora, seed, scaling, dropout_p);
-  const auto weight = matrix(codes, scales, nested, format, lora_b.size(0), lora_a.size(1), block);
+  const auto weight = matrix(codes, scales, nested, format, lora_b.size(0), x.size(1), block);
   add_product(y, x, weight, false);
   return {y, h, mask};
 }

@@ -77,11 +77,10 @@ def apply_update(
     if type(update) is LowRank:
         scaling: Any
         lora_a, lora_b, scaling, gate, x_lora, magnitude = update
-        # Spelled out, since at small sizes a call more shows.
-        simple = x_lora is None and gate is None and magnitude is None and type(scaling) is float
-        if not simple or lora_a.dim() != 2 or lora_b.dim() != 2:
-            return _low_rank(x, weight, bias, update, dropout_p)
-        return fused(LoraInputs(x, weight, lora_a, lora_b, bias, None, None, None, scaling, dropout_p))
+        if magnitude is None and gate is None and type(scaling) is float and lora_a is not None:
+            # Spelled out, since at small sizes a call more shows.
+            return fused(LoraInputs(x, weight, lora_a, lora_b, bias, None, x_lora, None, scaling, dropout_p))
+        return _low_rank(x, weight, bias, update, dropout_p)
     if type(update) is Dense:
         dropped = F.dropout(x, dropout_p) if dropout_p else x
         if dropped is x and isinstance(weight, Tensor):
@@ -106,33 +105,9 @@ def _low_rank(x: Tensor, weight: Any, bias: Tensor | None, update: LowRank, p: f
         gate, scaling = scaling_as_gate(scaling, gate, lora_b), 1.0
     if magnitude is not None:
         return fused_dora(x, weight, lora_a, lora_b, magnitude, bias, scaling, p)
-    branch = x if x_lora is None else x_lora
-    if lora_a is not None and lora_a.dim() == lora_b.dim() == 2:
-        gate = _gate_of(gate, branch, lora_b.shape[1])
-        if x_lora is None or weight is None or x_lora.shape == x.shape:
-            x, x_lora = (branch, None) if weight is None else (x, x_lora)
-            return fused(LoraInputs(x, weight, lora_a, lora_b, bias, gate, x_lora, None, scaling, p))
-        y = fused(LoraInputs(branch, None, lora_a, lora_b, None, gate, None, None, scaling, p))
-        return _plus(_base(x, weight, bias), y)
-    h = branch if lora_a is None else _by_sample(F.dropout(branch, p) if p else branch, lora_a)
-    h = h if gate is None else h * gate.to(h.dtype)
-    return _plus(_base(x, weight, bias), _by_sample(h, lora_b) * scaling)
-
-
-def _gate_of(gate: Tensor | None, branch: Tensor, rank: int) -> Tensor | None:
-    """g as the ops take it, a view where it has one value a row."""
-    if gate is None or gate.dim() == 1:
-        return gate
-    return gate.expand(*branch.shape[:-1], rank)
-
-
-def _by_sample(x: Tensor, factor: Tensor) -> Tensor:
-    """x Fᵀ, with one F for all or one for each sample."""
-    factor = factor.to(x.dtype)
-    if factor.dim() == 2:
-        return F.linear(x, factor)
-    samples = x.reshape(x.shape[0], -1, x.shape[-1])
-    return torch.bmm(samples, factor.transpose(1, 2)).view(*x.shape[:-1], factor.shape[1])
+    p = p if lora_a is not None else 0.0
+    gate = gate if gate is None or gate.dim() == 1 else gate.expand(*x.shape[:-1], gate.shape[-1])
+    return fused(LoraInputs(x, weight, lora_a, lora_b, bias, gate, x_lora, None, scaling, p))
 
 
 def delta_of(update: Update, eye: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:

@@ -104,7 +104,7 @@ def single_kernel(
 def forward(plan: Plan, inputs: LoraInputs) -> tuple[Tensor, Tensor, Tensor]:
     """The forward op of ``_ops.py``: y, h and the packed keep bits."""
     x, weight, lora_a, lora_b, bias, gate, x_lora, seed, scaling, dropout_p = inputs
-    if weight is None:
+    if weight is None or lora_a.shape[1] != x.shape[1]:  # one loop over K serves both
         return beta.forward(plan, inputs)
     x = unit_columns(x)
     branch = x if x_lora is None else unit_columns(x_lora)

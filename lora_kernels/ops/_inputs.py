@@ -7,49 +7,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._arguments import LoraInputs
 from ..quant.weight import QuantizedWeight
 
 _TENSORS = ("x", "weight", "lora_a", "lora_b", "bias", "gate", "x_lora")
 _OPTIONAL = frozenset({"weight", "bias", "gate", "x_lora"})
 
 
-def check(
-    x: Tensor,
-    weight: Tensor | QuantizedWeight | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    x_lora: Tensor | None,
-    dropout_p: float,
-) -> None:
-    """Raises what :func:`lora_linear` promises. The usual call passes with a few comparisons."""
-    _check_types((x, weight, lora_a, lora_b, bias, gate, x_lora), dropout_p)
-    if lora_a.dim() != 2 or lora_b.dim() != 2:
-        bad = "lora_a" if lora_a.dim() != 2 else "lora_b"
-        raise ValueError(f"{bad}: expected 2 dimensions, got {(lora_a if bad == 'lora_a' else lora_b).dim()}")
-    rank, cols = lora_a.shape
-    rows_out = lora_b.shape[0]
-    _check_shape("x", x, (cols,), x.shape[-1:], "its last dimension, by lora_a,")
-    _check_shape("lora_b", lora_b, (rows_out, rank), lora_b.shape, "[out features, rank of lora_a]")
+def check(inputs: LoraInputs, *, forms: bool = False) -> None:
+    """Raises what :func:`lora_linear` promises. The usual call passes with a few comparisons.
+
+    ``forms``: whether there may be no A, and factors for each sample.
+    """
+    x, weight, lora_a, lora_b, bias, gate, x_lora, _, _, dropout_p = inputs
+    tensors = (x, weight, lora_a, lora_b, bias, gate, x_lora)
+    _check_types(tensors, dropout_p, forms and x_lora is not None)
+    _check_dims("lora_a", lora_a, x, forms)
+    _check_dims("lora_b", lora_b, x, forms and (lora_a is None or lora_a.dim() == 3))
+    rows_out, rank = lora_b.shape[-2:]
+    cols = rank if lora_a is None else lora_a.shape[-1]
+    if lora_a is not None:
+        want = (*lora_b.shape[:-1], lora_a.shape[-2])
+        _check_shape("lora_b", lora_b, want, lora_b.shape, "[out features, rank of lora_a]")
+    width = cols if x_lora is None else weight.shape[-1] if weight is not None else x.shape[-1:].numel()
+    _check_shape("x", x, (width,), x.shape[-1:], "its last dimension, by lora_a,")
     if weight is not None:
-        _check_shape("weight", weight, (rows_out, cols), weight.shape, "[lora_b rows, lora_a columns]")
+        _check_shape("weight", weight, (rows_out, width), weight.shape, "[lora_b rows, x columns]")
     if bias is not None:
         _check_shape("bias", bias, (rows_out,), bias.shape, "[lora_b rows]")
     if x_lora is not None:
-        _check_shape("x_lora", x_lora, tuple(x.shape), x_lora.shape, "the shape of x")
-    if gate is not None and gate.shape != (rank,):
-        _check_shape("gate", gate, (*x.shape[:-1], rank), gate.shape, "[rank] or x's rows and [rank]")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
+        want = (*x.shape[:-1], cols)
+        _check_shape("x_lora", x_lora, want, x_lora.shape, "x's rows and [lora_a columns, or rank without]")
+    if gate is not None and gate.shape != (rank,) and gate.shape != (*x.shape[:-1], 1):
+        words = "[rank] or x's rows and [rank] or [1]"
+        _check_shape("gate", gate, (*x.shape[:-1], rank), gate.shape, words)
+    if not 0.0 <= dropout_p < 1.0 or (dropout_p and lora_a is None):
+        bound = "0 without lora_a" if lora_a is None else "0 <= dropout_p < 1"
+        raise ValueError(f"dropout_p: expected {bound}, got {dropout_p}")
     _check_dtypes(x, weight, lora_a, lora_b, bias, gate, x_lora)
 
 
-def _check_types(tensors: tuple[Any, ...], dropout_p: Any) -> None:
+def _check_dims(name: str, factor: Tensor | None, x: Tensor, by_sample: bool) -> None:
+    """A factor is a matrix, or where that may be one for each sample of x."""
+    if factor is None or factor.dim() == 2:
+        return
+    if not by_sample or factor.dim() != 3:
+        raise ValueError(f"{name}: expected {'2 or 3' if by_sample else 2} dimensions, got {factor.dim()}")
+    if x.dim() < 2 or factor.shape[0] != x.shape[0]:
+        words = f"one for each of {x.shape[0] if x.dim() > 1 else 0} samples"
+        raise ValueError(f"{name}: expected {words}, got shape {tuple(factor.shape)}")
+
+
+def _check_types(tensors: tuple[Any, ...], dropout_p: Any, without_a: bool) -> None:
     for name, value in zip(_TENSORS, tensors, strict=True):
         if name == "weight" and isinstance(value, QuantizedWeight):
             continue
-        if not isinstance(value, Tensor) and not (value is None and name in _OPTIONAL):
+        absent = value is None and (name in _OPTIONAL or (without_a and name == "lora_a"))
+        if not isinstance(value, Tensor) and not absent:
             raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
     if not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")

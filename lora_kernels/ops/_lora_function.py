@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -90,10 +91,12 @@ def to_save(ctx: Any, inputs: LoraInputs, h: Tensor, mask: Tensor) -> Saved:
     )
 
 
-def gradients(ctx: Any, dy: Tensor, saved: Saved) -> tuple[Tensor | None, ...]:
-    """One gradient for each of :class:`LoraInputs`."""
+def gradients(
+    ctx: Any, dy: Tensor, saved: Saved, needs: Sequence[bool] | None = None
+) -> tuple[Tensor | None, ...]:
+    """One gradient for each of :class:`LoraInputs`, of those that ``needs`` asks for."""
     x, weight, lora_a, lora_b, gate, x_lora, h, mask = saved
-    needs = ctx.needs_input_grad
+    needs = ctx.needs_input_grad if needs is None else needs
     branch_needs = [needs[0], needs[2], needs[3], needs[5], needs[6]]
     rows, branch = rows_of(dy), rows_of(x_lora if ctx.separate else x) if needs[2] else None
     numbers = (ctx.scaling, ctx.dropout_p, ctx.separate, branch_needs)
@@ -120,7 +123,7 @@ def transformable(inputs: LoraInputs) -> Tensor:
     if p > 0.0:
         # By the op, whose dispatch unwraps what the transforms wrapped.
         seed = _dispatch.draw_seed(x)
-        mask = torch.ops.lora_kernels.dropout_mask.default(seed, *rows.x.shape, p)
+        mask = torch.ops.lora_kernels.dropout_mask.default(seed, *rows.branch.shape, p)
     return composite(rows, mask).view(*x.shape[:-1], inputs.lora_b.shape[0])
 
 

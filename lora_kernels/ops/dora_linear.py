@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._arguments import DoraBackward, DoraInputs
+from .._arguments import DoraBackward, DoraInputs, LoraInputs
 from ..reference.dora_linear import composite
 from ..reference.dropout import dropout_apply
 from ..reference.low_rank_norm import low_rank_norm as row_norm
@@ -61,7 +61,7 @@ def dora_linear(
         raise TypeError(f"scaling: expected a number, got {type(scaling).__name__}")
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a Tensor, got {type(weight).__name__}")
-    check(x, weight, lora_a, lora_b, bias, None, None, dropout_p)
+    check(LoraInputs(x, weight, lora_a, lora_b, bias, dropout_p=dropout_p))
     _check_magnitude(magnitude, weight)
     return fused_dora(
         x, weight, lora_a, lora_b, magnitude, bias, float(scaling), dropout_p if training else 0.0

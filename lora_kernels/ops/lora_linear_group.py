@@ -150,7 +150,7 @@ def _check_member(i: int, x: Tensor, member: list[Any], dropout_p: float) -> Non
         raise TypeError(f"weights[{i}]: expected a Tensor, got {type(member[0]).__name__}")
     weight, lora_a, lora_b, bias, gate = member
     try:
-        check(x, weight, lora_a, lora_b, bias, gate, None, dropout_p)
+        check(LoraInputs(x, weight, lora_a, lora_b, bias, gate, dropout_p=dropout_p))
     except (TypeError, ValueError) as error:
         raise type(error)(f"member {i}: {error}") from None
 

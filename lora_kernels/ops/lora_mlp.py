@@ -89,7 +89,7 @@ def _check_projection(name: str, given: Any, x: Tensor) -> None:
         raise TypeError(f"{name}: scaling: expected a number, got {type(given.scaling).__name__}")
     weight, lora_a, lora_b, _, bias, dropout_p = given
     try:
-        check(x, weight, lora_a, lora_b, bias, None, None, dropout_p)
+        check(LoraInputs(x, weight, lora_a, lora_b, bias, dropout_p=dropout_p))
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
 

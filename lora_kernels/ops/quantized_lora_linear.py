@@ -64,7 +64,9 @@ class QuantizedLoRALinear(torch.autograd.Function):
                 weight = _dispatch.call("dequantize", codes, scales, nested, *ctx.sizes, dy.dtype)
                 saved = saved._replace(weight=weight)
             return (*differentiable_backward(ctx, dy, saved), *(None,) * 4)
-        dx, *grads = gradients(ctx, dy, saved)
-        if dx is not None:
+        needs_x, *needs = ctx.needs_input_grad
+        dx, *grads = gradients(ctx, dy, saved, [needs_x and not ctx.separate, *needs])
+        if needs_x:
+            dx = dy.new_zeros(*dy.shape[:-1], ctx.sizes[2]) if dx is None else dx
             accumulate(rows_of(dx), rows_of(dy), (codes, scales, nested), ctx.sizes, True)
         return (dx, *grads, *(None,) * 4)

@@ -26,7 +26,7 @@ def lora_linear(inputs: LoraInputs) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, bias, branch = inputs.x, inputs.weight, inputs.bias, inputs.branch
     mask = x.new_empty(0, dtype=torch.uint8)
     if inputs.seed is not None:
-        mask = dropout_mask(inputs.seed, x.shape[0], x.shape[1], inputs.dropout_p)
+        mask = dropout_mask(inputs.seed, branch.shape[0], branch.shape[1], inputs.dropout_p)
         branch = dropout_apply(branch, mask, inputs.dropout_p)
     h = branch @ inputs.lora_a.to(x.dtype).T
     gated, b_t = _gated(h, inputs.gate), inputs.lora_b.to(x.dtype).T

@@ -19,9 +19,11 @@ class LoraCase:
     """One call of ``lora_linear``: shapes, dtypes, layouts and options.
 
     ``weight`` is ``dense``, ``transposed`` (a view of a [K, N] matrix) or ``none``; ``gate`` is
-    ``none``, ``rank`` or ``rows``; ``x_layout`` is ``dense``, ``strided`` (rows apart from each
+    ``none``, ``rank``, ``rows`` or ``scale`` (one number a row); ``branch_cols`` is the width of an
+    x_lora of its own; ``x_layout`` is ``dense``, ``strided`` (rows apart from each
     other), ``columns`` (every second column) or ``transposed``; ``factors`` is ``dense``, ``views``
-    (the first ranks of wider factors) or ``transposed``.
+    (the first ranks of wider factors), ``transposed``, ``none`` (no A: x_lora is h), ``samples`` (one A
+    and one B for each of the first dimension's) or ``sample a``.
     """
 
     lead: tuple[int, ...] = (7,)
@@ -38,6 +40,12 @@ class LoraCase:
     factors: str = "dense"
     scaling: float = 0.75
     dropout_p: float = 0.0
+    branch_cols: int | None = None
+
+    @property
+    def width(self) -> int:
+        """The number of columns that the branch reads."""
+        return self.branch_cols or self.cols
 
     @property
     def rows(self) -> int:
@@ -50,7 +58,8 @@ class LoraCase:
             "weight": self.weight == "none",
             "bias": not self.bias,
             "gate": self.gate == "none",
-            "x_lora": not self.x_lora,
+            "x_lora": not self.x_lora and self.branch_cols is None and self.factors != "none",
+            "lora_a": self.factors == "none",
         }
         return tuple(name for name in TENSORS if not absent.get(name, False))
 
@@ -78,8 +87,8 @@ def _activation(make: _Maker, case: LoraCase) -> Tensor:
     return make((*lead, cols), dtype)
 
 
-def _factors(make: _Maker, case: LoraCase) -> tuple[Tensor, Tensor]:
-    rank, cols, out = case.rank, case.cols, case.out
+def _factors(make: _Maker, case: LoraCase) -> tuple[Tensor | None, Tensor]:
+    rank, cols, out = case.rank, case.width, case.out
     dtype = case.adapter_dtype or case.dtype
     scale_a, scale_b = cols**-0.5, max(rank, 1) ** -0.5
     if case.factors == "views":
@@ -87,7 +96,11 @@ def _factors(make: _Maker, case: LoraCase) -> tuple[Tensor, Tensor]:
         return make((wide, cols), dtype, scale_a)[:rank], make((out, wide), dtype, scale_b)[:, :rank]
     if case.factors == "transposed":
         return make((cols, rank), dtype, scale_a).T, make((rank, out), dtype, scale_b).T
-    return make((rank, cols), dtype, scale_a), make((out, rank), dtype, scale_b)
+    each = case.lead[:1]
+    lead_a = each if case.factors.startswith("sample") else ()
+    lead_b = each if case.factors == "samples" else ()
+    lora_a = None if case.factors == "none" else make((*lead_a, rank, cols), dtype, scale_a)
+    return lora_a, make((*lead_b, out, rank), dtype, scale_b)
 
 
 def _weight(make: _Maker, case: LoraCase) -> Tensor | None:
@@ -103,15 +116,17 @@ def lora_inputs(case: LoraCase, device: torch.device | str = "cpu", seed: int = 
     """The tensors of ``case``, scaled so that every product of them is of order one."""
     make = _Maker(seed, device)
     lora_a, lora_b = _factors(make, case)
-    gate_shape = {"none": None, "rank": (case.rank,), "rows": (*case.lead, case.rank)}[case.gate]
+    shapes = {"rank": (case.rank,), "rows": (*case.lead, case.rank), "scale": (*case.lead, 1)}
+    gate_shape, there = shapes.get(case.gate), "x_lora" in case.present()
+    width = case.rank if case.factors == "none" else case.width
     return {
         "x": _activation(make, case),
         "weight": _weight(make, case),
         "lora_a": lora_a,
         "lora_b": lora_b,
         "bias": make((case.out,), case.dtype) if case.bias else None,
-        "gate": None if gate_shape is None else make(gate_shape, lora_a.dtype),
-        "x_lora": make((*case.lead, case.cols), case.dtype) if case.x_lora else None,
+        "gate": None if gate_shape is None else make(gate_shape, lora_b.dtype),
+        "x_lora": make((*case.lead, width), case.dtype) if there else None,
     }
 
 

@@ -8,7 +8,8 @@ import torch
 from lora_kernels import _backend, lora_linear, use_backend
 from lora_kernels._arguments import LoraInputs
 from lora_kernels.ops._lora_function import LoRALinearFunction
-from lora_kernels.reference.dropout import dropout_mask
+from lora_kernels.ops.lora_linear import _formed
+from lora_kernels.reference.dropout import dropout_apply, dropout_mask
 from lora_kernels.reference.lora_linear import composite
 from lora_kernels.testing import TENSORS, LoraCase, assert_close, leaves, lora_inputs
 
@@ -29,8 +30,8 @@ def skip_unavailable(path, case, device):
 def call(path, inputs, case):
     with use_backend(path.removesuffix("-function")):
         if path == "cpp-function":
-            args = [inputs[name] for name in TENSORS]
-            return LoRALinearFunction.apply(*args, None, case.scaling, case.dropout_p)
+            args = LoraInputs(*(inputs[name] for name in TENSORS), None, case.scaling, case.dropout_p)
+            return LoRALinearFunction.apply(*_formed(args))
         return lora_linear(
             *(inputs[name] for name in ("x", "weight", "lora_a", "lora_b")),
             case.scaling,
@@ -41,8 +42,25 @@ def call(path, inputs, case):
         )
 
 
+def by_sample(inputs, case, mask):
+    """The equation with factors for each sample along the first dimension."""
+    x, weight, a, b, bias, gate, x_lora = (inputs[name] for name in TENSORS)
+    branch = x if x_lora is None else x_lora
+    if mask is not None:
+        rows = branch.reshape(case.rows, case.width)
+        branch = dropout_apply(rows, mask, case.dropout_p).view(branch.shape)
+    h = torch.einsum("s...k,srk->s...r", branch, a.to(x.dtype))
+    h = h if gate is None else h * gate.to(x.dtype)
+    equation = "s...r,snr->s...n" if b.dim() == 3 else "s...r,nr->s...n"
+    y = torch.einsum(equation, h, b.to(x.dtype)) * case.scaling
+    y = y if weight is None else torch.nn.functional.linear(x, weight) + y
+    return y if bias is None else y + bias
+
+
 def expected(inputs, case, mask):
     """The composite on [rows, features], back in x's shape."""
+    if case.factors.startswith("sample"):
+        return by_sample(inputs, case, mask)
 
     def rows(name):
         tensor = inputs[name]
@@ -50,7 +68,9 @@ def expected(inputs, case, mask):
 
     args = {name: rows(name) for name in TENSORS}
     for name in ("x", "x_lora"):
-        args[name] = None if args[name] is None else args[name].reshape(case.rows, case.cols)
+        args[name] = None if args[name] is None else args[name].reshape(case.rows, args[name].shape[-1])
+    if args["lora_a"] is None:
+        args["lora_a"] = torch.eye(case.rank, dtype=case.adapter_dtype or case.dtype, device=args["x"].device)
     y = composite(LoraInputs(**args, scaling=case.scaling, dropout_p=case.dropout_p), mask)
     return y.view(*case.lead, case.out)
 
@@ -62,7 +82,7 @@ def mask_of_next_call(case, device, seed=SEED):
     torch.manual_seed(seed)
     drawn = torch.empty(1, dtype=torch.int64, device=device).random_()
     torch.manual_seed(seed)
-    return dropout_mask(drawn, case.rows, case.cols, case.dropout_p)
+    return dropout_mask(drawn, case.rows, case.width, case.dropout_p)
 
 
 def results(y, inputs, dy):
@@ -74,6 +94,8 @@ def results(y, inputs, dy):
 def run_case(path, case, device, requires_grad=None, ulps=0.5):
     """Checks y and every gradient of the case; returns what the path gave."""
     skip_unavailable(path, case, device)
+    if path == "cpp-function" and case.factors.startswith("sample"):
+        pytest.skip("batched before the Function is reached")
     wanted = case.present() if requires_grad is None else requires_grad
     given = lora_inputs(case, device)
     dy = torch.randn(*case.lead, case.out, generator=torch.Generator().manual_seed(1)).to(device, case.dtype)

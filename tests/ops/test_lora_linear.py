@@ -47,6 +47,19 @@ VARIANTS = [
     LoraCase(scaling=-2.5, cols=21, dropout_p=0.1),
     LoraCase(lead=(40,), cols=67, out=45, rank=9, bias=True, gate="rank", x_lora=True, dropout_p=0.25),
     LoraCase(dropout_p=0.9, weight="none"),
+    LoraCase(branch_cols=37, bias=True, dropout_p=0.3),
+    LoraCase(lead=(2, 5), branch_cols=9, gate="rank", weight="transposed"),
+    LoraCase(branch_cols=40, weight="none", bias=True),
+    LoraCase(gate="scale"),
+    LoraCase(lead=(2, 5), gate="scale", bias=True, dropout_p=0.2, factors="views"),
+    LoraCase(lead=(), gate="scale"),
+    LoraCase(factors="none", bias=True),
+    LoraCase(lead=(2, 5), factors="none", gate="rows", rank=7),
+    LoraCase(factors="none", weight="none", gate="scale", rank=1),
+    LoraCase(lead=(3, 5), factors="samples", bias=True, gate="rows"),
+    LoraCase(lead=(3, 2, 2), factors="samples", weight="none", dropout_p=0.3, branch_cols=9),
+    LoraCase(lead=(3, 5), factors="sample a", gate="scale", dropout_p=0.25),
+    LoraCase(lead=(0, 5), factors="samples"),
 ]
 STRATEGIES = pytest.mark.parametrize("strategy", ("beta", "kext", "single"), indirect=True)
 SUBSETS = [(name,) for name in TENSORS] + [

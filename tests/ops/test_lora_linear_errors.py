@@ -22,10 +22,10 @@ def good():
 SHAPES = {
     "x": [(M, K + 1), ()],
     "weight": [(N, K + 1), (N + 1, K), (N,), (1, N, K)],
-    "lora_a": [(K,), (1, R, K)],
+    "lora_a": [(K,), (1, R, K), (1, 1, R, K)],
     "lora_b": [(N, R + 1), (N,), (1, N, R)],
     "bias": [(N + 1,), (1, N), ()],
-    "gate": [(R + 1,), (M + 1, R), (M, 1), ()],
+    "gate": [(R + 1,), (M + 1, R), (M + 1, 1), (1, 1), ()],
     "x_lora": [(M, K + 1), (M + 1, K), (K,)],
 }
 DTYPES = {
@@ -123,3 +123,23 @@ def test_integer_scaling_is_a_number():
 def test_rank_zero_is_the_base():
     args = good() | {"lora_a": torch.empty(0, K), "lora_b": torch.empty(N, 0)}
     torch.testing.assert_close(lora_linear(**args), args["x"] @ args["weight"].T)
+
+
+def test_without_a_the_branch_is_h():
+    args = good() | {"lora_a": None}
+    with pytest.raises(TypeError, match=r"^lora_a: expected a Tensor, got NoneType"):
+        lora_linear(**args)
+    with pytest.raises(ValueError, match=r"^x_lora: expected .* to be \(5, 2\), got shape \(5, 8\)"):
+        lora_linear(**args, x_lora=torch.randn(M, K))
+    with pytest.raises(ValueError, match=r"^dropout_p: expected 0 without lora_a, got 0.5"):
+        lora_linear(**args, x_lora=torch.randn(M, R), dropout_p=0.5)
+    with pytest.raises(ValueError, match=r"^x: expected"):
+        lora_linear(**args | {"x": torch.randn(M, K + 1)}, x_lora=torch.randn(M, R))
+
+
+def test_factors_for_each_sample_are_as_many():
+    args = good() | {"lora_a": torch.randn(3, R, K), "x": torch.randn(M, 4, K)}
+    with pytest.raises(ValueError, match=rf"^lora_a: expected one for each of {M} samples"):
+        lora_linear(**args)
+    with pytest.raises(ValueError, match=r"^lora_b: expected 2 dimensions"):
+        lora_linear(**good() | {"lora_b": torch.randn(M, N, R)})
