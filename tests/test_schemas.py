@@ -28,6 +28,7 @@ CASES = {
     "gates": LoraCase(gate="rows", dtype=torch.bfloat16, adapter_dtype=torch.float32),
     "branch": LoraCase(weight="none", gate="rank", cols=19, dropout_p=0.5),
     "separate": LoraCase(x_lora=True, bias=True, factors="views"),
+    "width": LoraCase(branch_cols=19, dropout_p=0.25),
     "empty": LoraCase(lead=(0,), bias=True),
 }
 NEEDS = {"all": (True,) * 5, "adapters": (False, True, True, False, False), "input": (True,) + (False,) * 4}
@@ -192,6 +193,7 @@ SAMPLES = {
     "quantized_lora_linear": {
         "plain": quantized_lora_args(LoraCase()),
         "dropout": quantized_lora_args(LoraCase(dropout_p=0.25, bias=True), format="int8"),
+        "width": quantized_lora_args(LoraCase(branch_cols=19, dropout_p=0.25)),
         "empty": quantized_lora_args(LoraCase(lead=(0,))),
     },
     "glu": {name: glu_args(name) for name in _ops.ACTIVATIONS} | {"empty": glu_args("silu", rows=0)},
