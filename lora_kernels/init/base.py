@@ -1,0 +1,174 @@
+"""What a start is, and the names of those there are."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..adapters.site import Site
+
+
+class Drawn(NamedTuple):
+    """The factors that an adapter starts with, and what becomes of W."""
+
+    lora_a: Tensor  # [r, in]
+    lora_b: Tensor  # [out, r]
+    # The W [out, in] to go on with; None where it stays as it is.
+    weight: Tensor | None = None
+    # Those of the factors that do not train.
+    frozen: frozenset[str] = frozenset()
+
+
+class Initialiser(NamedTuple):
+    """One way to start."""
+
+    name: str
+    draw: Callable[[Site], Drawn]
+    # The statistic that it reads, one of `calibrate`'s, or none.
+    needs: str | None
+    # Whether W goes on without s · B A: W_res + s · B A is W.
+    takes: bool
+    # Keys of its options in `method_options`.
+    options: frozenset[str]
+
+
+INITIALISERS: dict[str, Initialiser] = {}
+_NITER = re.compile(r"pissa_niter_[1-9][0-9]*")
+
+
+def register(
+    name: str, *, needs: str | None = None, takes: bool = False, options: Iterable[str] = ()
+) -> Callable[[Callable[[Site], Drawn]], Callable[[Site], Drawn]]:
+    """Decorator: makes a function known as ``LoRAConfig(init_lora_weights=name)``."""
+
+    def add(draw: Callable[[Site], Drawn]) -> Callable[[Site], Drawn]:
+        INITIALISERS[name] = Initialiser(name, draw, needs, takes, frozenset(options))
+        return draw
+
+    return add
+
+
+def find(name: Any) -> Initialiser:
+    """The initialiser that ``init_lora_weights=name`` asks for.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    key = {True: "_true", False: "_false"}.get(name, name) if isinstance(name, (bool, str)) else None
+    if key is name and isinstance(key, str) and (key.startswith("_") or _NITER.fullmatch(key)):
+        key = "_niter" if _NITER.fullmatch(key) else None
+    if key not in INITIALISERS:
+        known = ", ".join(one for one in INITIALISERS if not one.startswith("_"))
+        raise ValueError(
+            f"init_lora_weights: expected one of True, False, pissa_niter_N, {known}, got {name!r}"
+        )
+    return INITIALISERS[key]
+
+
+def draw(site: Site) -> Drawn:
+    """The start that the site's config asks for.
+
+    Raises:
+        ValueError: the site has no weight, or not the statistics, that it needs; or the rank does not fit.
+    """
+    one = find(site.config.init_lora_weights)
+    if one.needs is not None and one.needs not in site.statistics:
+        raise ValueError(_missing(one, site))
+    with torch.no_grad():
+        drawn = one.draw(site)
+        if one.takes:
+            drawn = drawn._replace(weight=rest(site, drawn.lora_a, drawn.lora_b))
+    return drawn
+
+
+def _missing(one: Initialiser, site: Site) -> str:
+    where = site.name or "this layer"
+    call = f"statistics = lora_kernels.calibrate(model, batches, ({one.needs!r},))"
+    return (
+        f"init_lora_weights: {one.name!r} needs the statistic {one.needs!r} of {where}; gather it by {call}"
+        " before the adapters are there, and pass it on as apply_lora(model, config, statistics=statistics)"
+    )
+
+
+def rest(site: Site, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+    """W_res = W - s · B A in at least float32, rounded once to W's dtype.
+
+    A and B are taken as the adapter will hold them, so that the sum is W but for the roundings.
+    """
+    weight = given_weight(site)
+    held = [factor.to(site.dtype or factor.dtype).to(weight.dtype) for factor in (lora_b, lora_a)]
+    taken = weight - scaling_of(site) * (held[0] @ held[1])
+    original: Any = site.weight
+    return taken.to(original.dtype)
+
+
+def scaling_of(site: Site) -> float:
+    """s of the adapter."""
+    config = site.config
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+
+
+def given_weight(site: Site) -> Tensor:
+    """W in at least float32.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if site.weight is None:
+        name = site.config.init_lora_weights
+        raise ValueError(f"init_lora_weights: {name!r} starts from the base weight, and there is none here")
+    return site.weight.detach().to(torch.promote_types(site.weight.dtype, torch.float32))
+
+
+def statistic(site: Site, name: str, *shape: int | None) -> Tensor:
+    """One of the site's statistics, in W's device and at least float32.
+
+    Raises:
+        ValueError: of another shape, ``None`` standing for any size.
+    """
+    value = site.statistics[name]
+    fits = value.dim() == len(shape) and all(w in (None, g) for w, g in zip(shape, value.shape, strict=True))
+    if not fits:
+        want = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+        where = site.name or "this layer"
+        raise ValueError(f"statistics: {where}: expected {name} of shape {want}, got {tuple(value.shape)}")
+    if not value.isfinite().all():
+        raise ValueError(f"statistics: {site.name or 'this layer'}: expected finite {name}, got others")
+    return value.to(site.device, torch.promote_types(value.dtype, torch.float32))
+
+
+def check_rank(site: Site, most: int | None = None) -> int:
+    """r, where it is at most ``most``, by default the smaller side of W.
+
+    Raises:
+        ValueError: it is not.
+    """
+    most = min(site.in_features, site.out_features) if most is None else most
+    if site.config.r > most:
+        name, where = site.config.init_lora_weights, f" of {site.name}" if site.name else ""
+        raise ValueError(f"r: {name!r} expects at most {most}{where}, got {site.config.r}")
+    return site.config.r
+
+
+def balanced(u: Tensor, s: Tensor, vh: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """A = √(S/s) Vᵀ and B = U √(S/s), whose s · B A is U S Vᵀ."""
+    root = (s / scaling).sqrt()
+    return root[:, None] * vh, u * root
+
+
+def option(site: Site, name: str, default: Any, choices: tuple[Any, ...] | None = None) -> Any:
+    """An option of the initialiser, from ``method_options``.
+
+    Raises:
+        ValueError: it is none of ``choices``.
+    """
+    value = site.config.method_options.get(name, default)
+    if choices is not None and value not in choices:
+        raise ValueError(f"method_options: {name}: expected one of {choices}, got {value!r}")
+    return value
