@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from .ops.quantized_linear import quantized_linear
     from .quant import QuantizedWeight, quantize
+    from .stats import calibrate
 
 # Imported on first use, so that `import lora_kernels` needs torch alone.
 _LAZY = {
@@ -44,6 +45,7 @@ _LAZY = {
     "accelerate": "integrations.peft",
     "add_multi_lora_": "ops.multi_lora_linear",
     "apply_lora": "nn",
+    "calibrate": "stats",
     "decelerate": "integrations.peft",
     "dequantize": "ops.dequantize",
     "load_adapter": "integrations.checkpoint",
@@ -75,6 +77,7 @@ __all__ = [
     "active_backend",
     "add_multi_lora_",
     "apply_lora",
+    "calibrate",
     "decelerate",
     "dequantize",
     "dora_linear",

@@ -71,6 +71,76 @@ REGISTER = (
         "structure",
         "adapters.dora",
     ),
+    Method("gaussian", "Gaussian start: A of N(0, 1/r²)", "", (), "start", "init.random"),
+    Method(
+        "orthogonal",
+        "Orthogonal start: neither factor zero, their product is",
+        "",
+        (),
+        "start",
+        "init.orthogonal",
+    ),
+    Method(
+        "olora", "OLoRA: the first columns of W's QR decomposition", "2406.01775", (), "start", "init.olora"
+    ),
+    Method(
+        "pissa",
+        "PiSSA: principal singular vectors of W; `pissa_niter_N`",
+        "2404.02948",
+        (),
+        "start",
+        "init.pissa",
+    ),
+    Method("milora", "MiLoRA: minor singular vectors of W", "2406.09044", (20,), "start", "init.milora"),
+    Method("mica", "MiCA: B of minor left singular vectors, frozen", "2604.01694", (), "start", "init.mica"),
+    Method("asym", "Asymmetry: A random, orthonormal and frozen", "2402.16842", (27,), "start", "init.asym"),
+    Method("loftq", "LoftQ: factors that make up for quantising W", "2310.08659", (), "start", "init.loftq"),
+    Method("eva", "EVA: principal components of a layer's inputs", "2410.07170", (), "start", "init.eva"),
+    Method(
+        "corda",
+        "CorDA: singular vectors of W weighted by its inputs",
+        "2406.05223",
+        (25,),
+        "start",
+        "init.corda",
+    ),
+    Method("lora_ga", "LoRA-GA: singular vectors of W's gradient", "2407.05000", (), "start", "init.lora_ga"),
+    Method("lora_plus", "LoRA+: B learns faster than A", "2402.12354", (63,), "step", "optim.lora_plus"),
+    Method(
+        "lora_fa_opt",
+        "LoRA-FA's optimiser: B's gradient, projected",
+        "2308.03303",
+        (82,),
+        "step",
+        "optim.lora_fa",
+    ),
+    Method(
+        "riemannian_lora",
+        "Riemannian preconditioning of A and B",
+        "2402.02347",
+        (23,),
+        "step",
+        "optim.riemannian",
+    ),
+    Method(
+        "flora_opt",
+        "Flora: momentum and accumulation as random sketches",
+        "2402.03293",
+        (19,),
+        "step",
+        "optim.flora",
+    ),
+    Method(
+        "galore", "GaLore: W trains through a LoRA backward pass", "2403.03507", (71,), "step", "optim.galore"
+    ),
+    Method(
+        "dfo_lora",
+        "LoRA without gradients: CMA-ES, a population a batch",
+        "2403.01754",
+        (13, 66),
+        "step",
+        "optim.derivative_free",
+    ),
 )
 
 

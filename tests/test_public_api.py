@@ -22,7 +22,7 @@ LAYERS = (
     ("kernels",),
     ("ops",),
     ("adapters", "init"),
-    ("nn", "optim", "serving", "testing"),
+    ("nn", "optim", "serving", "stats", "testing"),
     ("integrations", "tuning"),
     ("demo",),
     ("cli",),

@@ -28,9 +28,12 @@ class Adapter(nn.Module):
 
     method: ClassVar[str]
     # Names of parameters that the method never trains.
-    frozen: ClassVar[frozenset[str]] = frozenset()
+    frozen: frozenset[str] = frozenset()
     # Keys that `config.method_options` may hold.
     options: ClassVar[frozenset[str]] = frozenset()
+    # Whether it starts in any of the ways of `init`, and not by True, False or "gaussian" alone. It is not
+    # inherited: what is taken out of W for a start must be what the method then adds to it.
+    any_start: ClassVar[bool] = False
     # Whether ΔW is exactly zero after initialisation.
     zero_start: ClassVar[bool] = True
     # Whether `lower` gives a plain LowRank (see there): what groups, multi-adapter ops and pools take.
@@ -84,6 +87,11 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def _started(self, site: Site) -> Start:
+        init = site.config.init_lora_weights
+        if init not in (True, False, "gaussian") and not vars(type(self)).get("any_start", False):
+            raise ValueError(
+                f"init_lora_weights: {self.method} expects True, False or 'gaussian', got {init!r}"
+            )
         return self.build(site)
 
     def _register(self, name: str, tensor: Tensor, site: Site) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..init import find as find_initialiser
 from .base import method as find_method
 
 BIAS_MODES = ("none", "all", "lora_only")
-INITS = (True, False, "gaussian")
 
 
 @dataclass
@@ -29,13 +29,14 @@ class LoRAConfig:
         use_rslora: rsLoRA's scaling.
         modules_to_save: ends of the names of further modules to train and save whole.
         ensure_weight_tying: whether what shares a weight with one of these goes on sharing it.
-        init_lora_weights: ``True`` (Kaiming-uniform A, zero B), ``"gaussian"`` (normal A, zero B) or
-            ``False`` (both random).
+        init_lora_weights: ``True`` (Kaiming-uniform A, zero B), ``False`` (both random), or a name in
+            ``lora_kernels.init.INITIALISERS``, PEFT's among them; that one's options go into
+            ``method_options``, and the statistics that some need into :func:`apply_lora`.
         rank_pattern: expression for the end of a dotted name -> r.
         alpha_pattern: expression for the end of a dotted name -> lora_alpha.
         use_dora: DoRA, the same as ``method="dora"``.
         method: which parametrisation of A and B; see ``lora_kernels.adapters.METHODS``.
-        method_options: options of that method.
+        method_options: options of that method, and of the initialiser.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -66,7 +67,10 @@ class LoRAConfig:
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout: expected 0 <= lora_dropout < 1, got {self.lora_dropout}")
         _check_choice("bias", self.bias, BIAS_MODES)
-        _check_choice("init_lora_weights", self.init_lora_weights, INITS)
+        if not isinstance(self.init_lora_weights, (bool, str)):
+            kind = type(self.init_lora_weights).__name__
+            raise TypeError(f"init_lora_weights: expected a bool or a str, got {kind}")
+        find_initialiser(self.init_lora_weights)
         self.target_modules = _names("target_modules", self.target_modules)
         self.exclude_modules = _names("exclude_modules", self.exclude_modules)
         if isinstance(self.modules_to_save, str):
@@ -87,7 +91,7 @@ class LoRAConfig:
         self.use_dora = self.method == "dora"
 
     def _check_options(self) -> None:
-        known = find_method(self.method).options
+        known = find_method(self.method).options | find_initialiser(self.init_lora_weights).options
         for key in self.method_options:
             if key not in known:
                 want = ", ".join(sorted(known)) or "none"

@@ -22,18 +22,20 @@ class DoRA(LoRA):
     constant. ``delta()`` is (α/r) · B A, the change of direction alone; ``merged()`` is W′.
     """
 
+    any_start = True
     plain = False
     over_quantized = False  # the norms are those of a dense weight
     splits = {}  # noqa: RUF012
 
     def build(self, site: Site) -> Start:
         """LoRA's A and B, and the row norms of the weight + ΔW; ones where there is no weight."""
-        tensors = dict(super().build(site).tensors)
-        if site.weight is None:
+        tensors, rest = super().build(site)
+        weight = site.weight if rest is None else rest
+        if weight is None:
             magnitude = torch.ones_like(tensors["lora_B"][:, 0])
         else:
-            magnitude = low_rank_norm(site.weight, tensors["lora_A"], tensors["lora_B"], self.scaling)
-        return Start({**tensors, "lora_magnitude_vector": magnitude})
+            magnitude = low_rank_norm(weight, tensors["lora_A"], tensors["lora_B"], self.scaling)
+        return Start({**tensors, "lora_magnitude_vector": magnitude}, rest)
 
     def lower(self, x: Tensor | None = None, call: Call | None = None) -> LowRank:
         """A and B with the magnitude."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..init import draw
 from .base import Adapter, register
 from .call import Call
 from .site import Site, Start
@@ -15,24 +16,31 @@ class LoRA(Adapter):
     """ΔW = (α/r) · B A
 
     LoRA (Hu et al., 2021, arXiv 2106.09685); with ``use_rslora`` the scale is α/√r (Kalajdzievski, 2023,
-    arXiv 2312.03732). A ``[r, in]`` and B ``[out, r]`` train; B starts at zero. With
-    ``init_lora_weights="gaussian"`` A is normal, with ``False`` both are random.
+    arXiv 2312.03732). A ``[r, in]`` and B ``[out, r]`` train, but for what the initialiser freezes; how they
+    start says ``init_lora_weights``. Where that takes s · B A out of W, ``start_A`` and ``start_B`` keep what
+    it took, so that the adapter can be saved as one of W.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     peft = True
+    any_start = True
     splits = {"lora_A": ("in", 1), "lora_B": ("out", 0)}  # noqa: RUF012
 
     def build(self, site: Site) -> Start:
-        """Random A and zero B, or both random."""
-        if self.init_lora_weights == "gaussian":
-            lora_a = site.normal(self.r, site.in_features, std=1 / self.r)
-        else:
-            lora_a = site.kaiming(self.r, site.in_features)
-        shape = (site.out_features, self.r)
-        lora_b = site.kaiming(*shape) if self.init_lora_weights is False else site.zeros(*shape)
-        return Start({"lora_A": lora_a, "lora_B": lora_b})
+        """What the initialiser draws."""
+        drawn = draw(site)
+        frozen = type(self).frozen | drawn.frozen
+        if frozen >= {"lora_A", "lora_B"} and not type(self).frozen >= {"lora_A", "lora_B"}:
+            init = site.config.init_lora_weights
+            raise ValueError(
+                f"init_lora_weights: {self.method} expects a start of which a factor trains, got {init!r}"
+            )
+        self.frozen = frozen
+        if drawn.taken:
+            for name, factor in (("start_A", drawn.lora_a), ("start_B", drawn.lora_b)):
+                self.register_buffer(name, factor.to(device=site.device, dtype=site.dtype, copy=True))
+        return Start({"lora_A": drawn.lora_a, "lora_B": drawn.lora_b}, drawn.weight)
 
     def lower(self, x: Tensor | None = None, call: Call | None = None) -> LowRank:
         """A, B and the scale."""

@@ -14,4 +14,5 @@ class LoRAFA(LoRA):
     reads h = x Aᵀ and x is not saved.
     """
 
+    any_start = True
     frozen = frozenset({"lora_A"})

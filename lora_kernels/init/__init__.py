@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from . import asym, corda, eva, loftq, lora_ga, mica, milora, olora, orthogonal, pissa, random
-from .base import INITIALISERS, Drawn, Initialiser, draw, find, register
+from .base import GIVEN, INITIALISERS, Drawn, Initialiser, draw, find, register
 
 __all__ = [
+    "GIVEN",
     "INITIALISERS",
     "Drawn",
     "Initialiser",

@@ -23,6 +23,8 @@ class Drawn(NamedTuple):
     weight: Tensor | None = None
     # Those of the factors that do not train.
     frozen: frozenset[str] = frozenset()
+    # Whether W goes on without s · B A.
+    taken: bool = False
 
 
 class Initialiser(NamedTuple):
@@ -39,6 +41,8 @@ class Initialiser(NamedTuple):
 
 
 INITIALISERS: dict[str, Initialiser] = {}
+# The names among a site's statistics under which a checkpoint gives its start.
+GIVEN = ("start_A", "start_B")
 _NITER = re.compile(r"pissa_niter_[1-9][0-9]*")
 
 
@@ -60,8 +64,10 @@ def find(name: Any) -> Initialiser:
     Raises:
         ValueError: there is none; the message lists those there are.
     """
-    key = {True: "_true", False: "_false"}.get(name, name) if isinstance(name, (bool, str)) else None
-    if key is name and isinstance(key, str) and (key.startswith("_") or _NITER.fullmatch(key)):
+    if isinstance(name, bool):
+        return INITIALISERS["_true" if name else "_false"]
+    key = name if isinstance(name, str) else None
+    if key is not None and (key.startswith("_") or _NITER.fullmatch(key)):
         key = "_niter" if _NITER.fullmatch(key) else None
     if key not in INITIALISERS:
         known = ", ".join(one for one in INITIALISERS if not one.startswith("_"))
@@ -78,13 +84,24 @@ def draw(site: Site) -> Drawn:
         ValueError: the site has no weight, or not the statistics, that it needs; or the rank does not fit.
     """
     one = find(site.config.init_lora_weights)
+    if GIVEN[0] in site.statistics:
+        return _given(site)
     if one.needs is not None and one.needs not in site.statistics:
         raise ValueError(_missing(one, site))
     with torch.no_grad():
         drawn = one.draw(site)
         if one.takes:
-            drawn = drawn._replace(weight=rest(site, drawn.lora_a, drawn.lora_b))
+            weight = rest(site, drawn.lora_a, drawn.lora_b)
+            drawn = drawn._replace(weight=weight, taken=True)
     return drawn
+
+
+def _given(site: Site) -> Drawn:
+    """The start that a checkpoint holds, which was taken out of W."""
+    r = site.config.r
+    lora_a = statistic(site, GIVEN[0], r, site.in_features)
+    lora_b = statistic(site, GIVEN[1], site.out_features, r)
+    return Drawn(lora_a, lora_b, rest(site, lora_a, lora_b), taken=True)
 
 
 def _missing(one: Initialiser, site: Site) -> str:
@@ -101,11 +118,15 @@ def rest(site: Site, lora_a: Tensor, lora_b: Tensor) -> Tensor:
 
     A and B are taken as the adapter will hold them, so that the sum is W but for the roundings.
     """
-    weight = given_weight(site)
-    held = [factor.to(site.dtype or factor.dtype).to(weight.dtype) for factor in (lora_b, lora_a)]
-    taken = weight - scaling_of(site) * (held[0] @ held[1])
-    original: Any = site.weight
-    return taken.to(original.dtype)
+    given_weight(site)
+    held_a, held_b = (factor.to(site.dtype or factor.dtype) for factor in (lora_a, lora_b))
+    return rest_of(site.weight, held_a, held_b, scaling_of(site))
+
+
+def rest_of(weight: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """:func:`rest` of a W and the factors that are held."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.detach().to(wide) - scaling * (lora_b.to(wide) @ lora_a.to(wide))).to(weight.dtype)
 
 
 def scaling_of(site: Site) -> float:

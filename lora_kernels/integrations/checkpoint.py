@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..init import GIVEN
 from ..nn import owned
 from ..nn.apply import (
     Plan,
@@ -29,12 +30,15 @@ from ..nn.apply import (
     reinstall,
     retune,
 )
+from ..nn.quantized import QuantizedLinear, QuantizedLoRALinear
 from ..nn.wrappers import plain_key, plain_names, unwrapped
-from .checkpoint_config import CONFIG, config_text, read_config
+from .checkpoint_config import CONFIG, config_text, read_start
 from .checkpoint_fit import Slot, fitted, value_of, whole
 from .checkpoint_keys import PREFIX, factor_key, factor_shape, owned_key, renamed
+from .starts import doubled, split
 
 WEIGHTS = "adapter_model.safetensors"
+_QUANTIZED = (QuantizedLinear, QuantizedLoRALinear)
 
 
 def save_adapter(
@@ -54,6 +58,10 @@ def save_adapter(
         save_embedding_layers: whether the input and output embeddings of a Transformers model go with it, for
             one that was resized before training, whose new rows no other model has.
 
+    An adapter whose start was taken out of W (PiSSA, OLoRA, CorDA, …) is written as what it changes W by:
+    LoRA of twice the rank, for the untouched base. :func:`load_adapter` makes of it what it was. One of
+    LoftQ is written as it is, for the base that LoftQ left.
+
     Of a model that is split over processes (FSDP2, tensor parallelism) every process must call this; each
     writes the whole.
 
@@ -68,12 +76,14 @@ def save_adapter(
     found = dict(_embedding_tensors(model, adapter_name)) if save_embedding_layers else {}
     found |= dict(_file_tensors(model, adapter_name))
     tensors = _alone({key: whole(value) for key, value in found.items()})
+    taken = any(key.rpartition(".")[2] in GIVEN for key in tensors)
+    tensors = doubled(tensors) if taken else tensors
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     # PEFT goes by the type of each layer and writes down what it found.
     transposed = any(layer.fan_in_fan_out for layer in lora_layers(model).values())
-    text = config_text(configs[adapter_name], transposed)
+    text = config_text(configs[adapter_name], transposed, taken)
     _replace(folder / CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
 
 
@@ -162,9 +172,13 @@ def load_adapter(
         RuntimeError: a layer is merged of which the adapter has to be replaced.
     """
     folder = _folder(directory)
-    config = read_config(folder / CONFIG)
+    quantized = any(isinstance(module, _QUANTIZED) for module in model.modules())
+    config, taken = read_start(folder / CONFIG, quantized)
     tensors = renamed(read_weights(folder), model, key_mapping, folder / WEIGHTS)
-    plan, slots = fitted(model, plan_adapter(model, config, draw=False), tensors, folder / WEIGHTS)
+    tensors, starts = split(tensors) if taken else (tensors, {})
+    statistics = {name.removeprefix(PREFIX): start for name, start in starts.items()}
+    plan = plan_adapter(model, config, draw=False, statistics=statistics)
+    plan, slots = fitted(model, plan, tensors, folder / WEIGHTS)
     values = [value_of(slot, tensors) for slot in slots]
     there = _same_tensors(model, plan, slots, adapter_name)
     _fill_all([slot.target for slot in slots] if there is None else there, values)
@@ -181,6 +195,8 @@ def load_adapter(
 def _same_tensors(model: nn.Module, plan: Plan, slots: list[Slot], adapter_name: str) -> list[Tensor] | None:
     """The tensors for the slots in the adapter that is there, if it has these and no others."""
     there: dict[tuple[str, str], Tensor] = dict(owned.owned_tensors(model, adapter_name))
+    if any(adapter.rest is not None for _, _, adapter in plan.layers):  # W changes as well
+        return None
     seen: set[int] = set()
     planned = {layer: type(adapter) for _, layer, adapter in plan.layers}
     for at, layer in lora_layers(model).items():

@@ -8,6 +8,7 @@ from typing import Any
 
 from .._version import __version__
 from ..adapters import METHODS, LoRAConfig
+from .starts import doubled_fields, own_fields
 
 CONFIG = "adapter_config.json"
 _OWN_TYPE = "LORA_KERNELS"
@@ -26,7 +27,10 @@ _FIELDS = (
     "ensure_weight_tying",
 )
 # Initialisers that leave the base weight alone: what they drew is in the checkpoint anyway.
-_HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")
+_HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+# Those of PEFT that take the same out of it again when a checkpoint is loaded; those that freeze a factor.
+_TAKEN_AGAIN = ("pissa", "olora")
+_FREEZING = ("mica", "asym")
 # Options that say nothing about the function computed, or only with another that does. One that is neither
 # here nor above is refused where it is set: it may change that function.
 _HARMLESS = (
@@ -49,17 +53,46 @@ _HARMLESS = (
 )
 
 
-def config_text(config: LoRAConfig, fan_in_fan_out: bool) -> str:
-    """The file of ``config``."""
+def config_text(config: LoRAConfig, fan_in_fan_out: bool, taken: bool) -> str:
+    """The file of ``config``; with ``taken``, of an adapter that is written in twice its rank."""
     plain = METHODS[config.method].peft
     values = {name: getattr(config, name) for name in _FIELDS} | {"fan_in_fan_out": fan_in_fan_out}
-    ours = {"version": __version__, "method": config.method, "method_options": config.method_options}
+    # Without the initialiser's options, which only its start has.
+    options = {k: v for k, v in config.method_options.items() if k in METHODS[config.method].options}
+    ours = {"version": __version__, "method": config.method, "method_options": options}
+    init = config.init_lora_weights
+    if taken or init in (*_FREEZING, "loftq"):
+        ours["start"] = own_fields(config)
+    if taken:
+        values |= doubled_fields(config)
+    if init == "mica" and not config.use_dora:  # PEFT freezes B by it, and does not know both
+        values["init_lora_weights"] = init
     values |= {"peft_type": "LORA" if plain else _OWN_TYPE, "lora_kernels": ours}
     return json.dumps(values, indent=2, sort_keys=True)
 
 
 def read_config(path: Path) -> LoRAConfig:
-    """The config in PEFT's JSON, or a ValueError that says what is wrong with it."""
+    """The config in PEFT's JSON of an adapter on the untouched base; a ValueError says what is wrong."""
+    return _config_from(_read_json(path, _HARMLESS_INITS), path)
+
+
+def read_start(path: Path, quantized: bool) -> tuple[LoRAConfig, bool]:
+    """The config of the adapter as it goes on learning, and whether its file is one in twice its rank."""
+    values = _read_json(path, (*_HARMLESS_INITS, *_TAKEN_AGAIN))
+    start = (values.get("lora_kernels") or {}).get("start")
+    init = values.get("init_lora_weights")
+    if start is None:
+        return _config_from(values, path, init if init in (*_TAKEN_AGAIN, "mica") else True), False
+    if not isinstance(start, dict):
+        raise ValueError(f"{path}: lora_kernels.start: expected an object, got {type(start).__name__}")
+    init = start.get("init_lora_weights")
+    if init == "loftq" and quantized:  # the base is what LoftQ left
+        return _config_from(values, path), False
+    return _config_from(values | start, path, init), init not in (*_FREEZING, "loftq")
+
+
+def _read_json(path: Path, inits: tuple[Any, ...]) -> dict[str, Any]:
+    """The file's options, those that may change the function refused."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -73,21 +106,22 @@ def read_config(path: Path) -> LoRAConfig:
     for name, value in values.items():
         if value and name not in _FIELDS and name not in _HARMLESS:
             raise ValueError(f"{path}: {name}: expected it unset (not supported), got {value!r}")
-    if values.get("init_lora_weights", True) not in _HARMLESS_INITS:
+    if values.get("init_lora_weights", True) not in inits:
         init = values["init_lora_weights"]
         raise ValueError(
             f"{path}: init_lora_weights: expected one that leaves the base as it is, got {init!r}"
         )
-    return _config_from(values, path)
+    return values
 
 
-def _config_from(values: dict[str, Any], path: Path) -> LoRAConfig:
+def _config_from(values: dict[str, Any], path: Path, init: Any = True) -> LoRAConfig:
     ours = values.get("lora_kernels") or {}
+    options = values.get("method_options") or ours.get("method_options", {})
     method = "dora" if values.get("use_dora") else "lora"
     fields = {name: values[name] for name in _FIELDS if values.get(name) is not None}
     try:
         return LoRAConfig(
-            **fields, method=ours.get("method", method), method_options=ours.get("method_options", {})
+            **fields, init_lora_weights=init, method=ours.get("method", method), method_options=options
         )
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..init import GIVEN
 from ..nn import owned
 from ..nn.apply import Plan
 from ..nn.wrappers import plain_names
@@ -82,6 +83,8 @@ def _slots(model: nn.Module, plan: Plan) -> list[Slot]:
     shared: dict[int, Slot] = {}
     for _, layer, adapter in plan.layers:
         for name, tensor in adapter.state_dict(keep_vars=True).items():
+            if name in GIVEN:  # the plan was made with them
+                continue
             keys = tuple(factor_key(plain[one], layer, name) for one in names[layer])
             shape = factor_shape(layer, name, tensor.shape)
             first = shared.get(id(tensor), Slot(names[layer][0], name, (), shape, tensor))

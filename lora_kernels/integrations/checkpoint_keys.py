@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..init import GIVEN
 from ..nn.adapter_layer import AdapterLayer
 from ..nn.wrappers import plain_key, plain_names, unwrapped
 
@@ -35,9 +36,10 @@ def factor_shape(layer: AdapterLayer, parameter: str, shape: torch.Size) -> torc
     if not isinstance(layer, _CONVS):
         return shape
     ones = [1] * (layer.weight.dim() - 2)
+    factors = {"lora_A": [shape[0], *layer.weight.shape[1:]], "lora_B": [*shape, *ones]}
     shapes = {
-        "lora_A": [shape[0], *layer.weight.shape[1:]],
-        "lora_B": [*shape, *ones],
+        **factors,
+        **dict(zip(GIVEN, factors.values(), strict=True)),
         "lora_magnitude_vector": [1, *shape, *ones],
     }
     return torch.Size(shapes.get(parameter, shape))

@@ -92,7 +92,13 @@ class AdapterLayer(nn.Module):
                 parameter.requires_grad_(False)
 
     def reset_parameters(self) -> None:
-        """Draws W and b anew, as the base layer does, and then every adapter."""
+        """Draws W and b anew, as the base layer does, and then every adapter.
+
+        Raises:
+            RuntimeError: an adapter has taken its start out of W.
+        """
+        if self.__dict__.get("_taker") is not None:
+            raise RuntimeError(f"cannot draw W anew: {self._taker!r} has taken its start out of it")
         super().reset_parameters()  # type: ignore[misc]
         adapters = self._modules.get("adapters")  # absent while the base layer builds itself
         for adapter in adapters.values() if isinstance(adapters, _Adapters) else ():
@@ -109,7 +115,7 @@ class AdapterLayer(nn.Module):
             config: what it is.
             where: further fields of :class:`lora_kernels.adapters.Site`: name, statistics, previous, tensors.
         """
-        weight = self.base_weight
+        weight = self.bare_weight
         if not weight.is_floating_point():
             raise TypeError(f"weight: expected a floating dtype, got {weight.dtype}")
         dtype = torch.float32 if weight.dtype in _HALF else weight.dtype

@@ -6,7 +6,7 @@ import contextlib
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +58,10 @@ class Target(NamedTuple):
     plain: str
 
 
+# Plain name of a layer -> name of a statistic -> tensor.
+_Statistics = Mapping[str, Mapping[str, Tensor]]
+
+
 class Plan(NamedTuple):
     """An adapter that is not yet there: its part of each layer, and the tensors of the model that it owns."""
 
@@ -67,7 +71,12 @@ class Plan(NamedTuple):
 
 
 def apply_lora(
-    model: nn.Module, config: LoRAConfig, adapter_name: str = "default", *, fuse: bool = True
+    model: nn.Module,
+    config: LoRAConfig,
+    adapter_name: str = "default",
+    *,
+    fuse: bool = True,
+    statistics: _Statistics | None = None,
 ) -> nn.Module:
     """Replaces the targeted layers of ``model`` in place by ones with adapters and freezes the rest.
 
@@ -85,19 +94,20 @@ def apply_lora(
         fuse: whether linears that share an input, and gated MLPs, are computed together, which
             :func:`group_layers` and :func:`fuse_mlps` also do later. ``False`` leaves the model's classes
             and forwards as they are.
+        statistics: of :func:`lora_kernels.calibrate`, for initialisers that start from samples.
 
     Returns:
         ``model`` itself.
 
     Raises:
         TypeError: not a module, or not a config.
-        ValueError: no layer matches ``target_modules``, a match cannot be adapted, or the name is taken.
-            The model is then as it was.
+        ValueError: no layer matches ``target_modules``, a match cannot be adapted, the name is taken, or the
+            statistics that the initialiser needs are not there. The model is then as it was.
         RuntimeError: the adapter owns parameters (``modules_to_save``, biases) that FSDP2 has taken over.
     """
     _check_types(model, config)
     _check_name(adapter_name, lora_configs(model))
-    plan = plan_adapter(model, config)
+    plan = plan_adapter(model, config, statistics=statistics)
     for _, layer, _ in plan.layers:
         _check_name(adapter_name, layer.adapters)
     install(model, config, adapter_name, plan, fuse=fuse)
@@ -107,7 +117,9 @@ def apply_lora(
     return model
 
 
-def plan_adapter(model: nn.Module, config: LoRAConfig, *, draw: bool = True) -> Plan:
+def plan_adapter(
+    model: nn.Module, config: LoRAConfig, *, draw: bool = True, statistics: _Statistics | None = None
+) -> Plan:
     """What :func:`apply_lora` would add; the model stays as it is.
 
     Without ``draw`` all new tensors are memory that nobody wrote to.
@@ -117,7 +129,9 @@ def plan_adapter(model: nn.Module, config: LoRAConfig, *, draw: bool = True) -> 
         ValueError: as :func:`apply_lora`, but for the name.
     """
     _check_types(model, config)
-    layers = _prepare_all(find_sites(model, config), config, draw)
+    if statistics is not None and not isinstance(statistics, Mapping):
+        raise TypeError(f"statistics: expected those of calibrate, got {type(statistics).__name__}")
+    layers = _prepare_all(find_sites(model, config), config, draw, statistics or {})
     adapted = {site.linear: layer for site, layer, _ in layers}
     if config.ensure_weight_tying:
         _check_ties(model, adapted)
@@ -242,7 +256,7 @@ def _check_types(model: nn.Module, config: LoRAConfig) -> None:
 
 
 def _prepare_all(
-    targets: list[Target], config: LoRAConfig, draw: bool
+    targets: list[Target], config: LoRAConfig, draw: bool, statistics: _Statistics
 ) -> list[tuple[Target, AdapterLayer, Adapter]]:
     """The layer for each target and its new adapter, nothing yet changed."""
     tensors: dict[Any, nn.Parameter] = {}
@@ -251,7 +265,8 @@ def _prepare_all(
     made = []
     for target in targets:
         role = target.plain.rpartition(".")[2]
-        where = {"name": target.plain, "tensors": tensors, "previous": latest.get(role)}
+        where: dict[str, Any] = {"name": target.plain, "tensors": tensors, "previous": latest.get(role)}
+        where["statistics"] = statistics.get(target.plain, {})
         layer = _layer_for(target)
         make = layer.make_adapter if draw else layer.plan_adapter
         adapter = make(config.for_module(target.plain), **where)

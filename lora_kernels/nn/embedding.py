@@ -138,6 +138,6 @@ def look_up(base: nn.Embedding, tokens: Tensor, weight: Tensor, sparse: bool = F
 def _swap_starts(adapter: Adapter) -> None:
     """Zero A and normal B where both train: a token that never came keeps its embedding."""
     plain = isinstance(adapter, LoRA) and adapter.zero_start and not adapter.frozen
-    if adapter.init_lora_weights is not False and plain:
+    if adapter.init_lora_weights in (True, "gaussian") and plain:
         nn.init.zeros_(adapter.lora_A)
         nn.init.normal_(adapter.lora_B)

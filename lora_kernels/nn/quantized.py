@@ -176,7 +176,13 @@ class QuantizedLoRALinear(_QuantizedBase, LoRALinear):  # type: ignore[misc]
             raise ValueError(f"layer: {', '.join(layer.merged)} is merged; call unmerge() first")
         for adapter in layer.adapters.values():
             _refuse(adapter)
-        return _quantized(cls, layer, format, options)
+        if layer._taker is not None and not layer._taking:
+            raise ValueError(
+                f"layer: expected {layer._taker!r}, which has taken its start out of W, to be active"
+            )
+        made = _quantized(cls, layer, format, options)
+        made._taker, made._taking, made._buffers["_other_weight"] = None, False, None  # W itself is not kept
+        return made
 
     def _check_input(self, x: Tensor) -> None:
         if x.shape[-1] != self.in_features:

@@ -152,7 +152,7 @@ class _Search:
             ) from error
         self.z = torch.zeros(self.dim, dtype=torch.float64)
         self.history: list[list[float]] = []
-        options = {"popsize": self.popsize, "verbose": -9, "seed": math.nan}
+        options: dict[str, Any] = {"popsize": self.popsize, "verbose": -9, "seed": math.nan}
         options["randn"] = numpy.random.RandomState(self.seed % 2**32).randn  # and not the global one
         self.strategy = cma.CMAEvolutionStrategy(self.z.numpy(), self.sigma, options)
 
@@ -201,10 +201,11 @@ class _Search:
 def _forward(pair: Pair, stack: Any, candidates: int, x: Tensor) -> Tensor:
     ids = torch.arange(candidates, device=x.device).repeat_interleave(x.shape[0] // candidates)
     layer: Any = pair.layer
-    bias: Any = getattr(pair.base, "bias", None)
+    base: Any = pair.base
+    bias = getattr(base, "bias", None)
     if pair.weight is not None:
         return multi_lora_linear(x, pair.weight, stack, ids, bias=bias)
-    y = layer._base(x, layer.base_weight) if pair.base is layer else layer.base_layer(x)
+    y = layer._base(x, layer.base_weight) if base is layer else base(x)
     return y + multi_lora_linear(x, None, stack, ids)
 
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .calibrate import COLLECTED, Statistics, calibrate
+from .calibration import COLLECTED, Statistics, calibrate
 
 __all__ = ["COLLECTED", "Statistics", "calibrate"]

@@ -226,7 +226,7 @@ def test_loftq_is_its_loop(rounds):
         u, s, vh = torch.linalg.svd(weight - held, full_matrices=False)
         part = (u[:, :R] * s[:R]) @ vh[:R]
     options = {"loftq_iter": rounds}
-    a, b, rest, _ = draw(site_of(weight, "loftq", method_options=options))
+    a, b, rest, *_ = draw(site_of(weight, "loftq", method_options=options))
     torch.testing.assert_close(rest, held, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ALPHA / R * (b @ a), part, rtol=1e-3, atol=1e-4)
     assert (weight - rest - ALPHA / R * (b @ a)).norm() < (weight - nf4(weight)).norm()
@@ -273,7 +273,7 @@ def test_the_rest_and_the_factors_are_w(name, shape, dtype):
 def test_milora_takes_what_w_does_least():
     torch.manual_seed(0)
     weight = torch.randn(24, 16, dtype=torch.float64)
-    a, b, rest, _ = draw(site_of(weight, "milora"))
+    a, b, rest, *_ = draw(site_of(weight, "milora"))
     s, sizes = ALPHA / R, torch.linalg.svdvals(weight)
     torch.testing.assert_close((s * b @ a).square().sum(), sizes[-R:].square().sum())
     torch.testing.assert_close(a @ a.T, torch.diag(sizes[-R:] / s))
@@ -287,7 +287,7 @@ def test_corda_of_white_inputs_is_pissa_and_milora():
     weight = torch.randn(24, 16, dtype=torch.float64)
     for method, init in (("ipm", "pissa"), ("kpm", "milora")):
         eye = {"covariance": torch.eye(16, dtype=torch.float64)}
-        a, b, _, _ = draw(site_of(weight, "corda", eye, method_options={"corda_method": method}))
+        a, b, *_ = draw(site_of(weight, "corda", eye, method_options={"corda_method": method}))
         other = draw(site_of(weight, init))
         torch.testing.assert_close(b @ a, other.lora_b @ other.lora_a)
 
@@ -309,7 +309,7 @@ def test_corda_loses_less_of_the_output_than_the_plain_decomposition():
 
 def test_asym_is_orthonormal_and_frozen():
     weight = torch.randn(24, 16)
-    a, b, rest, frozen = draw(site_of(weight, "asym"))
+    a, b, rest, frozen, _ = draw(site_of(weight, "asym"))
     torch.testing.assert_close(a @ a.T, torch.eye(R))
     assert b.count_nonzero() == 0 and rest is None and frozen == {"lora_A"}
     assert draw(site_of(weight, "asym", method_options={"train_a": True})).frozen == frozenset()
@@ -319,7 +319,7 @@ def test_lora_ga_at_random_takes_one_set_of_vectors():
     weight = torch.randn(24, 16)
     gradient = torch.randn(24, 16)
     options = {"direction": "random", "scale": "unit"}
-    a, b, _, _ = draw(site_of(weight, "lora_ga", {"gradient": gradient}, method_options=options))
+    a, b, *_ = draw(site_of(weight, "lora_ga", {"gradient": gradient}, method_options=options))
     torch.testing.assert_close(a @ a.T, torch.eye(R), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(gradient @ a.T, b, rtol=1e-3, atol=1e-3)
 

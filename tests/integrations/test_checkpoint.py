@@ -233,7 +233,7 @@ FAULTS = {
     "config a list": (lambda f: (f / "adapter_config.json").write_text("[]"), ValueError, "JSON object"),
     "another PEFT type": (_edit_config(peft_type="IA3"), ValueError, "peft_type"),
     "DoRA without magnitudes": (_edit_config(use_dora=True), ValueError, "missing"),
-    "PiSSA": (_edit_config(init_lora_weights="pissa"), ValueError, "init_lora_weights"),
+    "CorDA": (_edit_config(init_lora_weights="corda"), ValueError, "init_lora_weights"),
     "bias": (_edit_config(bias="some"), ValueError, "bias"),
     "biases absent": (_edit_config(bias="all"), ValueError, "missing"),
     "rank": (_edit_config(r=-1), ValueError, "r:"),
