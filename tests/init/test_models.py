@@ -324,3 +324,26 @@ def test_transposed_and_embedded_layers():
         torch.testing.assert_close(model(tokens), Model()(tokens), rtol=1e-5, atol=1e-5)
         assert not torch.equal(model.table.weight, Model().table.weight)
         assert model.table.adapters["default"].lora_A.count_nonzero() > 0
+
+
+def test_convolutions_and_embeddings_go_to_peft_too(tmp_path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.conv = nn.Embedding(30, 6), nn.Conv1d(5, 4, 3)
+
+        def forward(self, tokens):
+            return self.conv(self.table(tokens))
+
+    tokens = torch.arange(10).view(2, 5)
+    config = LoRAConfig(r=3, target_modules=["table", "conv"], init_lora_weights="milora")
+    model = apply_lora(Model(), config)
+    torch.testing.assert_close(model(tokens), Model()(tokens), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        for layer in (model.table, model.conv):
+            layer.adapters["default"].lora_B.mul_(1.5)
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(Model(), tmp_path)
+    torch.testing.assert_close(theirs(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(load_adapter(Model(), tmp_path)(tokens), model(tokens), rtol=1e-5, atol=1e-5)
