@@ -66,6 +66,8 @@ def base_tensor(place: Place) -> Tensor:
     holder = _holder(module)
     if holder is not None and holder.owner != BASE and name in holder.names[holder.owner]:
         return _get(holder._modules[BASE], name)
+    if name == "weight" and getattr(module, "_taking", False):  # an adapter has its start out of it
+        return _get(module, "_other_weight")
     unmerged = module._buffers.get("_unmerged") if name == "weight" else None
     return _get(module, name) if unmerged is None else unmerged
 

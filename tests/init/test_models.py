@@ -347,3 +347,18 @@ def test_convolutions_and_embeddings_go_to_peft_too(tmp_path):
     theirs = peft.PeftModel.from_pretrained(Model(), tmp_path)
     torch.testing.assert_close(theirs(tokens), model(tokens), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(load_adapter(Model(), tmp_path)(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_embeddings_that_go_along_are_the_untouched_ones(tmp_path):
+    from safetensors.torch import load_file
+
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
+    weight = model.model.embed_tokens.weight.clone()
+    config = LoRAConfig(r=4, target_modules=["embed_tokens"], init_lora_weights="pissa")
+    apply_lora(model, config)
+    save_adapter(model, tmp_path, save_embedding_layers=True)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert not torch.equal(model.model.embed_tokens.weight, weight)
+    assert torch.equal(saved["base_model.model.model.embed_tokens.base_layer.weight"], weight)
