@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from ..nn.groups import group_layers, ungroup_layers, why_alone, why_alone_compiled
 from ..nn.mlp import fuse_mlps, unfuse_mlps
+from ..nn.weight_reads import weight_reads
 from .peft_layers import FUSED as OTHERS
 from .peft_layers import why_not as why_not_other
 from .peft_linear import FusedLoraLinear
@@ -29,6 +31,8 @@ class Report:
     alone: list[tuple[str, str]] = field(default_factory=list)
     # Layers of a group that compiled models compute one by one.
     alone_compiled: list[tuple[str, str]] = field(default_factory=list)
+    # Layers that are not called, so that PEFT leaves out their adapters, and who reads their weight instead.
+    read: list[tuple[str, str]] = field(default_factory=list)
     # Gated MLPs that are one call.
     mlps: list[str] = field(default_factory=list)
 
@@ -41,6 +45,7 @@ class Report:
         if self.mlps:
             lines[0] += f"; {len(self.mlps)} gated MLPs in one call each"
         lines += [f"  {name}: {reason}" for name, reason in self.skipped]
+        lines += [f"  {name}: without effect until merged, {reason}" for name, reason in self.read]
         lines += [f"  {name}: alone, {reason}" for name, reason in self.alone]
         lines += [f"  {name}: alone when compiled, {reason}" for name, reason in self.alone_compiled]
         return "\n".join(lines)
@@ -81,6 +86,9 @@ def accelerate(model: nn.Module) -> Report:
     and ``Linear`` over bitsandbytes' ``Linear4bit`` (NF4: QLoRA) and ``Linear8bitLt``, whose packed weight is
     read where it lies.
 
+    A layer whose parent computes with its weight and does not call it (Mamba's ``dt_proj``, the ``out_proj``
+    of ``nn.MultiheadAttention``) is as in PEFT: its adapter does nothing until merged. A warning names it.
+
     Layers that a forward calls on one x (query, key and value; gate and up) are computed together, and
     the gated MLPs of Llama, Mistral, Qwen and Gemma with LoRA on all three dense layers by ``lora_mlp``.
 
@@ -105,11 +113,28 @@ def accelerate(model: nn.Module) -> Report:
             report.accelerated.append(name)
         else:
             report.skipped.append((name, reason))
+    report.read = _read_layers(model)
     report.groups = group_layers(model)
     report.alone = why_alone(model, report.groups)
     report.alone_compiled = why_alone_compiled(model)
     report.mlps = fuse_mlps(model)
     return report
+
+
+def _read_layers(model: nn.Module) -> list[tuple[str, str]]:
+    """(layer, reader) of those that are read; an attention that PEFT adapts whole sees to that itself."""
+    layers, reads = _lora_layers(model), weight_reads(model, fast_paths=True)
+    whole = {id(layer.base_layer) for _, layer in layers}
+    found = []
+    for name, layer in layers:
+        read = reads.get(id(layer))
+        if read is not None and read.instead() and not any(id(reader) in whole for reader, _ in read.by):
+            found.append((name, str(read)))
+    if found:
+        named = ", ".join(f"{name} ({reason})" for name, reason in found[:4])
+        more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+        warnings.warn(f"PEFT's adapters do nothing until merged in {named}{more}", stacklevel=3)
+    return found
 
 
 def decelerate(model: nn.Module) -> int:

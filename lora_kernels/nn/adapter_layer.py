@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import METHODS, Adapter, LoRAConfig, Site, place
+from ..ops._inputs import autocasts
+from .made_classes import Made
 
 _HALF = (torch.float16, torch.bfloat16)
 # What a layer with adapters holds beside its base's own.
@@ -51,6 +53,8 @@ class AdapterLayer(nn.Module):
     base_type: ClassVar[type[nn.Module]]
     # Whether the weight is [in, out]; PEFT's config has the name.
     fan_in_fan_out: ClassVar[bool] = False
+    # Whether what runs is this package's forward, which computes a linear, a look-up or a convolution.
+    plain_forward: ClassVar[bool] = True
     weight: Tensor
     adapters: _Adapters
     _unmerged: Tensor | None
@@ -59,7 +63,7 @@ class AdapterLayer(nn.Module):
     def _share(cls, base: nn.Module) -> Self:
         """A layer without adapters on the very parameters of ``base``; of the subclass that is for it."""
         for special in cls.__subclasses__():
-            if type(base) is special.base_type is not cls.base_type:
+            if type(base) is special.base_type is not cls.base_type and not issubclass(special, Made):
                 return special._share(base)
         layer = cls.__new__(cls)
         layer.__dict__.update(shared_state(base, cls.base_type))
@@ -87,7 +91,7 @@ class AdapterLayer(nn.Module):
         self._taking = False
         self.register_buffer("_other_weight", None, persistent=False)
         self.register_buffer("_unmerged", None, persistent=False)
-        for parameter in (self.weight, getattr(self, "bias", None)):
+        for parameter in (self._own_weight, getattr(self, "bias", None)):
             if isinstance(parameter, Tensor):
                 parameter.requires_grad_(False)
 
@@ -210,7 +214,7 @@ class AdapterLayer(nn.Module):
 
     def _take(self, name: str, adapter: Adapter) -> None:
         """Keeps beside W the weight that the adapter goes on with, which is W's part while it is active."""
-        rest = self._unmatrix(adapter.__dict__.pop("rest")).to(self.weight.dtype)
+        rest = self._unmatrix(adapter.__dict__.pop("rest")).to(self._own_weight.dtype)
         adapter.__dict__["rest"] = None
         self._taker, self._taking = name, False
         self._buffers["_other_weight"] = nn.Parameter(rest.contiguous(), requires_grad=False)
@@ -219,7 +223,7 @@ class AdapterLayer(nn.Module):
         """Puts W, or what the taker left of it, into ``weight``."""
         if self._taker is None or self._taking == (self._taker in self.active):
             return
-        other, self._buffers["_other_weight"] = self._buffers["_other_weight"], self.weight
+        other, self._buffers["_other_weight"] = self._buffers["_other_weight"], self._own_weight
         # A move between devices or dtypes leaves a plain tensor in the buffer.
         self.weight = other if isinstance(other, nn.Parameter) else nn.Parameter(other, requires_grad=False)
         self._taking = not self._taking
@@ -256,9 +260,14 @@ class AdapterLayer(nn.Module):
             self.enable_adapters(before)
 
     @property
+    def _own_weight(self) -> Any:
+        """What ``weight`` is to the layer itself: others may see the adapted one, see :mod:`.exposed`."""
+        return self._parameters["weight"]
+
+    @property
     def base_weight(self) -> Tensor:
         """W, also while ``weight`` holds W + Σ ΔW_i."""
-        return self.weight if self._unmerged is None else self._unmerged
+        return self._own_weight if self._unmerged is None else self._unmerged
 
     @property
     def bare_weight(self) -> Tensor:
@@ -272,6 +281,24 @@ class AdapterLayer(nn.Module):
 
         Computed in at least float32 and rounded once.
         """
+        return self._adapted()
+
+    def adapted_weight(self) -> Tensor:
+        """The weight that the layer computes with at this moment, differentiable in what its adapters train.
+
+        W + Σ ΔW_i, or what else their methods make of W; W while the adapters are off. Without their dropout.
+        For code that takes a weight and not a module: a fused loss on the output head, say.
+        """
+        if not self.enabled:
+            return self.bare_weight
+        if self.merged or not self.active:
+            return self._own_weight
+        if not autocasts(self._own_weight):
+            return self._adapted()
+        with torch.autocast(self._own_weight.device.type, enabled=False):
+            return self._adapted()
+
+    def _adapted(self) -> Tensor:
         weight = self.base_weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         total = self._matrix(weight.to(wide, copy=True))
@@ -288,7 +315,7 @@ class AdapterLayer(nn.Module):
         if self.merged or not self.active:
             return
         merged = self.merged_weight()  # raises where a method has no one weight, before anything changes
-        base = self.weight
+        base = self._own_weight
         # Not by attribute: a module files a Parameter as a parameter, also under the name of a buffer.
         self._buffers["_unmerged"] = base
         self.weight = nn.Parameter(merged, requires_grad=False)
@@ -312,9 +339,10 @@ class AdapterLayer(nn.Module):
         weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
         base = self.base_type.__new__(self.base_type)
         state = {key: value for key, value in vars(self).items() if key not in OWN}
-        state["_modules"], state["_buffers"] = {}, {}
+        for table in ("_modules", "_buffers"):
+            state[table] = {key: value for key, value in state[table].items() if key not in OWN}
         state["_parameters"] = {**self._parameters, "weight": weight}
-        state["_non_persistent_buffers_set"] = set()
+        state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - set(OWN)
         base.__dict__.update(state)
         return base
 
@@ -346,6 +374,17 @@ class AdapterLayer(nn.Module):
         state = "" if self.enabled else ", disabled"
         state += f", merged={list(self.merged)}" if self.merged else ""
         return f"{super().extra_repr()}, active={list(self.active)}{state}"
+
+
+def inside_adapters(model: nn.Module) -> set[int]:
+    """The ids of the adapters and what they consist of: a module that people call ``adapters`` is none."""
+    layers = (module for module in model.modules() if isinstance(module, AdapterLayer))
+    return {id(module) for layer in layers for module in layer.adapters.modules()}
+
+
+def own_weight(layer: Any) -> Tensor:
+    """The weight of a plain layer, or what it is to one with adapters itself."""
+    return layer._own_weight if isinstance(layer, AdapterLayer) else layer.weight
 
 
 def refuse_reader(config: LoRAConfig, what: str) -> None:

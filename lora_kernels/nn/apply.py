@@ -7,24 +7,28 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter, LoRAConfig
+from ..adapters import METHODS, Adapter, LoRAConfig
 from . import owned
-from .adapter_layer import AdapterLayer, _check_name
+from .adapter_layer import AdapterLayer, _check_name, inside_adapters
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .embedding import LoRAEmbedding
+from .exposed import expose_weights, hide_weights, why_no_layer, with_adapters
 from .groups import group_layers, layer_groups, ungroup_layers
 from .linear import LinearAdapterLayer, LoRALinear
 from .mlp import fuse_mlps, fused_mlps, unfuse_mlps
 from .quantized import QuantizedLinear, QuantizedLoRALinear
+from .weight_reads import Reads, weight_reads
 from .wrappers import is_wrapper, plain_key, plain_names, unwrapped
 
 ALL_LINEAR = "all-linear"
 _CONFIGS = "_lora_configs"
+_OURS = __name__.split(".")[0] + "."
 # The drop-in layer of each base layer.
 LAYERS: dict[type[nn.Module], type[AdapterLayer]] = {
     cls.base_type: cls
@@ -40,6 +44,10 @@ def layer_types() -> dict[type[nn.Module], type[AdapterLayer]]:
     from .transposed import LoRATransposedLinear
 
     return {**LAYERS, LoRATransposedLinear.base_type: LoRATransposedLinear}
+
+
+def _layer_type(module: nn.Module) -> type[AdapterLayer]:
+    return next(layer for base, layer in layer_types().items() if isinstance(module, base))
 
 
 def _linear_types() -> tuple[type[nn.Module], ...]:
@@ -170,6 +178,7 @@ def install(
         owned.choose(model, (adapter_name,))
     if fuse:
         _combine(model)
+    expose_weights(model)
     vars(unwrapped(model)).setdefault(_CONFIGS, {})[adapter_name] = config
 
 
@@ -202,6 +211,7 @@ def reinstall(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Pla
         owned.choose(model, {*acting, adapter_name})
     if combined:
         _combine(model)
+    expose_weights(model)
     vars(unwrapped(model))[_CONFIGS][adapter_name] = config
 
 
@@ -282,7 +292,7 @@ def _layer_for(target: Target) -> AdapterLayer:
     if isinstance(layer, AdapterLayer):
         return layer
     trained = [p for p in layer.parameters() if p.requires_grad]
-    layer = layer_types()[type(layer)]._share(layer)
+    layer = with_adapters(layer, _layer_type(layer))
     for parameter in trained:  # who freezes it does so once everything is known to fit
         parameter.requires_grad_(True)
     return layer
@@ -334,38 +344,76 @@ def find_sites(
     """
     if config.target_modules is None:
         raise ValueError(f"target_modules: expected names, an expression or {ALL_LINEAR!r}, got None")
+    called = kinds is not None or METHODS[config.method].reads_x  # else a weight is enough
+    reads = {i: read for i, read in weight_reads(model).items() if not read.called} if called else {}
+    refusal = partial(_why_not, kinds=kinds, reads=reads)
+    everything, listed = _is_all_linear(config), isinstance(config.target_modules, list)
     kinds = tuple(layer_types()) if kinds is None else kinds
-    everything = _is_all_linear(config)
+    wanted = tuple(kind for kind in kinds if kind in _linear_types()) if everything else kinds
     skipped = _output_head(model) if everything else None
-    linears = tuple(kind for kind in kinds if kind in _linear_types())
+    inside = inside_adapters(model)
     sites: dict[int, Target] = {}
+    refused: dict[str, str] = {}
     plain, saved = plain_names(model), owned.saved_modules(model, config)
     for name, module in model.named_modules(remove_duplicate=False):
-        if not plain[name] or module is skipped or is_wrapper(module) or _inside_adapters(name):
+        if not plain[name] or module is skipped or is_wrapper(module) or id(module) in inside:
             continue
-        if not _targets(config, plain[name], saved):
+        if owned.is_inside(name) or not _targets(config, plain[name], saved):
             continue
-        if _adaptable(module, linears if everything else kinds):
+        reason = refusal(module) if _is_a(module, wanted) else _is_other(module, wanted)
+        if reason is None:
             site = sites.setdefault(id(module), Target(name, module, [], plain[name]))
             parent, _, attribute = name.rpartition(".")
             site.places.append((model.get_submodule(parent), attribute))
-        elif isinstance(config.target_modules, list):
-            kind = type(module).__name__
-            want = " or ".join(f"nn.{one.__name__}" for one in kinds if one.__module__.startswith("torch."))
-            raise ValueError(f"target_modules: {name!r} is of type {kind}, not a plain {want}")
+        elif listed:
+            raise ValueError(f"target_modules: {name!r} {reason}")
+        elif _is_a(module, wanted):
+            refused[name] = reason
     if not sites:
-        raise ValueError(_no_match(model, config))
+        raise ValueError(_no_match(model, config, refused))
+    if refused:
+        warnings.warn(f"target_modules: left as they are, {_named(refused)}", stacklevel=3)
     _warn_of_strays(config, [site.plain for site in sites.values()])
     return list(sites.values())
 
 
-def _adaptable(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Whether ``module`` is plainly of one of ``kinds``, or that with adapters."""
-    return type(module) in kinds or (isinstance(module, AdapterLayer) and module.base_type in kinds)
+def _is_a(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether ``module`` is of one of ``kinds`` or of a subclass, or that with adapters."""
+    if isinstance(module, AdapterLayer):
+        return issubclass(module.base_type, kinds)
+    ours = type(module).__module__.startswith(_OURS)  # a mixture, a layer of a pool: no plain linears
+    return type(module) in kinds or (isinstance(module, kinds) and not ours)
 
 
-def _inside_adapters(name: str) -> bool:
-    return ".adapters." in f".{name}." or owned.is_inside(name)
+def _is_other(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str:
+    kind, known = type(module), {one.__name__: one for one in layer_types()}
+    namesake = known.get(kind.__name__, kind) is not kind
+    shown = f"{kind.__module__}.{kind.__name__}" if namesake else kind.__name__
+    return f"is of type {shown}, not a plain {_kinds_in_words(kinds)}"
+
+
+def _kinds_in_words(kinds: tuple[type[nn.Module], ...]) -> str:
+    return " or ".join(f"nn.{one.__name__}" for one in kinds if one.__module__.startswith("torch."))
+
+
+def _why_not(
+    module: nn.Module, kinds: tuple[type[nn.Module], ...] | None, reads: dict[int, Reads]
+) -> str | None:
+    """Why ``module`` can have no adapter, or where ``kinds`` are given be no layer of another sort."""
+    base = module.base_type if isinstance(module, AdapterLayer) else type(module)
+    if kinds is not None and base not in kinds:
+        return f"is of type {base.__name__}, not a plain {_kinds_in_words(kinds)}"
+    if id(module) in reads:
+        return f"is not called: {reads[id(module)]}"
+    if isinstance(module, (AdapterLayer, QuantizedLinear)):
+        return None
+    reason = why_no_layer(module, _layer_type(module))
+    return reason and f"cannot be adapted: {reason}"
+
+
+def _named(refused: dict[str, str]) -> str:
+    shown = [f"{name} ({reason})" for name, reason in refused.items()]
+    return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
 
 
 def _is_all_linear(config: LoRAConfig) -> bool:
@@ -393,7 +441,9 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return getter() if callable(getter) else None
 
 
-def _no_match(model: nn.Module, config: LoRAConfig) -> str:
+def _no_match(model: nn.Module, config: LoRAConfig, refused: dict[str, str]) -> str:
+    if refused:
+        return f"target_modules: {config.target_modules!r} matches {_named(refused)}"
     names = [name for name, module in model.named_modules() if name and isinstance(module, _linear_types())]
     shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "none"
     return f"target_modules: {config.target_modules!r} matches no nn.Linear of the model; it has {shown}"
@@ -421,15 +471,16 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f"bias: expected 'none', 'all' or 'lora_only', got {bias!r}")
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
+        parameter.requires_grad = False  # the method is not for a lazy layer's
     for layer in lora_layers(model).values():
         for name, adapter in layer.adapters.items():
             adapter.set_trainable(name in layer.active)
         own_bias = getattr(layer, "bias", None)
         if bias == "lora_only" and own_bias is not None:
             own_bias.requires_grad_(True)
+    inside = adapter_keys(model)
     for name, parameter in model.named_parameters():
-        if bias == "all" and name.rpartition(".")[2] == "bias" and not _inside_adapters(name):
+        if bias == "all" and name.rpartition(".")[2] == "bias" and not name.startswith(inside):
             parameter.requires_grad_(True)
     owned.choose(model, owned.acting(model))
 
@@ -454,12 +505,20 @@ def lora_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[s
     names = lora_configs(model) if adapter_name is None else (adapter_name,)
     # FSDP1's state dict leaves its wrappers out of the names.
     own = {plain_key(key) for name in names for key in owned.state_keys(model, name).values()}
-    inside = ".adapters." if adapter_name is None else f".adapters.{adapter_name}."
+    prefixes = adapter_keys(model)
+    inside = prefixes if adapter_name is None else tuple(f"{prefix}{adapter_name}." for prefix in prefixes)
 
     def wanted(key: str) -> bool:
-        return inside in f".{key}" or plain_key(key) in own
+        return key.startswith(inside) or plain_key(key) in own
 
     return {key: value for key, value in model.state_dict().items() if wanted(key)}
+
+
+def adapter_keys(model: nn.Module) -> tuple[str, ...]:
+    """What the keys of adapters in ``model.state_dict()`` start with, one for each name of each layer."""
+    modules = model.named_modules(remove_duplicate=False)
+    layers = [name for name, module in modules if isinstance(module, AdapterLayer)]
+    return tuple(f"{name}.adapters." if name else "adapters." for name in layers)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -520,6 +579,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     owned.forget(model, name)
     if combined:
         _combine(model)
+    expose_weights(model)
     vars(unwrapped(model)).get(_CONFIGS, {}).pop(name, None)
 
 
@@ -554,6 +614,7 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> nn.Module:
     """
     ungroup_layers(model)
     unfuse_mlps(model)
+    hide_weights(model)
     owned.settle(model, merge)
     plain: dict[int, nn.Module] = {}
     for parent in list(model.modules()):

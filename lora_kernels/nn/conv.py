@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters import Adapter, Dense, LoRAConfig, LowRank, Update, apply_update, current_call
 from ..ops.dora_linear import output_scale
-from .adapter_layer import AdapterLayer, refuse_reader
+from .adapter_layer import AdapterLayer, own_weight, refuse_reader
 
 if TYPE_CHECKING:
     _Conv = nn.Conv2d
@@ -116,7 +116,7 @@ class _LoRAConv(AdapterLayer, _Conv):
         if not self.enabled:
             return self._conv_forward(input, self.bare_weight, self.bias)
         if self.merged or not self.active:
-            return self._conv_forward(input, self.weight, self.bias)
+            return self._conv_forward(input, self._own_weight, self.bias)
         active = [self.adapters[name] for name in self.active]
         ps = [adapter.lora_dropout if self.training else 0.0 for adapter in active]
         updates = [adapter.lower(None, current_call()) for adapter in active]
@@ -126,17 +126,17 @@ class _LoRAConv(AdapterLayer, _Conv):
         return weight.flatten(1)
 
     def _unmatrix(self, matrix: Tensor) -> Tensor:
-        return matrix.view(self.weight.shape)
+        return matrix.view(self._own_weight.shape)
 
 
 def convolve(conv: Any, x: Tensor, adapters: list[tuple[Update, float]]) -> Tensor:
     """y of ``conv`` with adapters of its weight as a matrix, and the dropout of each one's input."""
-    if x.dim() == conv.weight.dim() - 1:
+    if x.dim() == own_weight(conv).dim() - 1:
         return convolve(conv, x[None], adapters)[0]
     if len(adapters) == 1 and _is_linear(conv, x):
         return _as_linear(conv, x, *adapters[0])
     scaled = any(type(update) is LowRank and update.magnitude is not None for update, _ in adapters)
-    y = conv._conv_forward(x, conv.weight, None if scaled else conv.bias)
+    y = conv._conv_forward(x, own_weight(conv), None if scaled else conv.bias)
     for update, p in adapters:
         y = _adapted(conv, y, x, update, p)
     return y + _by_channel(conv, conv.bias) if scaled and conv.bias is not None else y
@@ -146,34 +146,34 @@ def _adapted(conv: Any, y: Tensor, x: Tensor, update: Any, p: float) -> Tensor:
     """y with what one adapter adds to it or makes of it; with DoRA y is without the bias."""
     d = F.dropout(x, p) if p else x
     if type(update) is Dense:
-        return y + conv._conv_forward(d, update.delta.to(y.dtype).view_as(conv.weight), None)
+        return y + conv._conv_forward(d, update.delta.to(y.dtype).view_as(own_weight(conv)), None)
     lora_a, lora_b, scaling, gate, _, magnitude = update
-    down = lora_a.to(conv.weight.dtype).view(-1, *conv.weight.shape[1:])
-    up = (lora_b if gate is None else lora_b * gate).to(conv.weight.dtype)
+    down = lora_a.to(own_weight(conv).dtype).view(-1, *own_weight(conv).shape[1:])
+    up = (lora_b if gate is None else lora_b * gate).to(own_weight(conv).dtype)
     h = conv._conv_forward(d, down, None).flatten(2)
     up = up.expand(len(h), -1, -1)
     if magnitude is None:
         return torch.baddbmm(y.flatten(2), up, h, alpha=scaling).view_as(y)
-    scale = output_scale(conv.weight.flatten(1), lora_a, lora_b, magnitude, scaling)
-    low = conv._conv_forward(d, conv.weight, None) if p else y
+    scale = output_scale(own_weight(conv).flatten(1), lora_a, lora_b, magnitude, scaling)
+    low = conv._conv_forward(d, own_weight(conv), None) if p else y
     changed = torch.baddbmm(low.flatten(2), up, h, alpha=scaling).view_as(y)
     changed = _by_channel(conv, scale.to(y.dtype)) * changed
     return y + (changed - low) if p else changed
 
 
 def _by_channel(conv: Any, vector: Tensor) -> Tensor:
-    return vector.view(-1, *[1] * (conv.weight.dim() - 2))
+    return vector.view(-1, *[1] * (own_weight(conv).dim() - 2))
 
 
 def _is_linear(conv: Any, x: Tensor) -> bool:
     """Whether this is a linear on rows of x, which lie in memory one after the other."""
-    dims = conv.weight.dim() - 2
+    dims = own_weight(conv).dim() - 2
     plain = conv.kernel_size == conv.stride == (1,) * dims and conv.padding == (0,) * dims
     return plain and x.movedim(1, -1).is_contiguous()
 
 
 def _as_linear(conv: Any, x: Tensor, update: Update, p: float) -> Tensor:
-    rows, weight = x.movedim(1, -1), conv.weight.flatten(1)
+    rows, weight = x.movedim(1, -1), own_weight(conv).flatten(1)
     return apply_update(rows, weight, conv.bias, update, p).movedim(-1, 1)
 
 

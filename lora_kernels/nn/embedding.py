@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters import Adapter, Dense, LoRA, LoRAConfig, current_call
 from ..ops.dora_linear import output_scale
-from .adapter_layer import AdapterLayer, refuse_reader
+from .adapter_layer import AdapterLayer, own_weight, refuse_reader
 
 
 class LoRAEmbedding(AdapterLayer, nn.Embedding):
@@ -113,8 +113,8 @@ class LoRAEmbedding(AdapterLayer, nn.Embedding):
 
 def embed(base: nn.Embedding, input: Tensor, adapters: Iterable[Any]) -> Tensor:
     """What ``base`` looks up, with what each adapter of its transposed weight adds or makes of it."""
-    tokens = input.reshape(-1)
-    y = look_up(base, tokens, base.weight, base.sparse)
+    tokens, weight = input.reshape(-1), own_weight(base)
+    y = look_up(base, tokens, weight, base.sparse)
     for update in adapters:
         if isinstance(update, Dense):
             y = y + look_up(base, tokens, update.delta.T.to(y.dtype))
@@ -124,7 +124,7 @@ def embed(base: nn.Embedding, input: Tensor, adapters: Iterable[Any]) -> Tensor:
         h = h if gate is None else h * gate
         y = y.addmm_(h.to(y.dtype), lora_b.T.to(y.dtype), alpha=scaling)
         if magnitude is not None:
-            y = y * output_scale(base.weight.T, lora_a, lora_b, magnitude, scaling).to(y.dtype)
+            y = y * output_scale(weight.T, lora_a, lora_b, magnitude, scaling).to(y.dtype)
     return y.view(*input.shape, base.embedding_dim)
 
 

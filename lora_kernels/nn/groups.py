@@ -11,11 +11,10 @@ The model's source is left as it is, and a member that is called otherwise compu
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import threading
 from collections.abc import Iterable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from ..ops.lora_linear import fused
 from ..ops.lora_linear_group import fused_group
 from ..quant import QuantizedWeight
 from .forward_source import CannotRewrite, shared_inputs, source, twin
+from .made_classes import make_class
 
 
 def _groupable(layer: Any) -> bool:
@@ -180,26 +180,6 @@ class _Grouped:
     A class and not an attribute of the instance: so the parent's copies run on their own children.
     """
 
-    _lk_made_for: ClassVar[tuple[Any, ...]]
-
-    def __init_subclass__(cls) -> None:
-        """Nothing that the parent's class does for classes that people write."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # No name leads to the class, so that a pickle says what it was made for.
-        given: Any = super().__reduce_ex__(max(protocol, 2))
-        made, args, *state = given
-        if made is copyreg.__newobj__ and args[0] is type(self):  # type: ignore[attr-defined]
-            return _new, (self._lk_made_for, *args[1:]), *state
-        return given
-
-
-def _new(made_for: tuple[Any, ...], *args: Any) -> Any:
-    """An instance without state, of the parent's own class where this Python cannot make the other."""
-    kind = _grouped_class(*made_for)
-    kind = made_for[0] if isinstance(kind, str) else kind
-    return kind.__new__(kind, *args)
-
 
 @functools.cache
 def _grouped_class(base: Any, groups: tuple[tuple[str, ...], ...], linears: tuple[str, ...]) -> Any:
@@ -218,9 +198,14 @@ def _grouped_class(base: Any, groups: tuple[tuple[str, ...], ...], linears: tupl
 
     # The compiler counts and limits what it made of one code, so that each class has its own.
     forward.__code__ = forward.__code__.replace()  # type: ignore[attr-defined]
-    state = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    state |= {"forward": forward, "_lk_made_for": (base, groups, linears)}
-    return type(base)(base.__name__, (_Grouped, base), state)
+    made_by = (_grouped_or_base, base, groups, linears)
+    return make_class(base, (_Grouped, base), made_by, forward=forward)
+
+
+def _grouped_or_base(base: Any, *rest: Any) -> Any:
+    """The class of a pickle: the parent's own where this Python cannot make the other."""
+    kind = _grouped_class(base, *rest)
+    return base if isinstance(kind, str) else kind
 
 
 def _is_open(parent: nn.Module) -> bool:
@@ -280,8 +265,8 @@ def ungroup_layers(model: nn.Module) -> None:
                 del module._forward_hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
         kind: Any = type(module)
-        if "_lk_made_for" in vars(kind):
-            module.__class__ = kind._lk_made_for[0]
+        if _Grouped in kind.__bases__:
+            module.__class__ = kind._lk_made_by[1]
 
 
 def why_alone(model: nn.Module, groups: list[tuple[str, ...]]) -> list[tuple[str, str]]:

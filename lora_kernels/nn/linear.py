@@ -25,7 +25,7 @@ class LinearAdapterLayer(AdapterLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """y for x ``[..., in_features]``."""
-        weight = self._matrix(self.weight)
+        weight = self._matrix(self._own_weight)
         if x.shape[-1] != self.in_features or x.dtype != weight.dtype:
             self._check_input(x)
         if self._single is None:
@@ -50,27 +50,27 @@ class LinearAdapterLayer(AdapterLayer):
         p = adapter.lora_dropout if self.training else 0.0
         if isinstance(scaling, Tensor):
             gate, scaling = scaling_as_gate(scaling, gate, lora_b), 1.0
-        weight = self._matrix(self.weight)
+        weight = self._matrix(self._own_weight)
         return LoraInputs(x, weight, lora_a, lora_b, self.bias, gate, None, None, scaling, p)
 
     def _takes(self, x: Tensor) -> bool:
         """Whether x is of a dtype that needs no error."""
-        return x.dtype == self.weight.dtype or autocasts(x)
+        return x.dtype == self._own_weight.dtype or autocasts(x)
 
     def _check_input(self, x: Tensor) -> None:
         if x.shape[-1] != self.in_features:
             got = f"got shape {tuple(x.shape)}"
             raise ValueError(f"x: expected last dimension {self.in_features} (in_features), {got}")
         if not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"x: expected {self.weight.dtype} (the weight's), got {x.dtype}")
+            raise TypeError(f"x: expected {self._own_weight.dtype} (the weight's), got {x.dtype}")
 
     def _forward_general(self, x: Tensor) -> Tensor:
         """The cases that need more, or less, than one update of one adapter."""
         if not self.enabled:
             return self._base(x, self.bare_weight)
         if self.merged or not self.active:
-            return self._base(x, self.weight)
-        weight, active = self._matrix(self.weight), [self.adapters[name] for name in self.active]
+            return self._base(x, self._own_weight)
+        weight, active = self._matrix(self._own_weight), [self.adapters[name] for name in self.active]
         call = current_call()
         updates = [adapter.lower(x, call) for adapter in active]
         ps = [adapter.lora_dropout if self.training else 0.0 for adapter in active]
@@ -92,7 +92,7 @@ class LinearAdapterLayer(AdapterLayer):
         One after the other, each scales what those before it gave; its norms are those of W with itself
         alone. Under its dropout it adds to that instead.
         """
-        weight = self._matrix(self.weight)
+        weight = self._matrix(self._own_weight)
         y = F.linear(x, weight)
         for one, p in zip(updates, ps, strict=True):
             magnitude = one.magnitude if type(one) is LowRank else None

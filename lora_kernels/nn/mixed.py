@@ -77,12 +77,15 @@ def mixed_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[N
         raise ValueError(f"adapter_names: {name!r} owns parameters of the model, which act for a whole batch")
     for place, layer in layers.items():
         layer._must_be_unmerged("mix adapters")
-        if not isinstance(layer, LoRALinear):
-            raise ValueError(f"model: {place}: expected a LoRALinear, got {type(layer).__name__}")
+        if not isinstance(layer, LoRALinear) or not layer.plain_forward:
+            raise ValueError(
+                f"model: {place}: expected a LoRALinear, got {layer.base_type.__name__} with adapters"
+            )
     plans: dict[tuple[object, ...], BatchPlan] = {}
     changes: list[_Change] = [
         (layer, "forward", partial(_forward, layer, names, plans)) for layer in layers.values()
     ]
+    changes += [(layer, "_mixed", place) for place, layer in layers.items()]
     checkpoints: list[_Change] = [
         (module, _CHECKPOINT, partial(_checkpointed, changes, vars(module)[_CHECKPOINT]))
         for module in model.modules()
@@ -135,9 +138,10 @@ def _forward(layer: Any, names: list[str], plans: dict[tuple[object, ...], Batch
     stack = stack_adapters(lora_as, lora_bs, scalings)
     ps = [layer.adapters[name].lora_dropout for name in present]
     options: dict[str, Any] = {"dropout_ps": ps if any(ps) else None, "training": layer.training}
-    if isinstance(layer.weight, Tensor):
-        return multi_lora_linear(x, layer.weight, stack, ids, bias=layer.bias, plan=plans[key], **options)
-    return layer._base(x, layer.weight) + multi_lora_linear(x, None, stack, ids, plan=plans[key], **options)
+    weight = layer._own_weight
+    if isinstance(weight, Tensor):
+        return multi_lora_linear(x, weight, stack, ids, bias=layer.bias, plan=plans[key], **options)
+    return layer._base(x, weight) + multi_lora_linear(x, None, stack, ids, plan=plans[key], **options)
 
 
 def _factors(adapter: Adapter) -> tuple[Tensor, Tensor, float]:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters import LoRAConfig
+from .adapter_layer import inside_adapters
 from .wrappers import plain_names
 
 CHILD = "lora_owned"
@@ -271,8 +272,9 @@ def config_places(
     """
     saved, plain = saved_modules(model, config), plain_names(model)
     places: dict[Place, None] = {}
+    inside = inside_adapters(model)
     for name, module in model.named_modules(remove_duplicate=False):
-        if is_inside(name) or ".adapters." in f".{name}.":
+        if is_inside(name) or id(module) in inside:
             continue
         whole = any(plain[name] == one or plain[name].startswith(f"{one}.") for one in saved)
         bias = config.bias == "all" or (config.bias == "lora_only" and module in adapted)
@@ -289,11 +291,14 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
         ValueError: there are none.
     """
     wanted = config.modules_to_save or []
-    names = [plain for name, plain in plain_names(model).items() if plain and not is_inside(name)]
+    plain, inside = plain_names(model), inside_adapters(model)
+    modules = list(model.named_modules(remove_duplicate=False))
+    names = [plain[name] for name, _ in modules if plain[name] and not is_inside(name)]
+    own = {plain[name] for name, module in modules if id(module) in inside}
     found = [name for name in names if any(name.endswith(one) for one in wanted)]
     if wanted and not found:
         raise ValueError(f"modules_to_save: no module's name ends in {' or '.join(map(repr, wanted))}")
-    return [name for name in found if ".adapters." not in f".{name}."]
+    return [name for name in found if name not in own]
 
 
 def _with_tied(model: nn.Module, places: dict[Place, None]) -> dict[Place, None]:

@@ -38,6 +38,10 @@ class _QuantizedBase(nn.Module):
         buffers = self._buffers
         return QuantizedWeight(buffers["codes"], buffers["scales"], buffers["nested"], *self._layout)
 
+    @property
+    def _own_weight(self) -> QuantizedWeight:
+        return self.weight
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         own = [part for part in map(self._buffers.get, _PARTS) if part is not None]
 

@@ -53,7 +53,7 @@ class LoRATransposedLinear(LinearAdapterLayer, Conv1D):  # type: ignore[misc]
     @property
     def in_features(self) -> int:  # type: ignore[override]
         """Rows of W."""
-        return self.weight.shape[0]
+        return self._own_weight.shape[0]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -74,5 +74,5 @@ class LoRATransposedLinear(LinearAdapterLayer, Conv1D):  # type: ignore[misc]
 
     def extra_repr(self) -> str:
         """The sizes, and which adapters act."""
-        in_features, out_features = self.weight.shape
+        in_features, out_features = self._own_weight.shape
         return f"in_features={in_features}, out_features={out_features}{super().extra_repr()}"

@@ -325,11 +325,3 @@ def test_torch_encoder_layers_call_their_adapters_in_inference_too():
             assert not torch.allclose(model(x), want)
     remove_lora(model)
     assert not model.layers[0].linear1._forward_pre_hooks
-
-
-def test_attention_projections_of_torch_are_left_alone():
-    model = nn.TransformerEncoderLayer(8, 2, 16)
-    apply_lora(model, LoRAConfig(r=2, target_modules="all-linear"))
-    assert set(lora_layers(model)) == {"linear1", "linear2"}
-    with pytest.raises(ValueError, match=r"'self_attn.out_proj' is of type NonDynamicallyQuantizableLinear"):
-        apply_lora(model, LoRAConfig(r=2, target_modules=["out_proj"]), "other")
