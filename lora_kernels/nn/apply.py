@@ -169,7 +169,7 @@ def install(
         layer.check_new(adapter_name, adapter, first)
     if first:
         for parameter in model.parameters():
-            parameter.requires_grad_(False)
+            parameter.requires_grad = False  # the method is not for a lazy layer's
     for site, layer, adapter in plan.layers:
         layer.add_adapter(adapter_name, adapter, activate=first)
         _install(site, layer)
