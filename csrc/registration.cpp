@@ -3,6 +3,9 @@
 #include <Python.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cstring>
+
 #include "cpu/batch_plan.h"
 #include "cpu/dora_linear.h"
 #include "cpu/dropout.h"
@@ -12,10 +15,9 @@
 #include "cpu/lora_linear_group.h"
 #include "cpu/low_rank_norm.h"
 #include "cpu/multi_lora_linear.h"
-#include "cpu/panel_pass.h"
-#include "cpu/products.h"
 #include "cpu/quantized_linear.h"
 #include "cpu/stacked_lora.h"
+#include "cpu/ways.h"
 
 TORCH_LIBRARY_IMPL(lora_kernels, CPU, library) {
   library.impl("cpp_low_rank_norm", lora_kernels::low_rank_norm);
@@ -46,20 +48,37 @@ TORCH_LIBRARY_IMPL(lora_kernels, CompositeImplicitAutograd, library) {
 
 namespace {
 
-// multiply_by(0, 1 or 2): the place in lora_kernels/_extension.py's MULTIPLIERS.
-PyObject* multiply_by(PyObject*, PyObject* choice) {
-  const long place = PyLong_AsLong(choice);
-  if (place == -1 && PyErr_Occurred()) return nullptr;
-  lora_kernels::multiply_by(static_cast<lora_kernels::Multiplier>(place));
+// set_ways(bounds, table): of lora_kernels/_ways.py.
+PyObject* set_ways(PyObject*, PyObject* args) {
+  long long bounds[lora_kernels::kBounds];
+  PyObject* table;
+  if (!PyArg_ParseTuple(args, "(LLLLLL)S", &bounds[0], &bounds[1], &bounds[2], &bounds[3],
+                        &bounds[4], &bounds[5], &table)) {
+    return nullptr;
+  }
+  uint8_t ways[lora_kernels::kWays];
+  if (PyBytes_GET_SIZE(table) != sizeof(ways)) {
+    return PyErr_Format(PyExc_ValueError, "table: expected %d bytes, got %zd", lora_kernels::kWays,
+                        PyBytes_GET_SIZE(table));
+  }
+  std::memcpy(ways, PyBytes_AS_STRING(table), sizeof(ways));
+  int64_t upper[lora_kernels::kBounds];
+  std::copy(std::begin(bounds), std::end(bounds), upper);
+  lora_kernels::set_ways(upper, ways);
   Py_RETURN_NONE;
 }
 
-PyObject* panels_are_faster(PyObject*, PyObject*) {
-  return PyBool_FromLong(lora_kernels::panels_are_faster());
+// way(op, rows, weight, rank): the place in lora_kernels/_ways.py's WAYS, for float32.
+PyObject* way(PyObject*, PyObject* args) {
+  int op;
+  long long rows, weight, rank;
+  if (!PyArg_ParseTuple(args, "iLLL", &op, &rows, &weight, &rank)) return nullptr;
+  return PyLong_FromLong(static_cast<long>(
+      lora_kernels::way_of(static_cast<lora_kernels::Op>(op), at::kFloat, {rows, weight, rank})));
 }
 
-PyMethodDef methods[] = {{"multiply_by", multiply_by, METH_O, nullptr},
-                         {"panels_are_faster", panels_are_faster, METH_NOARGS, nullptr},
+PyMethodDef methods[] = {{"set_ways", set_ways, METH_VARARGS, nullptr},
+                         {"way", way, METH_VARARGS, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -7,7 +7,7 @@ import importlib
 
 import torch
 
-from . import _ops, _products, _settings
+from . import _ops, _settings, _ways
 
 
 @functools.cache
@@ -21,7 +21,10 @@ def load() -> str | None:
         return "the extension was not built (no C++ compiler at install time)"
     except ImportError as error:
         return f"the extension does not load, rebuild it against this torch: {error}"
-    _products.settle()
+    try:
+        _ways.settle()
+    except AttributeError as error:
+        return f"the extension is of another version of this package, rebuild it: {error}"
     return None
 
 

@@ -20,8 +20,8 @@ class Settings:
     backend: str
     # LORA_KERNELS_SKIP_EXTENSION: 1 leaves the compiled extension unloaded, as if it were not built.
     skip_extension: bool
-    # LORA_KERNELS_CPU_PRODUCTS: auto | panels | vendor; who multiplies float32 matrices on the CPU: the
-    # extension's own loops or torch's BLAS. auto: what `lora-kernels tune --cpu` found, see _products.py.
+    # LORA_KERNELS_CPU_PRODUCTS: auto | panels | vendor | torch; which way the ops go on the CPU (_ways.py).
+    # auto: by shape, as `lora-kernels tune --cpu` measured or as this processor's defaults say.
     cpu_products: str
     # TRITON_INTERPRET: 1 runs the Triton kernels on CPU tensors in Triton's own interpreter.
     triton_interpret: bool

@@ -7,11 +7,10 @@ compile, does not fit the card or is not exact is left out, with the reason.
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _products, planner
+from . import _ways, planner
 from ._arguments import LoraBackward, LoraInputs
 from .kernels import traffic
-from .ops.lora_linear import lora_linear
 from .planner import Entry, Plan, Problem, Table
 from .reference import dropout as reference_dropout
 from .reference import lora_linear as reference
 from .testing.assertions import assert_close
-from .testing.timers import Sampler, Timer, interleave, paired_ratio
+from .testing.timers import Sampler, Timer, interleave
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DROPOUT_P = 0.1
@@ -152,36 +150,14 @@ def predict(wanted: Sequence[Problem], card: str) -> Table:
     return Table(card, "predicted", tuple(entries))
 
 
-def panels_to_vendor(rows: int, cols: int, out: int, rank: int, timer: Timer, repeats: int) -> float:
-    """The time of one step of ``lora_linear`` on the CPU with our products, over that with the vendor's."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = (rows, cols), (out, cols), (rank, cols), (out, rank), (rows, out)
-    x, weight, a, b, dy = (torch.randn(shape, generator=generator) for shape in shapes)
-    for leaf in (x, a, b):
-        leaf.requires_grad_()
-
-    def step(name: str) -> Sampler:
-        def run(_: Any) -> None:
-            lora_linear(x, weight, a, b).backward(dy)
-
-        sample = timer.sampler(lambda: None, run)
-
-        def sampler() -> float:
-            with _products.multiplied_by(name):
-                return sample()
-
-        return sampler
-
-    samples = interleave({name: step(name) for name in ("panels", "vendor")}, repeats)
-    return paired_ratio(samples["panels"], samples["vendor"])
-
-
-def save_products(path: Path, ratios: Mapping[str, float]) -> str:
-    """Writes who is the faster one over all shapes; this process follows where ``path`` is its table."""
-    best = "panels" if math.prod(ratios.values()) < 1.0 else "vendor"
-    write(path, _products.to_text(best, ratios))
-    _products.settle()
-    return best
+def save_ways(path: Path, times: _ways.Times) -> None:
+    """Adds the times to the table in ``path``; this process goes by them where that is its table."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        known = _ways.read(path)
+    merged = {op: {**known.get(op, {}), **times.get(op, {})} for op in _ways.OPS}
+    write(path, _ways.to_text({op: classes for op, classes in merged.items() if classes}))
+    _ways.settle()
 
 
 def save(path: Path, card: str, entries: Sequence[Entry]) -> None:

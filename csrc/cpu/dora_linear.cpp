@@ -15,6 +15,7 @@
 #include "branch.h"
 #include "dropout.h"
 #include "dropped_pass.h"
+#include "gate.h"
 #include "lora_linear.h"
 #include "math_type.h"
 #include "products.h"
@@ -26,10 +27,12 @@ namespace {
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
-bool has(const OptTensor& tensor) { return tensor.has_value() && tensor->defined(); }
-
 Tensor dense(const Tensor& tensor) {
   return tensor.stride(1) == 1 || tensor.size(1) <= 1 ? tensor : tensor.contiguous();
+}
+
+Way way_for(Op op, const Tensor& rows, const Tensor& weight, const Tensor& lora_a) {
+  return way_of(op, rows.scalar_type(), {rows.size(0), weight.numel(), lora_a.size(0)});
 }
 
 Tensor vector_of(const Tensor& tensor, at::ScalarType dtype) {
@@ -200,7 +203,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_dora_linear(
   const Tensor packed = shrink({x, mask, p}, pack_transposed(lora_a, at::kFloat));
   const Tensor h = unpack(packed, lora_a.size(0), at::kFloat);
   const Tensor b_t = lora_b.to(at::kFloat).t();
-  Tensor y = product(x, weight.t());
+  const Way way = way_for(Op::kDora, x, weight, lora_a);
+  Tensor y = product(way, x, weight.t());
   Tensor z = without_dropped(y, x, mask, weight);
   z.addmm_(h, b_t, 1.0 / (1.0 - p), scaling);
   // y = x W' + b - d W' + z * c, and z = d W' + s h B'.
@@ -230,9 +234,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dora_linear(const Tensor& x, const Te
   }
   const Tensor packed = shrink({branch, std::nullopt, 0.0}, pack_transposed(lora_a, dtype));
   const Tensor h = unpack(packed, lora_a.size(0), dtype);
-  Tensor z = branched_product(branch, weight.t(), std::nullopt, packed, lora_b.t(), scaling);
+  const Way way = way_for(Op::kDora, x, weight, lora_a);
+  Tensor z = branched_product(way, branch, weight.t(), std::nullopt, packed, lora_b.t(), scaling);
   Tensor y = scaled(z, scale, bias, keep_z);
-  if (has(seed)) accumulate_product(y, rest, weight.t());
+  if (has(seed)) accumulate_product(way, y, rest, weight.t());
   return {y, keep_z ? z : at::empty({0, z.size(1)}, z.options()), h, mask};
 }
 
@@ -249,7 +254,9 @@ std::vector<Tensor> grads_in_one_pass(const Tensor& dy, const OptTensor& x, cons
                                          pack(h, dtype), scaling);
   std::vector<Tensor> grads;
   if (needs[0]) {
-    grads.push_back(lora_linear_grad_x(from.dz, weight, from.shrunk, lora_a, std::nullopt, 0.0));
+    const Way way = way_for(Op::kDoraBackward, dy, weight, lora_a);
+    grads.push_back(
+        lora_linear_grad_x(way, from.dz, weight, from.shrunk, lora_a, std::nullopt, 0.0));
   }
   if (needs[1]) {
     const Tensor da = outer({*x, std::nullopt, 0.0}, from.shrunk, 1.0);
@@ -266,6 +273,7 @@ std::vector<Tensor> grads_in_turn(const Tensor& dy, const OptTensor& x, const Te
                                   const OptTensor& z, const OptTensor& h, const OptTensor& mask,
                                   double scaling, double p, std::array<bool, 4> needs) {
   const auto [needs_x, needs_a, needs_b, needs_scale] = needs;
+  const Way way = way_for(Op::kDoraBackward, dy, weight, lora_a);
   const bool drops = has(mask), few = drops && sparse(dy, weight, p);
   const bool needs_branch = needs_x || needs_a || needs_b;
   Tensor factor = drops ? c.sub(1).mul_(1.0 / (1.0 - p)) : c;
@@ -278,11 +286,11 @@ std::vector<Tensor> grads_in_turn(const Tensor& dy, const OptTensor& x, const Te
                                  lora_b.to(c.scalar_type()) * c.unsqueeze(1), h, std::nullopt, mask,
                                  scaling, p, false, {needs_x, needs_a, needs_b, false, false});
     if (needs_x && few) {
-      accumulate_product(grads[0], dz, weight);
+      accumulate_product(way, grads[0], dz, weight);
       replace_dropped(grads[0], dy, *mask, weight);
     } else if (needs_x) {
-      add_kept(grads[0], product(dz, weight), *mask);
-      accumulate_product(grads[0], dy, weight);
+      add_kept(grads[0], product(way, dz, weight), *mask);
+      accumulate_product(way, grads[0], dy, weight);
     }
     if (needs_b) grads.back() = grads.back().mul_(c.unsqueeze(1)).to(lora_b.scalar_type());
   } else if (needs_branch) {

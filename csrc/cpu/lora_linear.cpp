@@ -6,6 +6,8 @@
 
 #include "branch.h"
 #include "dropout.h"
+#include "gate.h"
+#include "plain_branch.h"
 #include "products.h"
 
 namespace lora_kernels {
@@ -14,18 +16,19 @@ namespace {
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
-bool has(const OptTensor& tensor) { return tensor.has_value() && tensor->defined(); }
-
-Tensor gated(const Tensor& h, const OptTensor& gate) {
-  return has(gate) ? h.mul(gate->to(h.scalar_type())) : h;
+Way way_for(Op op, const Tensor& rows, const Tensor& lora_a, const Tensor& lora_b) {
+  return way_of(op, rows.scalar_type(),
+                {rows.size(0), lora_a.size(1) * lora_b.size(0), lora_a.size(0)});
 }
 
-Tensor grad_gate(const Tensor& u, const Tensor& h, const Tensor& gate) {
-  const Tensor grad = u.mul(h);
-  return (gate.dim() == 1 ? grad.sum(0) : grad).to(gate.scalar_type());
+// h = drop(x) A' [M, r] in the dtype of x.
+Tensor shrunk(Way way, const Dropped& x, const Tensor& lora_a) {
+  if (way == Way::kTorch) return plain_shrink(x, lora_a);
+  const auto dtype = x.x.scalar_type();
+  return unpack(shrink(x, pack_transposed(lora_a, dtype)), lora_a.size(0), dtype);
 }
 
-// What dY gives by way of B: packed U = s dY B and dB = s dY' (h * g), in one pass if both.
+// What dY gives by way of B: U = s dY B [M, r or more] and dB = s dY' (h * g), in one pass if both.
 struct FromOutput {
   Tensor u, db;
 };
@@ -37,32 +40,60 @@ FromOutput from_output(const Tensor& dy, const Tensor& lora_b, const OptTensor& 
   if (!needs_b && !needs_u) return {};
   if (!needs_b) return {shrink(whole, pack(lora_b, dtype)).mul_(scaling), {}};
   const Tensor vectors = pack(gated(*h, gate), dtype);
-  if (!needs_u) return {{}, outer(whole, vectors, scaling)};
-  const auto [u, db] = shrink_outer(dy, pack(lora_b, dtype), vectors, scaling);
-  return {u, db};
+  FromOutput from;
+  if (needs_u) {
+    std::tie(from.u, from.db) = shrink_outer(dy, pack(lora_b, dtype), vectors, scaling);
+  } else {
+    from.db = outer(whole, vectors, scaling);
+  }
+  from.db = unpack(from.db, lora_b.size(1), lora_b.scalar_type());
+  return from;
+}
+
+FromOutput plain_from_output(const Tensor& dy, const Tensor& lora_b, const OptTensor& h,
+                             const OptTensor& gate, double scaling, bool needs_u, bool needs_b) {
+  FromOutput from;
+  if (needs_u) {
+    from.u = product(Way::kTorch, dy, lora_b.to(dy.scalar_type())).mul_(scaling);
+  }
+  if (needs_b) from.db = plain_grad_b(dy, gated(*h, gate), lora_b, scaling);
+  return from;
+}
+
+// U * g as wide as U.
+Tensor gated_rows(const Tensor& u, const OptTensor& gate, int64_t rank, at::ScalarType dtype) {
+  if (!has(gate)) return u;
+  const Tensor dh = u.narrow(1, 0, rank).mul(gate->to(u.scalar_type()));
+  return u.size(1) == rank ? dh : pack(dh, dtype);
+}
+
+Tensor grad_a(Way way, const Dropped& x, const Tensor& dh, const Tensor& lora_a) {
+  if (way == Way::kTorch) return plain_grad_a(x, dh, lora_a);
+  return unpack_transposed(outer(x, dh, 1.0), lora_a.size(0), lora_a.scalar_type());
 }
 
 // y = x W' + b + s V B'.
-Tensor output(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+Tensor output(Way way, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
               const Tensor& vectors, const Tensor& b_t, double scaling) {
-  if (has(weight)) return branched_product(x, weight->t(), bias, vectors, b_t, scaling);
-  Tensor y = at::mm(vectors, b_t).mul_(scaling);
+  if (has(weight)) return branched_product(way, x, weight->t(), bias, vectors, b_t, scaling);
+  Tensor y = product(way, vectors, b_t).mul_(scaling);
   return has(bias) ? y.add_(*bias) : y;
 }
 
 }  // namespace
 
 // With dropout the branch comes first, for its mask.
-Tensor lora_linear_grad_x(const Tensor& dy, const OptTensor& weight, const Tensor& dh,
+Tensor lora_linear_grad_x(Way way, const Tensor& dy, const OptTensor& weight, const Tensor& dh,
                           const Tensor& lora_a, const OptTensor& mask, double p) {
   const auto dtype = dy.scalar_type();
   if (has(mask)) {
-    Tensor dx = expand_dropped(dh, lora_a, *mask, p, dtype);
-    if (has(weight)) accumulate_product(dx, dy, *weight);
+    const auto& expanded = way == Way::kTorch ? plain_expand_dropped : expand_dropped;
+    Tensor dx = expanded(dh, lora_a, *mask, p, dtype);
+    if (has(weight)) accumulate_product(way, dx, dy, *weight);
     return dx;
   }
-  if (has(weight)) return branched_product(dy, *weight, std::nullopt, dh, lora_a, 1.0);
-  return at::mm(unpack(dh, lora_a.size(0), dtype), lora_a.to(dtype));
+  if (has(weight)) return branched_product(way, dy, *weight, std::nullopt, dh, lora_a, 1.0);
+  return product(way, unpack(dh, lora_a.size(0), dtype), lora_a.to(dtype));
 }
 
 std::tuple<Tensor, Tensor, Tensor> lora_linear(const Tensor& x, const OptTensor& weight,
@@ -75,8 +106,9 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear(const Tensor& x, const OptTensor&
   const Tensor mask = has(seed) ? dropout_mask(*seed, read.size(0), read.size(1), dropout_p)
                                 : at::empty({0}, x.options().dtype(at::kByte));
   const Dropped branch = {read, mask, dropout_p};
-  const Tensor h = unpack(shrink(branch, pack_transposed(lora_a, dtype)), lora_a.size(0), dtype);
-  const Tensor y = output(x, weight, bias, gated(h, gate), lora_b.to(dtype).t(), scaling);
+  const Way way = way_for(Op::kLinear, x, lora_a, lora_b);
+  const Tensor h = shrunk(way, branch, lora_a);
+  const Tensor y = output(way, x, weight, bias, gated(h, gate), lora_b.to(dtype).t(), scaling);
   return {y, h, mask};
 }
 
@@ -86,32 +118,26 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const OptTensor& x,
                                          const OptTensor& gate, const OptTensor& mask,
                                          double scaling, double dropout_p, bool separate,
                                          std::array<bool, 5> needs) {
+  const Way way = way_for(Op::kLinearBackward, dy, lora_a, lora_b);
   const auto [needs_x, needs_a, needs_b, needs_gate, needs_x_lora] = needs;
   const bool needs_dh = needs_a || needs_gate || needs_x_lora || (needs_x && !separate);
   const auto dtype = dy.scalar_type();
-  const auto [u, db] = from_output(dy, lora_b, h, gate, scaling, needs_dh, needs_b);
+  const auto& read = way == Way::kTorch ? plain_from_output : from_output;
+  const auto [u, db] = read(dy, lora_b, h, gate, scaling, needs_dh, needs_b);
   const int64_t rank = lora_a.size(0);
-  Tensor dh = u;
-  if (needs_dh && has(gate)) {
-    dh = pack(u.narrow(1, 0, rank).mul(gate->to(u.scalar_type())), dtype);
-  }
+  const Tensor dh = needs_dh ? gated_rows(u, gate, rank, dtype) : Tensor();
   std::vector<Tensor> grads;
   if (needs_x && separate) {
-    grads.push_back(has(weight) ? at::mm(dy, *weight)
+    grads.push_back(has(weight) ? product(way, dy, *weight)
                                 : at::zeros({dy.size(0), lora_a.size(1)}, dy.options()));
   } else if (needs_x) {
-    grads.push_back(lora_linear_grad_x(dy, weight, dh, lora_a, mask, dropout_p));
+    grads.push_back(lora_linear_grad_x(way, dy, weight, dh, lora_a, mask, dropout_p));
   }
-  if (needs_a) {
-    const Tensor da = outer({*x, mask, dropout_p}, dh, 1.0);
-    grads.push_back(unpack_transposed(da, rank, lora_a.scalar_type()));
-  }
-  if (needs_b) grads.push_back(unpack(db, rank, lora_b.scalar_type()));
-  if (needs_gate) {
-    grads.push_back(grad_gate(u.narrow(1, 0, rank), h->to(u.scalar_type()), *gate));
-  }
+  if (needs_a) grads.push_back(grad_a(way, {*x, mask, dropout_p}, dh, lora_a));
+  if (needs_b) grads.push_back(db);
+  if (needs_gate) grads.push_back(grad_gate(u.narrow(1, 0, rank), *h, *gate));
   if (needs_x_lora)
-    grads.push_back(lora_linear_grad_x(dy, std::nullopt, dh, lora_a, mask, dropout_p));
+    grads.push_back(lora_linear_grad_x(way, dy, std::nullopt, dh, lora_a, mask, dropout_p));
   return grads;
 }
 

@@ -7,6 +7,8 @@
 #include <tuple>
 #include <vector>
 
+#include "ways.h"
+
 namespace lora_kernels {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_linear(
@@ -23,8 +25,9 @@ std::vector<at::Tensor> lora_linear_backward(
     std::array<bool, 5> needs);
 
 // dX = dY W + drop(dH A), or what there is of it without a weight, for a packed dH.
-at::Tensor lora_linear_grad_x(const at::Tensor& dy, const std::optional<at::Tensor>& weight,
-                              const at::Tensor& dh, const at::Tensor& lora_a,
-                              const std::optional<at::Tensor>& mask, double p);
+at::Tensor lora_linear_grad_x(Way way, const at::Tensor& dy,
+                              const std::optional<at::Tensor>& weight, const at::Tensor& dh,
+                              const at::Tensor& lora_a, const std::optional<at::Tensor>& mask,
+                              double p);
 
 }  // namespace lora_kernels

@@ -10,6 +10,7 @@
 
 #include "branch.h"
 #include "dropout.h"
+#include "gate.h"
 #include "products.h"
 
 namespace lora_kernels {
@@ -112,10 +113,15 @@ bool all_dense(const OptTensors& weights) {
   return true;
 }
 
-bool all_in_panels(const Tensor& x, const OptTensors& weights, at::TensorList lora_bs) {
-  return all_dense(weights) &&
-         std::all_of(lora_bs.begin(), lora_bs.end(),
-                     [&](const Tensor& lora_b) { return in_panels(x, lora_b.size(0)); });
+// By the largest member; without a quantised one, as those are added by another op.
+Way way_for(Op op, const Tensor& rows, const OptTensors& weights, at::TensorList lora_as) {
+  if (!all_dense(weights)) return Way::kVendor;
+  Shape shape = {rows.size(0), 0, 0};
+  for (size_t i = 0; i < lora_as.size(); ++i) {
+    shape.weight = std::max(shape.weight, item(weights, i).numel());
+    shape.rank = std::max(shape.rank, lora_as[i].size(0));
+  }
+  return way_of(op, rows.scalar_type(), shape);
 }
 
 }  // namespace
@@ -126,7 +132,7 @@ std::vector<Tensor> lora_linear_group(const Tensor& x, const OptTensors& weights
                                       const OptTensor& seeds, at::ArrayRef<double> scalings,
                                       at::ArrayRef<double> dropout_ps) {
   const size_t size = weights.size();
-  std::vector<Tensor> masks(size), gated, kept, bits;
+  std::vector<Tensor> masks(size), vectors, kept, bits;
   for (size_t i = 0, drawn = 0; i < size; ++i) {
     if (dropout_ps[i] <= 0) continue;
     const Tensor seed = seeds->narrow(0, static_cast<int64_t>(drawn++), 1);
@@ -135,12 +141,12 @@ std::vector<Tensor> lora_linear_group(const Tensor& x, const OptTensors& weights
   }
   const std::vector<Tensor> hs = shrink_all(x, lora_as, masks, dropout_ps);
   for (size_t i = 0; i < size; ++i) {
-    const Tensor gate = item(gates, i);
-    gated.push_back(gate.defined() ? hs[i].mul(gate.to(hs[i].scalar_type())) : hs[i]);
+    vectors.push_back(gated(hs[i], gates.get(i)));
     kept.push_back(hs[i].to(x.scalar_type(), false, true, at::MemoryFormat::Contiguous));
   }
-  const auto& multiplied = all_in_panels(x, weights, lora_bs) ? outputs_in_panels : outputs;
-  std::vector<Tensor> ys = multiplied(x, weights, biases, gated, lora_bs, scalings);
+  const bool panels = way_for(Op::kGroup, x, weights, lora_as) == Way::kPanels;
+  const auto& multiplied = panels ? outputs_in_panels : outputs;
+  std::vector<Tensor> ys = multiplied(x, weights, biases, vectors, lora_bs, scalings);
   ys.insert(ys.end(), kept.begin(), kept.end());
   ys.insert(ys.end(), bits.begin(), bits.end());
   return ys;
@@ -153,25 +159,22 @@ struct FromOutput {
   Tensor dh, db, dgate;
 };
 
-FromOutput from_output(const Tensor& dy, const Tensor& lora_b, const Tensor& h, const Tensor& gate,
-                       double scaling, bool need_b, bool need_gate) {
+FromOutput from_output(const Tensor& dy, const Tensor& lora_b, const Tensor& h,
+                       const OptTensor& gate, double scaling, bool need_b, bool need_gate) {
   const auto dtype = dy.scalar_type();
   const int64_t rank = lora_b.size(1);
   FromOutput from;
   Tensor u;
   if (need_b) {
-    const Tensor gated = gate.defined() ? h.mul(gate.to(h.scalar_type())) : h;
-    std::tie(u, from.db) = shrink_outer(dy, pack(lora_b, dtype), pack(gated, dtype), scaling);
+    std::tie(u, from.db) =
+        shrink_outer(dy, pack(lora_b, dtype), pack(gated(h, gate), dtype), scaling);
     from.db = unpack(from.db, rank, lora_b.scalar_type());
   } else {
     u = shrink({dy, std::nullopt, 0.0}, pack(lora_b, dtype)).mul_(scaling);
   }
   u = u.narrow(1, 0, rank);
-  if (need_gate) {
-    const Tensor grad = u.mul(h.to(u.scalar_type()));
-    from.dgate = (gate.dim() == 1 ? grad.sum(0) : grad).to(gate.scalar_type());
-  }
-  from.dh = gate.defined() ? u.mul(gate.to(u.scalar_type())) : u;
+  if (need_gate) from.dgate = grad_gate(u, h, *gate);
+  from.dh = gated(u, gate);
   return from;
 }
 
@@ -211,7 +214,7 @@ Tensor grad_x_in_panels(at::TensorList dys, const OptTensors& weights, at::Tenso
 // first where each sum is rounded.
 Tensor grad_x(at::TensorList dys, const OptTensors& weights, at::TensorList lora_as,
               const std::vector<Tensor>& dhs, const OptTensors& masks, at::ArrayRef<double> ps) {
-  if (all_dense(weights) && in_panels(dys[0], lora_as[0].size(1))) {
+  if (way_for(Op::kGroupBackward, dys[0], weights, lora_as) == Way::kPanels) {
     return grad_x_in_panels(dys, weights, lora_as, dhs, masks, ps);
   }
   const bool exact = is_math(dys[0].scalar_type());
@@ -264,7 +267,7 @@ std::vector<Tensor> lora_linear_group_backward(
   bool needs_a = false;
   for (size_t i = 0; i < size; ++i) {
     needs_a = needs_a || needs.get(3 * i + 1);
-    from.push_back(from_output(dys[i], lora_bs[i], item(hs, i), item(gates, i), scalings[i],
+    from.push_back(from_output(dys[i], lora_bs[i], item(hs, i), gates.get(i), scalings[i],
                                needs.get(3 * i + 2), needs.get(3 * i + 3)));
     dhs.push_back(from.back().dh);
   }

@@ -3,7 +3,6 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 
 #include "branch.h"
@@ -15,11 +14,8 @@ namespace {
 
 using at::Tensor;
 
-std::atomic<Multiplier> multiplier{Multiplier::kMeasured};
-
-// A few rows are bound by the bytes of the right factor, and a small one does not repay its
-// packing.
-constexpr int64_t kFewRows = 8, kSmallFactor = int64_t(1) << 16;
+// A branch of fewer rows is less work than its factor's copy.
+constexpr int64_t kFewRows = 8;
 // Rows of the left factors that are packed at a time: enough for a right factor to repay its
 // packing, and no more elements than kPacked where that leaves enough.
 constexpr int64_t kFewestAtOnce = 512, kMostAtOnce = 1024, kPacked = int64_t(1) << 23;
@@ -129,6 +125,16 @@ void add_rows(const ProductSum& sum, const std::vector<const float*>& packed, in
   multiply(product, depth_of(terms));
 }
 
+Tensor torchs_branched_product(const Tensor& left, const Tensor& right,
+                               const std::optional<Tensor>& bias, const Tensor& vectors,
+                               const Tensor& factor, double scaling) {
+  const auto dtype = left.scalar_type();
+  const Tensor scaled = scaling == 1.0 ? vectors : vectors.mul(scaling);
+  const Tensor v = scaled.to(dtype), f = factor.to(dtype);
+  Tensor out = bias ? at::addmm(*bias, v, f) : at::mm(v, f);
+  return out.addmm_(left, right);
+}
+
 // The branch comes first, as the product then costs no more than to write it; but one of few rows
 // is less work than its factor's copy, and one of a narrow dtype would be rounded.
 Tensor vendors_branched_product(const Tensor& left, const Tensor& right,
@@ -147,21 +153,14 @@ Tensor vendors_branched_product(const Tensor& left, const Tensor& right,
 
 }  // namespace
 
-void multiply_by(Multiplier choice) { multiplier = choice; }
-
-bool in_panels(const Tensor& left, int64_t cols) {
-  static const bool faster = panels_are_faster();
-  const Multiplier choice = multiplier;
-  if (left.scalar_type() != at::kFloat || choice == Multiplier::kVendor) return false;
-  if (choice == Multiplier::kPanels) return true;
-  return faster && left.size(0) >= kFewRows && left.size(1) * cols >= kSmallFactor;
-}
-
-Tensor branched_product(const Tensor& left, const Tensor& right, const std::optional<Tensor>& bias,
-                        const Tensor& vectors, const Tensor& factor, double scaling) {
+Tensor branched_product(Way way, const Tensor& left, const Tensor& right,
+                        const std::optional<Tensor>& bias, const Tensor& vectors,
+                        const Tensor& factor, double scaling) {
+  if (way == Way::kTorch)
+    return torchs_branched_product(left, right, bias, vectors, factor, scaling);
   const int64_t rank = factor.size(0);
   const Tensor used = vectors.size(1) == rank ? vectors : vectors.narrow(1, 0, rank);
-  if (!in_panels(left, right.size(1))) {
+  if (way != Way::kPanels) {
     return vendors_branched_product(left, right, bias, used, factor, scaling);
   }
   Tensor out = at::empty({left.size(0), right.size(1)}, left.options());
@@ -170,15 +169,15 @@ Tensor branched_product(const Tensor& left, const Tensor& right, const std::opti
   return out;
 }
 
-Tensor product(const Tensor& left, const Tensor& right) {
-  if (!in_panels(left, right.size(1))) return at::mm(left, right);
+Tensor product(Way way, const Tensor& left, const Tensor& right) {
+  if (way != Way::kPanels) return at::mm(left, right);
   Tensor out = at::empty({left.size(0), right.size(1)}, left.options());
   sum_products({left}, {{out, std::nullopt, {{0, right}}}});
   return out;
 }
 
-void accumulate_product(const Tensor& out, const Tensor& left, const Tensor& right) {
-  if (in_panels(left, right.size(1))) {
+void accumulate_product(Way way, const Tensor& out, const Tensor& left, const Tensor& right) {
+  if (way == Way::kPanels) {
     sum_products({left}, {{out, std::nullopt, {{0, right}}, true}});
   } else {
     out.addmm_(left, right);

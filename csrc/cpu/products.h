@@ -6,6 +6,8 @@
 #include <optional>
 #include <vector>
 
+#include "ways.h"
+
 namespace lora_kernels {
 
 // L R for L [M, k], one of the left factors by its place among them, and R [k, N].
@@ -22,26 +24,19 @@ struct ProductSum {
   bool add = false;
 };
 
-enum class Multiplier { kMeasured, kPanels, kVendor };
-
-// Who computes them from now on; kMeasured is what was found faster on such a processor.
-void multiply_by(Multiplier choice);
-
-// Whether products with `left` [M, K] as their first factor are worth the loops of panel_pass.h.
-bool in_panels(const at::Tensor& left, int64_t cols);
-
 // bias + L R + s V F for V [M, r or more] and F [r, N]: what a linear with a branch of a small rank
 // is, and its dX. In panels the branch is more columns of L; the vendor's product is added to it.
-at::Tensor branched_product(const at::Tensor& left, const at::Tensor& right,
+at::Tensor branched_product(Way way, const at::Tensor& left, const at::Tensor& right,
                             const std::optional<at::Tensor>& bias, const at::Tensor& vectors,
                             const at::Tensor& factor, double scaling);
 
-at::Tensor product(const at::Tensor& left, const at::Tensor& right);
+at::Tensor product(Way way, const at::Tensor& left, const at::Tensor& right);
 
 // out += L R.
-void accumulate_product(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right);
+void accumulate_product(Way way, const at::Tensor& out, const at::Tensor& left,
+                        const at::Tensor& right);
 
-// Every sum; a left factor that several of them read is packed once. For float32 and in_panels().
+// Every sum; a left factor that several of them read is packed once. For float32.
 void sum_products(const std::vector<at::Tensor>& lefts, const std::vector<ProductSum>& sums);
 
 }  // namespace lora_kernels

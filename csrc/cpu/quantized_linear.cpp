@@ -82,15 +82,17 @@ void add_panels(Tensor& out, const Tensor& x, const QuantizedMatrix& weight, boo
   const bool whole = transpose && x.element_size() < 4;
   const int64_t each =
       whole ? weight.rows : std::clamp<int64_t>(kPanel / weight.cols, 1, weight.rows);
+  const Way way =
+      way_of(Op::kQuantized, x.scalar_type(), {x.size(0), weight.rows * weight.cols, 1});
   Tensor memory = at::empty({each, weight.cols}, x.options());
   for (int64_t first = 0; first < weight.rows; first += each) {
     const int64_t count = std::min(each, weight.rows - first);
     Tensor panel = memory.narrow(0, 0, count);
     decode_rows(weight, first, panel);
     if (transpose) {
-      accumulate_product(out, x.narrow(1, first, count), panel);
+      accumulate_product(way, out, x.narrow(1, first, count), panel);
     } else {
-      accumulate_product(out.narrow(1, first, count), x, panel.t());
+      accumulate_product(way, out.narrow(1, first, count), x, panel.t());
     }
   }
 }

@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "safetensors")
@@ -29,8 +30,8 @@ def report() -> dict[str, Any]:
         **{name: _version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu ({platform.machine()})",
         "active backend": _backend.active_backend(),
-        "cpu products": _cpu_products(),
         "auto picks": {kind: _auto(kind) for kind in dict.fromkeys((device, "cpu"))},
+        "cpu ways": _cpu_ways(),
         "backends": {name: _state(name, device) for name in _backend.BACKENDS if name != "auto"},
     }
 
@@ -42,13 +43,23 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _cpu_products() -> str:
-    from .. import _extension, _products, _settings
+def _cpu_ways() -> dict[str, str]:
+    """Which way each op goes on the CPU, by class of shape (rows/weight/rank), and why."""
+    from .. import _extension, _ways
 
     if reason := _extension.load():
-        return f"vendor: {reason}"
-    chosen = _settings.read().cpu_products
-    return f"auto, which is {_products.automatic()} here" if chosen == "auto" else chosen
+        return {"all": f"PyTorch: {reason}"}
+    return {op: "; ".join(_told(classes)) for op, classes in _ways.now().items()}
+
+
+def _told(classes: Mapping[str, Any]) -> list[str]:
+    """A line for each way and reason, the one of most classes without their names."""
+    by_choice: dict[Any, list[str]] = {}
+    for name, choice in classes.items():
+        by_choice.setdefault(choice, []).append(name)
+    (usual, _), *others = sorted(by_choice.items(), key=lambda pair: -len(pair[1]))
+    lines = [f"{usual.way} ({usual.why})"]
+    return lines + [f"{way} for {' '.join(names)} ({why})" for (way, why), names in others]
 
 
 def _auto(device: str) -> str:
@@ -77,8 +88,9 @@ def run(args: argparse.Namespace) -> int:
     for key, value in facts.items():
         if isinstance(value, dict):
             print(f"{key}:")
+            width = max(12, *map(len, value))
             for name, text in value.items():
-                print(f"  {name:<12} {text}")
+                print(f"  {name:<{width}} {text}")
         else:
             print(f"{key:<16} {value}")
     return 0

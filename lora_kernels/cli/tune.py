@@ -14,7 +14,6 @@ from typing import Any
 from .. import planner
 from ..planner import Problem
 
-_CPU_SHAPES = ("32x768x768", "512x1024x1024", "512x2048x2048")
 _SHAPES = ("16x4096x4096", "2048x4096x4096", "8192x4096x4096")
 _OPS = ("lora_linear", "lora_linear_backward")
 
@@ -30,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dropout", type=float, action="append", help="repeatable (0 and 0.1)")
     parser.add_argument("--repeats", type=int, default=20, help="rounds of the timing")
-    parser.add_argument("--cpu", action="store_true", help="who multiplies on this processor, in float32")
+    parser.add_argument(
+        "--cpu", action="store_true", help="which way each op goes on this processor, in float32"
+    )
     parser.add_argument("--predict", choices=("sm_80", "sm_90"), help="write what byte counts say; no card")
     parser.add_argument("--output", help="file to write (the folder LORA_KERNELS_PLANS, by the card's name)")
 
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         return tune_cpu(args, HostTimer())
     if not torch.cuda.is_available():
         print("tune: there is no CUDA device here, and times in an interpreter say nothing about a card;")
-        print("      --cpu measures who multiplies on this processor")
+        print("      --cpu measures which way each op goes on this processor")
         return 2
     if reason := _backend.triton_missing():
         print(f"tune: the strategies are Triton kernels, and {reason}")
@@ -124,30 +125,40 @@ def tune(args: argparse.Namespace, device: Any, card: str, timer: Any) -> int:
 
 
 def tune_cpu(args: argparse.Namespace, timer: Any) -> int:
-    """The command for the processor: the loops of the extension against the vendor's GEMM."""
-    from .. import _extension, _products, tuning
+    """The command for the processor: each way of each op, for one shape of each class or for those given."""
+    from .. import _extension, _ways, tuning, tuning_cpu
 
     if reason := _extension.load():
         print(f"tune: {reason}")
         return 2
     try:
-        shapes = [parse_shape(text) for text in args.shape or _CPU_SHAPES]
+        given = [parse_shape(text) for text in args.shape or ()]
     except ValueError as error:
         print(f"tune: {error}", file=sys.stderr)
         return 2
-    ratios = {}
-    with progress(len(shapes)) as tick:
-        for shape in shapes:
-            name = "x".join(map(str, shape))
-            ratios[name] = tuning.panels_to_vendor(*shape, (args.rank or [16])[0], timer, args.repeats)
+    shapes = [(*shape, rank) for shape in given for rank in args.rank or [16]]
+    todo = list(itertools.product(tuning_cpu.ops(), shapes or map(_ways.example, _ways.CLASSES)))
+    measured = []
+    with progress(len(todo)) as tick:
+        for op, shape in todo:
+            measured.append(tuning_cpu.measure(op, shape, timer, args.repeats))
             tick()
-    path = Path(args.output) if args.output else _products.table()
-    best = tuning.save_products(path, ratios)
-    for name, ratio in ratios.items():
-        print(f"{name}: panels take {ratio:.2f} x the vendor's time")
-    used = "from now on" if path == _products.table() else "where this table is the one of the environment"
-    print(f"{best} {used}; table: {path}")
+    times = tuning_cpu.merge(measured)
+    path = Path(args.output) if args.output else _ways.table()
+    tuning.save_ways(path, times)
+    _report_ways(times)
+    used = "used from now on" if path == _ways.table() else "used where it is the one of the environment"
+    print(f"table: {path}, {used}")
     return 0
+
+
+def _report_ways(times: Any) -> None:
+    """The fastest way of each op and class, with the times of all of them over its own."""
+    for op, classes in times.items():
+        for name, ways in classes.items():
+            best = min(ways, key=ways.__getitem__)
+            rest = ", ".join(f"{way} {us / ways[best]:.2f} x" for way, us in ways.items() if way != best)
+            print(f"{op:<27} {name:<20} {best}, {ways[best]:.0f} us ({rest})")
 
 
 def _predict(args: argparse.Namespace) -> int:

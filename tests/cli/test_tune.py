@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import argparse
 
-from lora_kernels import _extension, _products, planner, tuning
+from lora_kernels import _extension, _ways, planner, tuning, tuning_cpu
 from lora_kernels.cli import main, tune
 from lora_kernels.planner import Plan, Problem
 
@@ -42,7 +42,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.undo()
     planner.refresh()
     if _extension.load() is None:
-        _products.settle()
+        _ways.settle()
 
 
 @pytest.fixture
@@ -148,52 +148,100 @@ def test_without_a_card_it_says_so(capsys):
     assert "there is no CUDA device here" in said and "--cpu" in said
 
 
-class Alternating:
-    """Says what our products take and what the vendor's: samplers are made for the two in turn."""
+class ByWay:
+    """Says what each way takes, by the one in force as its sampler is made."""
 
-    def __init__(self, panels, vendor):
-        self.times = {"panels": panels, "vendor": vendor}
-        self.names = iter(("panels", "vendor") * 9)
+    def __init__(self, times):
+        self.times = times
 
     def sampler(self, prepare, run):
         run(prepare())
-        name = next(self.names)
-        return lambda: self.times[name]
+        way = _ways._forced
+        return lambda: self.times[way]
 
 
-@pytest.mark.skipif(_extension.load() is not None, reason="the extension is not built")
-@pytest.mark.parametrize(("panels", "vendor", "best"), [(8.0, 10.0, "panels"), (10.0, 8.0, "vendor")])
-def test_the_faster_multiplier_is_remembered(panels, vendor, best, folder, capsys):
-    assert _products.remembered() is None
-    args = arguments("--cpu", "--shape", "9x40x33", "--shape", "20x16x24")
-    assert tune.tune_cpu(args, Alternating(panels, vendor)) == 0
-    assert f"9x40x33: panels take {panels / vendor:.2f} x the vendor's time" in capsys.readouterr().out
-    assert _products.remembered() == _products.automatic() == best
-    assert json.loads((folder / "cpu.json").read_text())["processor"] == _products.processor()
+built = pytest.mark.skipif(_extension.load() is not None, reason="the extension is not built")
 
 
-@pytest.mark.skipif(_extension.load() is not None, reason="the extension is not built")
+@built
+@pytest.mark.parametrize("best", _ways.WAYS)
+def test_the_fastest_way_is_remembered(best, folder, capsys):
+    assert _ways.remembered() == {}
+    timer = ByWay({way: 8.0 if way == best else 10.0 for way in _ways.WAYS})
+    assert tune.tune_cpu(arguments("--cpu", "--shape", "9x40x33", "--rank", "3"), timer) == 0
+    assert f"{best}, 8 us (" in capsys.readouterr().out
+    name = _ways.shape_class(9, 40 * 33, 3)
+    assert _ways.now()["lora_linear"][name] == (best, "measured here")
+    assert _ways._native().way(0, 9, 40 * 33, 3) == _ways.WAYS.index(best)
+    untouched = _ways.shape_class(9, 2**22, 3)
+    assert _ways.now()["lora_linear"][untouched].why.startswith("default for")
+    assert json.loads((folder / "cpu.json").read_text())["processor"] == _ways.processor()
+
+
+@built
+def test_a_second_run_on_the_cpu_adds_to_the_table(folder):
+    for shape in ("9x40x33", "600x40x33"):
+        arguments_now = arguments("--cpu", "--shape", shape, "--rank", "3")
+        assert tune.tune_cpu(arguments_now, ByWay(dict.fromkeys(_ways.WAYS, 1.0))) == 0
+    assert len(_ways.remembered()["lora_linear"]) == 2
+
+
+@built
+def test_without_a_shape_every_class_is_measured(folder, monkeypatch):
+    seen = []
+
+    def measure(op, shape, timer, repeats):
+        seen.append((op, shape))
+        return {}
+
+    monkeypatch.setattr(tuning_cpu, "measure", measure)
+    assert tune.tune_cpu(arguments("--cpu"), None) == 0
+    assert len(set(seen)) == len(tuning_cpu.ops()) * len(_ways.CLASSES)
+
+
+@built
 def test_a_table_elsewhere_is_written_and_not_used(folder, capsys):
     other = folder / "elsewhere" / "cpu.json"
     args = arguments("--cpu", "--shape", "9x40x33", "--output", str(other))
-    assert tune.tune_cpu(args, Alternating(8.0, 10.0)) == 0
-    assert other.exists() and _products.remembered() is None
+    assert tune.tune_cpu(args, ByWay(dict.fromkeys(_ways.WAYS, 1.0))) == 0
+    assert other.exists() and _ways.remembered() == {}
     assert "from now on" not in capsys.readouterr().out
 
 
 def test_a_table_of_another_processor_is_not_ours(folder):
-    text = _products.to_text("vendor", {}).replace(_products.processor(), "another")
+    name = _ways.CLASSES[0]
+    text = _ways.to_text({"lora_linear": {name: {"vendor": 1.0}}})
     (folder / "cpu.json").write_text(text)
-    assert _products.remembered() is None
+    assert _ways.remembered()
+    (folder / "cpu.json").write_text(text.replace(_ways.processor(), "another"))
+    assert _ways.remembered() == {}
 
 
 @pytest.mark.parametrize(
-    "text", ("no JSON", "{}", '{"format": "lora-kernels cpu 1", "products": "mkl"}', "[]")
+    "times",
+    (
+        {"lora_linear": {"few": {"vendor": 1}}},
+        {"no_op": {"few/small/low": {"vendor": 1}}},
+        {"lora_linear": {"few/small/low": {"mkl": 1}}},
+        {"lora_linear": {"few/small/low": {"vendor": -1}}},
+        {"lora_linear": {"few/small/low": {}}},
+        {"lora_linear": 3},
+        None,
+    ),
+    ids=str,
 )
+def test_unsound_times_of_the_processor_are_left_out(times, folder):
+    data = {"format": _ways.FORMAT, "processor": _ways.processor(), "times": times}
+    (folder / "cpu.json").write_text(json.dumps(data))
+    with pytest.warns(UserWarning, match=r"cpu.json is left out, tune again"):
+        assert _ways.remembered() == {}
+
+
+@pytest.mark.parametrize("text", ("no JSON", "{}", "[]", '{"format": "lora-kernels cpu 1"}'))
 def test_an_unsound_table_of_the_processor_is_left_out(text, folder):
     (folder / "cpu.json").write_text(text)
     with pytest.warns(UserWarning, match=r"cpu.json is left out, tune again"):
-        assert _products.remembered() is None
+        assert _ways.remembered() == {}
 
 
 @pytest.mark.parametrize("shape", ("8x8", "8x8x8x8", "axbxc", "0x8x8", "-1x8x8"))

@@ -9,7 +9,7 @@ import torch
 from lora_linear_harness import case_id, run_case
 from test_lora_linear_group import Group, run_group
 
-from lora_kernels import _extension, _products, lora_linear, lora_linear_group, use_backend
+from lora_kernels import _extension, _ways, lora_linear, lora_linear_group, use_backend
 from lora_kernels.testing import LoraCase, assert_close, leaves, lora_inputs
 
 pytestmark = pytest.mark.skipif(_extension.load() is not None, reason="the extension is not built")
@@ -17,8 +17,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def panels():
-    with _products.multiplied_by("panels"):
+def way():
+    with _ways.forced("panels"):
         yield
 
 
@@ -53,6 +53,14 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_one_linear(case, path, dropout_p):
     run_case(path, replace(case, dropout_p=dropout_p), CPU)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_one_linear_by_pytorchs_products(case, dtype, dropout_p):
+    with _ways.forced("torch"):
+        run_case("cpp", replace(case, dropout_p=dropout_p, dtype=dtype), CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -107,7 +115,7 @@ def test_the_vendors_products_and_ours_agree():
     wide = lora_linear(*(arg.double() for arg in args), 1.0, inputs["bias"].double())
     with use_backend("cpp"):
         ours = lora_linear(*args, 1.0, inputs["bias"])
-        with _products.multiplied_by("vendor"):
+        with _ways.forced("vendor"):
             vendors = lora_linear(*args, 1.0, inputs["bias"])
     assert not torch.equal(ours, vendors), "both came from the same loops"
     assert_close(ours, vendors, wide)
@@ -115,4 +123,4 @@ def test_the_vendors_products_and_ours_agree():
 
 def test_an_unknown_name_says_which_there_are():
     with pytest.raises(ValueError, match="LORA_KERNELS_CPU_PRODUCTS: expected one of auto, panels, vendor"):
-        _products.multiply_by("mkl")
+        _ways.force("mkl")

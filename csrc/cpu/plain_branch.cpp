@@ -1,0 +1,51 @@
+#include "plain_branch.h"
+
+#include "dropout.h"
+#include "math_type.h"
+#include "products.h"
+
+namespace lora_kernels {
+namespace {
+
+using at::Tensor;
+
+bool drops(const Dropped& x) { return x.mask.has_value() && x.mask->numel() > 0; }
+
+// x without what is dropped, and what the rest is scaled by: the product is the smaller tensor.
+std::pair<Tensor, double> kept(const Dropped& x) {
+  if (!drops(x)) return {x.x, 1.0};
+  return {dropped(x.x.to(math_of(x.x.scalar_type())), *x.mask), 1.0 / (1.0 - x.p)};
+}
+
+Tensor scaled(Tensor product, double scale, at::ScalarType dtype) {
+  return (scale == 1.0 ? product : product.mul_(scale)).to(dtype);
+}
+
+}  // namespace
+
+Tensor plain_shrink(const Dropped& x, const Tensor& lora_a) {
+  const auto [input, scale] = kept(x);
+  const Tensor h = product(Way::kTorch, input, lora_a.to(input.scalar_type()).t());
+  return scaled(h, scale, x.x.scalar_type());
+}
+
+Tensor plain_grad_a(const Dropped& x, const Tensor& dh, const Tensor& lora_a) {
+  const auto [input, scale] = kept(x);
+  const Tensor da = product(Way::kTorch, dh.to(input.scalar_type()).t(), input);
+  return scaled(da, scale, lora_a.scalar_type());
+}
+
+// The product reads dY along its rows, and what is transposed is small.
+Tensor plain_grad_b(const Tensor& dy, const Tensor& vectors, const Tensor& lora_b, double scaling) {
+  const Tensor db_t = product(Way::kTorch, vectors.t(), dy);
+  return scaled(db_t, scaling, lora_b.scalar_type()).t().contiguous();
+}
+
+Tensor plain_expand_dropped(const Tensor& dh, const Tensor& lora_a, const Tensor& mask, double p,
+                            at::ScalarType dtype) {
+  const auto math = math_of(dtype);
+  const Tensor vectors = dh.to(math).mul(1.0 / (1.0 - p));
+  return dropped(product(Way::kTorch, vectors, lora_a.to(math)), mask).to(dtype);
+}
+
+}  // namespace lora_kernels

@@ -1,0 +1,104 @@
+"""Which way the CPU's ops go: a pure rule that never picks what was measured slower, and its table in C++."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_kernels import _extension, _ways
+from lora_kernels.cli import env
+
+INSTRUCTIONS = ("avx512", "avx2", "sse2", "neon", "unheard of")
+MAKERS = ("GenuineIntel", "AuthenticAMD", "")
+built = pytest.mark.skipif(_extension.load() is not None, reason="the extension is not built")
+
+times = st.dictionaries(
+    st.sampled_from(list(_ways.OPS)),
+    st.dictionaries(
+        st.sampled_from(_ways.CLASSES),
+        st.dictionaries(st.sampled_from(_ways.WAYS), st.floats(0.5, 1e6), min_size=1),
+        max_size=4,
+    ),
+)
+
+
+@settings(max_examples=150, deadline=None, database=None, derandomize=True)
+@given(
+    measured=times,
+    op=st.sampled_from(list(_ways.OPS)),
+    name=st.sampled_from(_ways.CLASSES),
+    instructions=st.sampled_from(INSTRUCTIONS),
+    maker=st.sampled_from(MAKERS),
+)
+def test_never_slower_than_the_best_measured(measured, op, name, instructions, maker):
+    way, why = _ways.choose(op, name, measured, instructions, maker)
+    assert way in _ways.OPS[op]
+    known = {w: us for w, us in measured.get(op, {}).get(name, {}).items() if w in _ways.OPS[op]}
+    if known:
+        assert known[way] == min(known.values()) and why == "measured here"
+    else:
+        assert why == f"default for {instructions}"
+        assert way == _ways.choose(op, name, {}, instructions, maker).way
+
+
+@pytest.mark.parametrize("op", _ways.OPS)
+def test_what_was_measured_goes_before_the_default(op):
+    for name in _ways.CLASSES:
+        for best in _ways.OPS[op]:
+            measured = {op: {name: {way: 1.0 if way == best else 2.0 for way in _ways.OPS[op]}}}
+            assert _ways.choose(op, name, measured, "avx512", "GenuineIntel").way == best
+
+
+def test_every_class_has_an_example_of_its_own():
+    shapes = [_ways.example(name) for name in _ways.CLASSES]
+    assert [_ways.shape_class(m, k * n, r) for m, k, n, r in shapes] == list(_ways.CLASSES)
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("forced", ("auto", *_ways.WAYS))
+def test_every_op_has_a_way_in_every_class(forced, instructions):
+    choices = _ways.decide({}, forced, instructions, "")
+    assert list(choices) == list(_ways.OPS)
+    for op, classes in choices.items():
+        assert list(classes) == list(_ways.CLASSES)
+        assert {choice.way for choice in classes.values()} <= set(_ways.OPS[op])
+
+
+@built
+@settings(max_examples=100, deadline=None, database=None, derandomize=True)
+@given(measured=times, sizes=st.tuples(st.integers(0, 10**5), st.integers(0, 2**30), st.integers(0, 1024)))
+def test_the_extension_looks_up_what_the_rule_says(measured, sizes):
+    choices = _ways.decide(measured, "auto", "avx512", "AuthenticAMD")
+    try:
+        _ways._native().set_ways(_ways.bounds(), _ways.to_bytes(choices))
+        for place, op in enumerate(_ways.OPS):
+            wanted = choices[op][_ways.shape_class(*sizes)].way
+            assert _ways.WAYS[_ways._native().way(place, *sizes)] == wanted
+    finally:
+        _ways.settle()
+
+
+@built
+def test_a_table_of_another_size_is_refused():
+    with pytest.raises(ValueError, match="table: expected 189 bytes, got 3"):
+        _ways._native().set_ways(_ways.bounds(), b"123")
+
+
+@built
+def test_forcing_ends_with_its_block():
+    before = _ways.now()
+    with _ways.forced("torch"):
+        with _ways.forced("panels"):
+            assert _ways.now()["lora_linear"]["few/small/low"].way == "panels"
+        assert _ways.now()["lora_linear"]["few/small/low"] == ("torch", "forced to torch")
+        assert _ways.now()["dora_linear"]["few/small/low"].way == "vendor"
+    assert _ways.now() == before
+
+
+@built
+def test_env_says_which_way_and_why():
+    with _ways.forced("panels"):
+        told = env.report()["cpu ways"]
+    assert list(told) == list(_ways.OPS) and set(told.values()) == {"panels (forced to panels)"}
+    measured = {"lora_linear": {"few/small/low": {"torch": 1.0}}}
+    named = env._told(_ways.decide(measured, "auto", "sse2", "")["lora_linear"])
+    assert named == ["vendor (default for sse2)", "torch for few/small/low (measured here)"]
