@@ -16,14 +16,14 @@ PACKAGE = Path(lora_kernels.__file__).parent
 # Lower layers first: a module imports from its own layer and from those before it.
 LAYERS = (
     ("_version", "_settings", "_arguments", "methods", "quant"),
-    ("_extension", "_ops", "_products", "planner"),
+    ("_extension", "_ops", "_ways", "planner"),
     ("_backend",),
     ("reference",),
     ("kernels",),
     ("ops",),
     ("adapters", "init"),
     ("nn", "optim", "serving", "stats", "testing"),
-    ("integrations", "tuning"),
+    ("integrations", "tuning", "tuning_cpu"),
     ("demo",),
     ("cli",),
 )
