@@ -61,15 +61,6 @@ std::vector<Tensor> shrink_all(const Tensor& x, at::TensorList lora_as,
 // Whether the sums are of the dtype that is stored: then a rank-r update is a pass of our own.
 bool is_math(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kDouble; }
 
-// y += s V F for V [M, r] with dense rows and F [r, N].
-void add_product(Tensor& y, const Tensor& vectors, const Tensor& factor, double scaling) {
-  if (is_math(y.scalar_type())) {
-    expand_into(y, vectors, factor, std::nullopt, scaling, true);
-  } else {
-    y.addmm_(vectors.to(y.scalar_type()), factor.to(y.scalar_type()), 1, scaling);
-  }
-}
-
 // x W' + b, or b alone where W is quantised and added by another op.
 Tensor base_output(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t out) {
   if (!weight.defined()) {
@@ -85,8 +76,20 @@ std::vector<Tensor> outputs(const Tensor& x, const OptTensors& weights, const Op
                             at::ArrayRef<double> scalings) {
   std::vector<Tensor> ys;
   for (size_t i = 0; i < weights.size(); ++i) {
-    ys.push_back(base_output(x, item(weights, i), item(biases, i), lora_bs[i].size(0)));
-    add_product(ys[i], vectors[i], lora_bs[i].t(), scalings[i]);
+    const Tensor weight = item(weights, i), bias = item(biases, i), b_t = lora_bs[i].t();
+    if (weight.defined() && !is_math(x.scalar_type())) {
+      ys.push_back(branched_product(Way::kVendor, x, weight.t(), optional(bias), vectors[i], b_t,
+                                    scalings[i]));
+      continue;
+    }
+    Tensor y = base_output(x, weight, bias, lora_bs[i].size(0));
+    if (is_math(y.scalar_type())) {
+      expand_into(y, vectors[i], b_t, std::nullopt, scalings[i], true);
+    } else {
+      y.add_(product(Way::kVendor, vectors[i].to(y.scalar_type()), b_t.to(y.scalar_type())),
+             scalings[i]);
+    }
+    ys.push_back(y);
   }
   return ys;
 }
@@ -227,7 +230,11 @@ Tensor grad_x(at::TensorList dys, const OptTensors& weights, at::TensorList lora
   for (size_t i = 0; i < dys.size(); ++i) {
     const Tensor weight = item(weights, i);
     if (!weight.defined()) continue;
-    dx = dx.defined() ? dx.addmm_(dys[i], weight) : at::mm(dys[i], weight);
+    if (dx.defined()) {
+      accumulate_product(Way::kVendor, dx, dys[i], weight);
+    } else {
+      dx = product(Way::kVendor, dys[i], weight);
+    }
   }
   if (!dx.defined()) dx = at::zeros({dys[0].size(0), lora_as[0].size(1)}, dys[0].options());
   if (exact) put_branches(dx, lora_as, dhs, masks, ps, true);

@@ -12,6 +12,17 @@
 namespace lora_kernels {
 namespace {
 
+// Whether the processor multiplies that dtype, as oneDNN's products need.
+bool narrow_is_native(at::ScalarType dtype) {
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 12)
+  static const bool bf16 = __builtin_cpu_supports("avx512bf16") != 0;
+  static const bool fp16 = __builtin_cpu_supports("avx512fp16") != 0;
+  return dtype == at::kBFloat16 ? bf16 : fp16;
+#else
+  return true;  // cannot be asked, so it is left to PyTorch
+#endif
+}
+
 using at::Tensor;
 
 // A branch of fewer rows is less work than its factor's copy.
@@ -125,6 +136,64 @@ void add_rows(const ProductSum& sum, const std::vector<const float*>& packed, in
   multiply(product, depth_of(terms));
 }
 
+// Products of a narrow dtype that the processor has no instructions for are PyTorch's slowest. They
+// go through float here, by blocks of both factors, so that no large one is ever held twice.
+bool in_blocks(const Tensor& left) {
+  const auto dtype = left.scalar_type();
+  return dtype != math_of(dtype) && !narrow_is_native(dtype);
+}
+
+// Elements of a block of the right factor and of the left one; rows to which a block of the right
+// one is applied, so that its conversion is little beside the product.
+constexpr int64_t kRightBlock = int64_t(1) << 20, kLeftBlock = int64_t(1) << 22;
+constexpr int64_t kFewestBlockRows = 256, kMostBlockRows = 1024;
+
+// run(first row, rows, first column, columns, left's rows and right's columns in float).
+template <typename Run>
+void over_float_blocks(const Tensor& left, const Tensor& right, Run run) {
+  const int64_t rows = left.size(0), depth = std::max<int64_t>(1, left.size(1));
+  const int64_t cols = right.size(1);
+  const int64_t each_rows = std::clamp(kLeftBlock / depth, kFewestBlockRows, kMostBlockRows);
+  const int64_t each_cols =
+      std::clamp<int64_t>(kRightBlock / depth, 32, std::max<int64_t>(32, cols));
+  for (int64_t row = 0; row < rows; row += each_rows) {
+    const int64_t m = std::min(each_rows, rows - row);
+    const Tensor wide_left = left.narrow(0, row, m).to(at::kFloat);
+    for (int64_t col = 0; col < cols; col += each_cols) {
+      const int64_t n = std::min(each_cols, cols - col);
+      run(row, m, col, n, wide_left, right.narrow(1, col, n).to(at::kFloat));
+    }
+  }
+}
+
+Tensor blocked_branched_product(Way way, const Tensor& left, const Tensor& right,
+                                const std::optional<Tensor>& bias, const Tensor& vectors,
+                                const Tensor& factor, double scaling) {
+  const Tensor out = at::empty({left.size(0), right.size(1)}, left.options());
+  const Tensor v = vectors.to(at::kFloat), f = factor.to(at::kFloat);
+  const auto block = [&](int64_t row, int64_t m, int64_t col, int64_t n, const Tensor& wide_left,
+                         const Tensor& wide_right) {
+    std::optional<Tensor> start;
+    if (bias) start = bias->narrow(0, col, n).to(at::kFloat);
+    const Tensor sum = branched_product(way, wide_left, wide_right, start, v.narrow(0, row, m),
+                                        f.narrow(1, col, n), scaling);
+    out.narrow(0, row, m).narrow(1, col, n).copy_(sum);
+  };
+  over_float_blocks(left, right, block);
+  return out;
+}
+
+// out = L R, or added to what it holds: each sum is rounded once.
+void blocked_product(const Tensor& out, const Tensor& left, const Tensor& right, bool add) {
+  over_float_blocks(left, right,
+                    [&](int64_t row, int64_t m, int64_t col, int64_t n, const Tensor& wide_left,
+                        const Tensor& wide_right) {
+                      const Tensor to = out.narrow(0, row, m).narrow(1, col, n);
+                      to.copy_(add ? at::addmm(to.to(at::kFloat), wide_left, wide_right)
+                                   : at::mm(wide_left, wide_right));
+                    });
+}
+
 Tensor torchs_branched_product(const Tensor& left, const Tensor& right,
                                const std::optional<Tensor>& bias, const Tensor& vectors,
                                const Tensor& factor, double scaling) {
@@ -170,6 +239,11 @@ Tensor branched_product(Way way, const Tensor& left, const Tensor& right,
 }
 
 Tensor product(Way way, const Tensor& left, const Tensor& right) {
+  if (in_blocks(left)) {
+    const Tensor out = at::empty({left.size(0), right.size(1)}, left.options());
+    blocked_product(out, left, right, false);
+    return out;
+  }
   if (way != Way::kPanels) return at::mm(left, right);
   Tensor out = at::empty({left.size(0), right.size(1)}, left.options());
   sum_products({left}, {{out, std::nullopt, {{0, right}}}});
@@ -177,7 +251,9 @@ Tensor product(Way way, const Tensor& left, const Tensor& right) {
 }
 
 void accumulate_product(Way way, const Tensor& out, const Tensor& left, const Tensor& right) {
-  if (way == Way::kPanels) {
+  if (in_blocks(left)) {
+    blocked_product(out, left, right, true);
+  } else if (way == Way::kPanels) {
     sum_products({left}, {{out, std::nullopt, {{0, right}}, true}});
   } else {
     out.addmm_(left, right);
