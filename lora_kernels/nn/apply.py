@@ -316,10 +316,17 @@ def _materialised(adapter: Adapter, layer: AdapterLayer, real: dict[int, Tensor]
 def _install(site: Target, layer: nn.Module) -> None:
     for parent, attribute in site.places:
         parent._modules[attribute] = layer
-        if isinstance(parent, nn.TransformerEncoderLayer) and not layer._forward_pre_hooks:
-            # Without gradients torch's fast path reads the linears' weights and calls none of them,
-            # unless one has a hook.
-            layer.register_forward_pre_hook(_keep_off_fast_path)
+        keep_off_fast_path(parent, layer)
+
+
+def keep_off_fast_path(parent: nn.Module, layer: nn.Module) -> None:
+    """Gives ``layer`` a hook where its parent's fast path would otherwise pass it by.
+
+    Without gradients torch's encoder layer reads the linears' weights and calls none of them, unless one has
+    a hook.
+    """
+    if isinstance(parent, nn.TransformerEncoderLayer) and not layer._forward_pre_hooks:
+        layer.register_forward_pre_hook(_keep_off_fast_path)
 
 
 def _keep_off_fast_path(module: nn.Module, args: object) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import LoRAConfig
-from ..nn.apply import find_sites
+from ..nn.apply import find_sites, keep_off_fast_path
 from ..ops.multi_lora_linear import AdapterStack, BatchPlan, multi_lora_linear, plan_batch
 from .pool import AdapterPool
 
@@ -29,33 +29,39 @@ class MixedBatch:
         self._local = threading.local()
 
     @contextlib.contextmanager
-    def use(self, names: Sequence[str]) -> Iterator[None]:
-        """Holds the adapters of ``names`` inside the ``with`` block."""
+    def use(self, names: Sequence[str], repeats: Collection[int] = ()) -> Iterator[None]:
+        """Holds the adapters of ``names`` inside the ``with`` block; see :func:`use_adapters`."""
         with self.pool.use(names) as slots:
             before = getattr(self._local, "current", None)
             ids = torch.tensor(slots, dtype=torch.long, device=self.pool.device)
-            self._local.current = (ids, {})
+            self._local.current = (ids, {1, *repeats}, {})
             try:
                 yield
             finally:
                 self._local.current = before
 
-    def plan(self, samples: int, rows: int, adapters: int) -> tuple[Tensor, BatchPlan] | None:
+    def plan(self, site: str, samples: int, rows: int, adapters: int) -> tuple[Tensor, BatchPlan] | None:
         """The adapter of each of ``samples`` along the first dimension, and the plan of all their ``rows``.
 
-        More samples than names are the beams, or the tokens, of one sample next to each other. ``None``
-        outside of :meth:`use`.
+        ``None`` outside of :meth:`use`.
 
         Raises:
-            ValueError: ``samples`` is no multiple of the number of names.
+            ValueError: ``samples`` is not the number of names, once or as often as :meth:`use` was told. A
+                multiple that merely divides proves nothing: the first dimension may be time, or tokens that
+                a router sorted.
         """
         current = getattr(self._local, "current", None)
         if current is None:
             return None
-        ids, plans = current
-        if len(ids) == 0 or samples % len(ids):
-            raise ValueError(f"adapter_names: expected one for each of {samples} samples, got {len(ids)}")
-        ids = ids.repeat_interleave(samples // len(ids))
+        ids, repeats, plans = current
+        each = samples // max(1, len(ids))
+        if each not in repeats or samples != each * len(ids):
+            raise ValueError(
+                f"adapter_names: expected one for each of {samples} samples, got {len(ids)} (at {site!r}; where"
+                " its first dimension holds several rows of each sample side by side, say how many by"
+                " use_adapters(..., repeats=))"
+            )
+        ids = ids.repeat_interleave(each)
         if rows not in plans:
             plans[rows] = plan_batch(ids.repeat_interleave(rows // max(1, samples)), adapters)
         return ids, plans[rows]
@@ -65,7 +71,8 @@ def _served(cls: Any, base: nn.Module, site: str, batch: MixedBatch) -> Any:
     """A layer of ``cls`` on the very parameters of ``base``."""
     layer = cls.__new__(cls)
     layer.__dict__.update(vars(base))
-    layer.__dict__.update(site=site, batch=batch)
+    hooks = layer._forward_pre_hooks.copy()  # of its own, for what `keep_off_fast_path` adds
+    layer.__dict__.update(site=site, batch=batch, _forward_pre_hooks=hooks)
     return layer
 
 
@@ -87,7 +94,7 @@ class MultiLoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """y for x ``[samples, ..., in]``."""
         stack = self.batch.pool.stack(self.site)
-        current = self.batch.plan(x.shape[0], x.numel() // max(1, x.shape[-1]), len(stack))
+        current = self.batch.plan(self.site, x.shape[0], x.numel() // max(1, x.shape[-1]), len(stack))
         if current is None:
             return F.linear(x, self.weight, self.bias)
         ids, plan = current
@@ -121,7 +128,7 @@ class MultiLoRAEmbedding(nn.Embedding):
         y = super().forward(input)
         stack = self.batch.pool.stack(self.site)
         samples = input.shape[0] if input.dim() else 1
-        current = self.batch.plan(samples, input.numel(), len(stack))
+        current = self.batch.plan(self.site, samples, input.numel(), len(stack))
         if current is None:
             return y
         ids, plan = current
@@ -231,15 +238,24 @@ def remove_multi_lora(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def use_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+def use_adapters(
+    model: nn.Module, adapter_names: Sequence[str], repeats: Collection[int] = ()
+) -> Iterator[None]:
     """Inside the ``with`` block, sample i of every batch uses ``adapter_names[i]``.
 
+    Args:
+        model: one that :func:`apply_multi_lora` serves.
+        adapter_names: one a sample. Each layer's input has the samples as its first dimension.
+        repeats: how many rows next to each other may belong to one sample there, besides one: its beams, or
+            the tokens of sequences that the model flattens to ``[samples · tokens, features]``.
+
     Raises:
-        ValueError: the model has no pool, or a name is unknown.
+        ValueError: the model has no pool, or a name is unknown; and at a layer whose first dimension is not
+            the samples, once or ``repeats`` times.
         PoolFullError: the adapters do not fit beside those in use elsewhere.
     """
     batch: MixedBatch = _state(model)[0]
-    with batch.use(list(adapter_names)):
+    with batch.use(list(adapter_names), repeats):
         yield
 
 
@@ -274,6 +290,7 @@ def _replace(model: nn.Module, layers: dict[int, nn.Module]) -> list[tuple[nn.Mo
             if child is not None and id(child) in layers:
                 places.append((parent, attribute, child))
                 parent._modules[attribute] = layers[id(child)]
+                keep_off_fast_path(parent, layers[id(child)])
     return places
 
 
@@ -305,5 +322,12 @@ def _generate(model: nn.Module, *args: Any, adapter_names: Sequence[str] | None 
     original: Any = type(model).generate  # type: ignore[attr-defined]
     if adapter_names is None:
         return original(model, *args, **kwargs)
-    with use_adapters(model, adapter_names):
+    with use_adapters(model, adapter_names, [_copies(model, kwargs)]):
         return original(model, *args, **kwargs)
+
+
+def _copies(model: Any, options: dict[str, Any]) -> int:
+    """How many rows generation makes of a sample: its beams, or the sequences to return."""
+    config = options.get("generation_config") or getattr(model, "generation_config", None)
+    names = ("num_beams", "num_return_sequences")
+    return max(options.get(name) or getattr(config, name, None) or 1 for name in names)

@@ -78,7 +78,7 @@ def test_every_sample_has_its_adapters_embedding(lead):
 def test_half_precision_and_more_samples_than_names():
     model = served(torch.bfloat16)
     tokens = torch.randint(TOKENS, (6, 4))
-    with use_adapters(model, ["b", "__base__", "c"]):
+    with use_adapters(model, ["b", "__base__", "c"], repeats=[2]):
         y = model.embed(tokens)
     assert y.dtype == torch.bfloat16
     for i, name in enumerate(("b", "b", "__base__", "__base__", "c", "c")):
