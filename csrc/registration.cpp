@@ -17,6 +17,7 @@
 #include "cpu/multi_lora_linear.h"
 #include "cpu/quantized_linear.h"
 #include "cpu/stacked_lora.h"
+#include "cpu/version.h"
 #include "cpu/ways.h"
 
 TORCH_LIBRARY_IMPL(lora_kernels, CPU, library) {
@@ -77,8 +78,41 @@ PyObject* way(PyObject*, PyObject* args) {
       lora_kernels::way_of(static_cast<lora_kernels::Op>(op), at::kFloat, {rows, weight, rank})));
 }
 
+PyObject* name_of(lora_kernels::Version version) {
+  return PyUnicode_FromString(lora_kernels::kVersionNames[static_cast<int>(version)]);
+}
+
+// cpu_version(): the name of the loops in use.
+PyObject* cpu_version(PyObject*, PyObject*) { return name_of(lora_kernels::version()); }
+
+// cpu_versions(): the names of the loops that this processor can run, the widest first.
+PyObject* cpu_versions(PyObject*, PyObject*) {
+  const auto versions = lora_kernels::runnable_versions();
+  PyObject* names = PyTuple_New(static_cast<Py_ssize_t>(versions.size()));
+  for (size_t i = 0; names && i < versions.size(); ++i) {
+    PyTuple_SET_ITEM(names, static_cast<Py_ssize_t>(i), name_of(versions[i]));
+  }
+  return names;
+}
+
+// use_cpu_version(place in cpu_versions()).
+PyObject* use_cpu_version(PyObject*, PyObject* place) {
+  const auto versions = lora_kernels::runnable_versions();
+  const size_t at = PyLong_AsSize_t(place);
+  if (at == static_cast<size_t>(-1) && PyErr_Occurred()) return nullptr;
+  if (at >= versions.size()) {
+    PyErr_SetString(PyExc_ValueError, "place: expected one in cpu_versions()");
+    return nullptr;
+  }
+  lora_kernels::chosen_version = versions[at];
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {{"set_ways", set_ways, METH_VARARGS, nullptr},
                          {"way", way, METH_VARARGS, nullptr},
+                         {"cpu_version", cpu_version, METH_NOARGS, nullptr},
+                         {"cpu_versions", cpu_versions, METH_NOARGS, nullptr},
+                         {"use_cpu_version", use_cpu_version, METH_O, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -7,7 +7,7 @@ import importlib
 
 import torch
 
-from . import _ops, _settings, _ways
+from . import _cpu_version, _ops, _settings, _ways
 
 
 @functools.cache
@@ -22,6 +22,7 @@ def load() -> str | None:
     except ImportError as error:
         return f"the extension does not load, rebuild it against this torch: {error}"
     try:
+        _cpu_version.settle()
         _ways.settle()
     except AttributeError as error:
         return f"the extension is of another version of this package, rebuild it: {error}"

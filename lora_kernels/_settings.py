@@ -23,6 +23,9 @@ class Settings:
     # LORA_KERNELS_CPU_PRODUCTS: auto | panels | vendor | torch; which way the ops go on the CPU (_ways.py).
     # auto: by shape, as `lora-kernels tune --cpu` measured or as this processor's defaults say.
     cpu_products: str
+    # LORA_KERNELS_CPU_VERSION: auto | avx512 | avx2 | sse2 | neon; the instructions of the
+    # extension's loops. auto: the widest that this processor has.
+    cpu_version: str
     # TRITON_INTERPRET: 1 runs the Triton kernels on CPU tensors in Triton's own interpreter.
     triton_interpret: bool
     # LORA_KERNELS_PLANS: folder of the tables that `lora-kernels tune` writes and the planner reads;
@@ -41,6 +44,7 @@ def read() -> Settings:
         backend=os.environ.get("LORA_KERNELS_BACKEND", "auto").strip() or "auto",
         skip_extension=_flag("LORA_KERNELS_SKIP_EXTENSION"),
         cpu_products=os.environ.get("LORA_KERNELS_CPU_PRODUCTS", "auto").strip() or "auto",
+        cpu_version=os.environ.get("LORA_KERNELS_CPU_VERSION", "auto").strip() or "auto",
         triton_interpret=_flag("TRITON_INTERPRET"),
         plans=os.environ.get("LORA_KERNELS_PLANS", "").strip() or _default_plans(),
     )

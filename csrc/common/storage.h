@@ -27,6 +27,12 @@ LK_INLINE bool stored_as(Storage storage) {
   return storage == (sizeof(Math) == sizeof(double) ? Storage::kDouble : Storage::kFloat);
 }
 
+#if defined(__aarch64__) && !defined(__clang__) && __GNUC__ < 13
+using HalfFloat = __fp16;
+#else
+using HalfFloat = _Float16;
+#endif
+
 struct Brain {
   uint16_t bits;
 };
@@ -37,7 +43,7 @@ LK_INLINE float widen(Brain value) {
   std::memcpy(&wide, &bits, sizeof(wide));
   return wide;
 }
-LK_INLINE float widen(_Float16 value) { return static_cast<float>(value); }
+LK_INLINE float widen(HalfFloat value) { return static_cast<float>(value); }
 LK_INLINE float widen(float value) { return value; }
 LK_INLINE double widen(double value) { return value; }
 
@@ -49,22 +55,8 @@ LK_INLINE void narrow(Brain* out, float value) {
   const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   out->bits = nan ? uint16_t(0x7FC0) : static_cast<uint16_t>(rounded);
 }
-LK_INLINE void narrow(_Float16* out, float value) { *out = static_cast<_Float16>(value); }
+LK_INLINE void narrow(HalfFloat* out, float value) { *out = static_cast<HalfFloat>(value); }
 LK_INLINE void narrow(float* out, float value) { *out = value; }
 LK_INLINE void narrow(double* out, double value) { *out = value; }
-
-// Calls run(pointer of the storage's own type); Math is the type that the storage is summed in.
-template <typename Math, typename Run>
-LK_INLINE void typed(const void* data, Storage storage, Run run) {
-  if constexpr (sizeof(Math) == sizeof(double)) {
-    run(static_cast<const double*>(data));
-  } else if (storage == Storage::kBFloat16) {
-    run(static_cast<const Brain*>(data));
-  } else if (storage == Storage::kHalf) {
-    run(static_cast<const _Float16*>(data));
-  } else {
-    run(static_cast<const float*>(data));
-  }
-}
 
 }  // namespace lora_kernels

@@ -5,9 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../common/philox.h"
-#include "../common/simd.h"
-#include "keep_bits.h"
+#include "dropout_pass.h"
 #include "math_type.h"
 
 namespace lora_kernels {
@@ -17,28 +15,6 @@ constexpr int64_t kGrain = 1 << 14;
 
 uint32_t threshold(double p) {
   return static_cast<uint32_t>(std::min(std::nearbyint(p * 4294967296.0), 4294967295.0));
-}
-
-LK_SIMD void fill_bytes(uint8_t* out, uint64_t seed, int64_t begin, int64_t end, uint32_t limit) {
-  for (int64_t i = begin; i < end; ++i) {
-    out[i] = keep_byte(seed, static_cast<uint64_t>(i), limit);
-  }
-}
-
-LK_SIMD void drop_f32(float* out, const float* x, const uint8_t* keep, int64_t cols) {
-  drop_row(out, x, keep, cols, 1.0f);
-}
-
-LK_SIMD void drop_f64(double* out, const double* x, const uint8_t* keep, int64_t cols) {
-  drop_row(out, x, keep, cols, 1.0);
-}
-
-void drop(float* out, const float* x, const uint8_t* keep, int64_t cols) {
-  drop_f32(out, x, keep, cols);
-}
-
-void drop(double* out, const double* x, const uint8_t* keep, int64_t cols) {
-  drop_f64(out, x, keep, cols);
 }
 
 }  // namespace

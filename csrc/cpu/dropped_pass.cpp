@@ -2,14 +2,16 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
-#include "../common/simd.h"
+#include "version.h"
+
+#define LK_LOOPS "dropped_loops.h"
+#include "each_version.h"
 
 namespace lora_kernels {
 namespace {
-
-using Lanes = VectorOf<float>;
-constexpr int64_t kVectors = kPanel / kLanes;
 
 // The columns of one chunk of a row of keep bits that are off, one after the other.
 template <typename Each>
@@ -21,71 +23,14 @@ LK_INLINE void each_dropped(const uint8_t* keep, int64_t begin, int64_t end, Eac
   }
 }
 
-// line -= the elements' values times their rows of the panel [kChunk, kPanel]; even and odd ones
-// apart, or each multiplication would wait for the one before.
-LK_INLINE void subtract_row(const DroppedList& list, int64_t begin, int64_t end, const float* panel,
-                            float* line) {
-  Lanes even[kVectors], odd[kVectors] = {};
-  for (int64_t v = 0; v < kVectors; ++v) even[v] = vector(line + v * kLanes);
-  int64_t e = begin;
-  for (; e + 2 <= end; e += 2) {
-    const float* first = panel + list.columns[e] * kPanel;
-    const float* second = panel + list.columns[e + 1] * kPanel;
-    const float a = list.values[e], b = list.values[e + 1];
-    for (int64_t v = 0; v < kVectors; ++v) {
-      even[v] -= a * vector(first + v * kLanes);
-      odd[v] -= b * vector(second + v * kLanes);
-    }
-  }
-  for (int64_t v = 0; v < kVectors && e < end; ++v) {
-    even[v] -= list.values[e] * vector(panel + list.columns[e] * kPanel + v * kLanes);
-  }
-  for (int64_t v = 0; v < kVectors; ++v) vector(line + v * kLanes) = even[v] + odd[v];
+void subtract_chunk(const Subtraction& p, Range rows, Range columns, int64_t chunk,
+                    const float* panel) {
+  LK_DISPATCH(subtract_chunk(p, rows, columns, chunk, panel));
 }
 
-LK_SIMD void subtract_chunk(const Subtraction& p, Range rows, Range columns, int64_t chunk,
-                            const float* panel) {
-  const int64_t width = columns.end - columns.begin;
-  alignas(64) float buffer[kPanel] = {};
-  for (int64_t m = rows.begin; m < rows.end; ++m) {
-    const int64_t* at = p.list.starts + m * p.list.chunks + chunk;
-    float* out = p.out + m * p.out_stride + columns.begin;
-    float* line = width == kPanel ? out : buffer;
-    if (line != out) std::memcpy(line, out, width * sizeof(float));
-    subtract_row(p.list, at[0], at[1], panel, line);
-    if (line != out) std::memcpy(out, line, width * sizeof(float));
-  }
-}
-
-LK_INLINE float product(const float* a, const float* b, int64_t count) {
-  Lanes sums[4] = {};
-  int64_t n = 0;
-  for (; n + 4 * kLanes <= count; n += 4 * kLanes) {
-    for (int64_t v = 0; v < 4; ++v) {
-      sums[v] += vector(a + n + v * kLanes) * vector(b + n + v * kLanes);
-    }
-  }
-  for (; n + kLanes <= count; n += kLanes) sums[0] += vector(a + n) * vector(b + n);
-  const Lanes total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  float result = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) result += total[lane];
-  for (; n < count; ++n) result += a[n] * b[n];
-  return result;
-}
-
-LK_SIMD void replace_piece(const Replacement& p, Range rows, int64_t chunk, Range piece,
-                           const float* tile) {
-  const int64_t count = piece.end - piece.begin;
-  for (int64_t m = rows.begin; m < rows.end; ++m) {
-    const int64_t* at = p.list.starts + m * p.list.chunks + chunk;
-    const float* dy = p.dy + m * p.dy_stride + piece.begin;
-    float* dx = p.dx + m * p.dx_stride + chunk * kChunk;
-    for (int64_t e = at[0]; e < at[1]; ++e) {
-      const int64_t k = p.list.columns[e];
-      const float sum = product(dy, tile + k * kPiece, count);
-      dx[k] = piece.begin == 0 ? sum : dx[k] + sum;
-    }
-  }
+void replace_piece(const Replacement& p, Range rows, int64_t chunk, Range piece,
+                   const float* tile) {
+  LK_DISPATCH(replace_piece(p, rows, chunk, piece, tile));
 }
 
 }  // namespace

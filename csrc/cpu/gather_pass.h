@@ -77,4 +77,10 @@ void outer_pages(const Rows<float>& rows, const int32_t* index, int64_t first, i
 void outer_pages(const Rows<double>& rows, const int32_t* index, int64_t first, int64_t last,
                  const Mix<double>& mix, Columns columns);
 
+// out[r * width + n] = from[n * stride + r], for r in [0, rank) and n in [0, width).
+void turn(const void* from, Storage storage, int64_t stride, int64_t rank, int64_t width,
+          float* out);
+void turn(const void* from, Storage storage, int64_t stride, int64_t rank, int64_t width,
+          double* out);
+
 }  // namespace lora_kernels

@@ -10,13 +10,22 @@
 
 namespace lora_kernels {
 
-// A tile of `out` that is summed in registers, and how many of them share a packed right factor.
-constexpr int64_t kPanelRows = 8, kPanelCols = 32, kPanelsAtOnce = 8;
+// How many of a panel's tiles share a packed right factor.
+constexpr int64_t kPanelsAtOnce = 8;
 // A factor's depth is cut into equal parts of at most kPartDepth, and parts that follow one another
 // are one chain of additions up to kChainDepth: not much longer than in the vendors' GEMMs, so that
 // it rounds as theirs do.
 constexpr int64_t kPartDepth = 256, kChainDepth = 320;
-constexpr int64_t kPanelScratch = kChainDepth * kPanelCols * kPanelsAtOnce;
+
+// A tile of `out` that is summed in registers: as large as the version in use has room for.
+struct PanelShape {
+  int64_t rows, cols;
+
+  // Elements of the memory that multiply_panels() works in.
+  int64_t scratch() const { return kChainDepth * cols * kPanelsAtOnce; }
+};
+
+PanelShape panel_shape();
 
 constexpr int64_t panels_of(int64_t size, int64_t each) { return (size + each - 1) / each; }
 
@@ -44,11 +53,9 @@ struct PanelProduct {
 void pack_rows(const float* matrix, int64_t stride, int64_t rows, int64_t depth, Range panels,
                float* packed);
 
-// The tiles of these panels of rows and of columns; `scratch` has kPanelScratch elements.
+// The tiles of these panels of rows and of columns; `scratch` has panel_shape().scratch()
+// elements.
 void multiply_panels(const PanelProduct& product, Range row_panels, Range col_panels,
                      float* scratch);
-
-// Whether these loops were found faster than the vendor's GEMM on a processor like this one.
-bool panels_are_faster();
 
 }  // namespace lora_kernels

@@ -69,12 +69,13 @@ int64_t total_depth(const std::vector<Tensor>& lefts) {
 // The rows [first, first + rows) of each left factor, in panels, one after the other.
 std::vector<const float*> packed_rows(const std::vector<Tensor>& lefts, int64_t first,
                                       int64_t rows) {
-  const int64_t panels = panels_of(rows, kPanelRows), depth = total_depth(lefts);
-  std::vector<float*> packed = {kept<Kept::kPacked>(panels * kPanelRows * depth)};
+  const int64_t each = panel_shape().rows, panels = panels_of(rows, each);
+  const int64_t depth = total_depth(lefts);
+  std::vector<float*> packed = {kept<Kept::kPacked>(panels * each * depth)};
   for (const Tensor& left : lefts) {
-    packed.push_back(packed.back() + panels * kPanelRows * left.size(1));
+    packed.push_back(packed.back() + panels * each * left.size(1));
   }
-  const int64_t grain = std::max<int64_t>(1, kPackTask / std::max<int64_t>(1, kPanelRows * depth));
+  const int64_t grain = std::max<int64_t>(1, kPackTask / std::max<int64_t>(1, each * depth));
   at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
     for (size_t i = 0; i < lefts.size(); ++i) {
       const float* from = lefts[i].const_data_ptr<float>() + first * lefts[i].stride(0);
@@ -103,16 +104,17 @@ int64_t depth_of(const std::vector<PanelTerm>& terms) {
 // Tiles are shared out by columns, and where there are few of those by rows as well. Which thread
 // sums a tile changes none of its sums.
 void multiply(const PanelProduct& product, int64_t depth) {
-  const int64_t rows = panels_of(product.rows, kPanelRows);
-  const int64_t cols = panels_of(product.cols, kPanelCols);
+  const PanelShape shape = panel_shape();
+  const int64_t rows = panels_of(product.rows, shape.rows);
+  const int64_t cols = panels_of(product.cols, shape.cols);
   if (cols == 0) return;
   const int64_t cuts = std::clamp<int64_t>(panels_of(kPanelsAtOnce * at::get_num_threads(), cols),
                                            1, std::max<int64_t>(1, rows / 8));
   const int64_t each =
-      panels_of(rows, cuts) * kPanelRows * kPanelCols * std::max<int64_t>(depth, 1);
+      panels_of(rows, cuts) * shape.rows * shape.cols * std::max<int64_t>(depth, 1);
   const int64_t grain = std::max<int64_t>(1, kMultiplyTask / each);
   at::parallel_for(0, cuts * cols, grain, [&](int64_t begin, int64_t end) {
-    float* scratch = kept<Kept::kScratch>(kPanelScratch);
+    float* scratch = kept<Kept::kScratch>(shape.scratch());
     for (int64_t at = begin, next; at < end; at = next) {
       const int64_t cut = at / cols;
       next = std::min(end, (cut + 1) * cols);

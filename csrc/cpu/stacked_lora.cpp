@@ -101,11 +101,7 @@ void add_up(const Segments& segments, int64_t i, const Product& what, const int3
             int64_t first, int64_t last) {
   const int64_t width = last - first, rank = segments.rank(i), stride = what.stack.stride(1);
   std::vector<Math> turned(rank * width);
-  typed<Math>(what.part(segments.id(i), first), what.storage(), [&](const auto* from) {
-    for (int64_t r = 0; r < rank; ++r) {
-      for (int64_t n = 0; n < width; ++n) turned[r * width + n] = widen(from[n * stride + r]);
-    }
-  });
+  turn(what.part(segments.id(i), first), what.storage(), stride, rank, width, turned.data());
   const Storage kept = sizeof(Math) == sizeof(double) ? Storage::kDouble : Storage::kFloat;
   const Pages pages = {turned.data(), kept, width, width, index};
   const Mix<Math> sum = {what.rows.const_data_ptr<Math>(), what.rows.stride(0), rank,

@@ -1,0 +1,261 @@
+// The loops of quantized_pass.h, for each version.
+
+namespace lora_kernels {
+namespace LK_VERSION {
+namespace {
+
+using Floats = VectorOf<float>;
+using Ints = VectorOf<LaneBits<float>>;
+typedef int32_t PlainInts __attribute__((vector_size(LK_REGISTER_BYTES), aligned(4)));
+constexpr int kOne = kWidth<float>;
+
+// Rows of W that are decoded together, and rows of x that they are multiplied with at a time.
+constexpr int64_t kRowsAtOnce = 4;
+constexpr int kTall = kManyRegisters ? 4 : 2;
+
+LK_INLINE Floats as_floats(const Ints& bits) {
+  Floats out;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
+#if defined(__clang__)
+template <typename Vector>
+LK_INLINE Vector permuted(const Vector& from, const Ints& places) {
+  Vector out;
+  for (int i = 0; i < kOne; ++i) out[i] = from[places[i]];
+  return out;
+}
+#else
+template <typename Vector>
+LK_INLINE Vector permuted(const Vector& from, const Ints& places) {
+  return __builtin_shuffle(from, places);
+}
+#endif
+
+// kNf4[index] a lane: a table of sixteen is one register of AVX-512, two of AVX2 and too many for
+// shorter ones.
+LK_INLINE Floats nf4_values(const Ints& index) {
+#if !defined(__clang__)
+  if constexpr (kOne == 16) return __builtin_shuffle(vector(kNf4), index);
+  if constexpr (kOne == 8) return __builtin_shuffle(vector(kNf4), vector(kNf4 + kOne), index);
+#endif
+  Floats out;
+  for (int i = 0; i < kOne; ++i) out[i] = kNf4[index[i]];
+  return out;
+}
+
+// A code of float8_e4m3fn a lane. The exponent is moved to float's bias, by arithmetic for
+// the numbers that have none, so that a mode that flushes small floats changes nothing.
+LK_INLINE Floats fp8_values(const Ints& code) {
+  const Ints magnitude = code & 0x7F;
+  const Floats normal = as_floats((magnitude << 20) + (120 << 23));
+  const Floats tiny = (normal - 0x1p-7f) * 2.0f;
+  const Floats finite = magnitude < 8 ? tiny : normal;
+  Ints bits;
+  std::memcpy(&bits, &finite, sizeof(bits));
+  bits = magnitude == 0x7F ? Ints{} + 0x7FC00000 : bits;
+  return as_floats(bits | ((code & 0x80) << 24));
+}
+
+LK_INLINE float scale_at(const QuantizedMatrix& w, int64_t block) {
+  if (w.nested == nullptr) return static_cast<const float*>(w.scales)[block];
+  const float value = w.nested[1 + static_cast<const uint8_t*>(w.scales)[block]];
+  float product = value * w.nested[1 + 256 + block / kNestedBlock];
+#if !defined(__clang__)
+  product = __builtin_assoc_barrier(product);  // two roundings, as everywhere else
+#endif
+  return product + w.nested[0];
+}
+
+// The value of code i, unscaled.
+template <Format F>
+LK_INLINE float value_at(const uint8_t* codes, int64_t i) {
+  if constexpr (F == Format::kNf4) {
+    return kNf4[i % 2 == 0 ? codes[i / 2] >> 4 : codes[i / 2] & 15];
+  } else if constexpr (F == Format::kInt8) {
+    return static_cast<float>(static_cast<int8_t>(codes[i]));
+  } else {
+    return fp8_values(Ints{} + codes[i])[0];
+  }
+}
+
+// A chunk is a vector of words. It gives as many vectors of codes by a permutation and shifts;
+// bytes that are spread over lanes would cost more, since gcc does that one by one.
+template <Format F>
+constexpr int64_t kChunk = codes_of_word(F) * kOne;
+
+// The word of each lane of the V-th vector of a chunk, and how far in it the lane's code is.
+template <Format F, int V, int... Lane>
+LK_INLINE Ints words_of_lanes(const Ints& words, std::integer_sequence<int, Lane...>) {
+  return permuted(words, Ints{(V * kOne + Lane) / codes_of_word(F)...});
+}
+template <Format F, int V, int... Lane>
+LK_INLINE Ints shifts_of_lanes(std::integer_sequence<int, Lane...>) {
+  return Ints{shift_of(F, V * kOne + Lane)...};
+}
+
+// The V-th vector of a chunk, times its scale.
+template <Format F, int V>
+LK_INLINE void store_values(const Ints& words, const Floats& scale, float* out) {
+  constexpr auto lanes = std::make_integer_sequence<int, kOne>();
+  const Ints word = words_of_lanes<F, V>(words, lanes), shifts = shifts_of_lanes<F, V>(lanes);
+  if constexpr (F == Format::kNf4) {
+    vector(out) = nf4_values((word >> shifts) & 15) * scale;
+  } else if constexpr (F == Format::kInt8) {
+    vector(out) = __builtin_convertvector((word << (24 - shifts)) >> 24, Floats) * scale;
+  } else {
+    vector(out) = fp8_values((word >> shifts) & 0xFF) * scale;
+  }
+}
+
+// All vectors of a chunk; a half may be of another block than the other.
+template <Format F, int... V>
+LK_INLINE void store_chunk(const Ints& words, const Floats& first, const Floats& second, float* out,
+                           std::integer_sequence<int, V...>) {
+  (store_values<F, V>(words, 2 * V < codes_of_word(F) ? first : second, out + V * kOne), ...);
+}
+
+// Whether a chunk is of one block or of two, a half each.
+template <Format F>
+LK_INLINE bool has_chunks(const QuantizedMatrix& w) {
+  return w.block % (kChunk<F> / 2) == 0;
+}
+
+// The chunk of elements from i on.
+template <Format F>
+LK_INLINE void decode_chunk(const QuantizedMatrix& w, int64_t i, float* out) {
+  constexpr float kUnit = F == Format::kInt8 ? kInt8Unit : 1.0f;
+  const int64_t block = i / w.block, next = (i + kChunk<F> / 2) / w.block;
+  const Floats first = Floats{} + scale_at(w, block) * kUnit;
+  const Floats second = next == block ? first : Floats{} + scale_at(w, next) * kUnit;
+  constexpr int64_t kPerByte = F == Format::kNf4 ? 2 : 1;
+  // The same place of the rows that are decoded together next.
+  __builtin_prefetch(w.codes + (i + kRowsAtOnce * w.cols) / kPerByte);
+  Ints words;
+  std::memcpy(&words, w.codes + i / kPerByte, sizeof(words));
+  store_chunk<F>(words, first, second, out, std::make_integer_sequence<int, codes_of_word(F)>());
+}
+
+template <Format F, typename Math>
+LK_INLINE void decode_one_by_one(const QuantizedMatrix& w, int64_t begin, int64_t end, Math* out) {
+  constexpr float kUnit = F == Format::kInt8 ? kInt8Unit : 1.0f;
+  for (int64_t i = begin, stop; i < end; i = stop) {
+    const int64_t block = i / w.block;
+    stop = std::min(end, (block + 1) * w.block);
+    const float scale = scale_at(w, block) * kUnit;
+    for (int64_t j = i; j < stop; ++j) {
+      out[j - begin] = static_cast<Math>(value_at<F>(w.codes, j)) * scale;
+    }
+  }
+}
+
+// Elements [begin, end).
+template <Format F>
+LK_INLINE void decode_range(const QuantizedMatrix& w, int64_t begin, int64_t end, float* out) {
+  const int64_t start = std::min(end, (begin + kChunk<F> - 1) / kChunk<F> * kChunk<F>);
+  const int64_t chunks = has_chunks<F>(w) ? (end - start) / kChunk<F> : 0;
+  const int64_t stop = start + chunks * kChunk<F>;
+  decode_one_by_one<F>(w, begin, start, out);
+  for (int64_t i = start; i < stop; i += kChunk<F>) decode_chunk<F>(w, i, out + i - begin);
+  decode_one_by_one<F>(w, stop, end, out + stop - begin);
+}
+
+// Calls run with the format as a constant.
+template <typename Run>
+LK_INLINE void with_format(Format format, Run run) {
+  if (format == Format::kNf4) return run(std::integral_constant<Format, Format::kNf4>{});
+  if (format == Format::kInt8) return run(std::integral_constant<Format, Format::kInt8>{});
+  return run(std::integral_constant<Format, Format::kFp8>{});
+}
+
+// lanes[i][j] += x_i * w_j, lane by lane.
+template <int R, int P>
+LK_INLINE void dot_span(const float* x, int64_t x_stride, const float (*w)[kDecoded], int64_t width,
+                        Floats (*lanes)[kRowsAtOnce]) {
+  Floats sums[R][P];
+  for (int i = 0; i < R; ++i) {
+    for (int j = 0; j < P; ++j) sums[i][j] = lanes[i][j];
+  }
+  for (int64_t k = 0; k < width; k += kOne) {
+    Floats columns[P];
+    for (int j = 0; j < P; ++j) columns[j] = vector(w[j] + k);
+    for (int i = 0; i < R; ++i) {
+      const Floats row = vector(x + i * x_stride + k);
+      for (int j = 0; j < P; ++j) sums[i][j] += row * columns[j];
+    }
+  }
+  for (int i = 0; i < R; ++i) {
+    for (int j = 0; j < P; ++j) lanes[i][j] = sums[i][j];
+  }
+}
+
+template <Format F, int P>
+LK_INLINE void dots_tile(const QuantizedMatrix& w, const float* x, int64_t x_stride, int64_t count,
+                         int64_t n, float* out, int64_t out_stride) {
+  Floats lanes[kMostRows][kRowsAtOnce] = {};
+  alignas(64) float decoded[P][kDecoded];
+  for (int64_t k = 0; k < w.cols; k += kDecoded) {
+    const int64_t width = std::min(kDecoded, w.cols - k);
+    const int64_t padded = (width + kOne - 1) / kOne * kOne;
+    for (int j = 0; j < P; ++j) {
+      const int64_t first = (n + j) * w.cols + k;
+      decode_range<F>(w, first, first + width, decoded[j]);
+      std::fill(decoded[j] + width, decoded[j] + padded, 0.0f);
+    }
+    int64_t i = 0;
+    for (; i + kTall <= count; i += kTall) {
+      dot_span<kTall, P>(x + i * x_stride + k, x_stride, decoded, padded, lanes + i);
+    }
+    for (; i < count; ++i) {
+      dot_span<1, P>(x + i * x_stride + k, x_stride, decoded, padded, lanes + i);
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    for (int j = 0; j < P; ++j) out[i * out_stride + n + j] = sum_of_lanes<float>(lanes[i][j]);
+  }
+}
+
+template <typename Element>
+LK_INLINE void decode_as(const QuantizedMatrix& w, int64_t begin, int64_t end, Element* out) {
+  with_format(w.format, [&](auto format) LK_LAMBDA {
+    float chunk[kDecoded];
+    for (int64_t i = begin; i < end; i += kDecoded) {
+      const int64_t count = std::min(kDecoded, end - i);
+      decode_range<decltype(format)::value>(w, i, i + count, chunk);
+      narrow_row(out + i - begin, chunk, count);
+    }
+  });
+}
+
+}  // namespace
+
+LK_LOOP void decode(const QuantizedMatrix& w, int64_t begin, int64_t end, void* out,
+                    Storage storage) {
+  if (storage == Storage::kDouble) {
+    with_format(w.format, [&](auto format) LK_LAMBDA {
+      decode_one_by_one<decltype(format)::value>(w, begin, end, static_cast<double*>(out));
+    });
+  } else if (storage == Storage::kBFloat16) {
+    decode_as(w, begin, end, static_cast<Brain*>(out));
+  } else if (storage == Storage::kHalf) {
+    decode_as(w, begin, end, static_cast<HalfFloat*>(out));
+  } else {
+    decode_as(w, begin, end, static_cast<float*>(out));
+  }
+}
+
+LK_LOOP void dots(const QuantizedMatrix& w, const float* x, int64_t x_stride, int64_t count,
+                  int64_t begin, int64_t end, float* out, int64_t out_stride) {
+  with_format(w.format, [&](auto format) LK_LAMBDA {
+    constexpr Format F = decltype(format)::value;
+    int64_t n = begin;
+    for (; n + kRowsAtOnce <= end; n += kRowsAtOnce) {
+      dots_tile<F, kRowsAtOnce>(w, x, x_stride, count, n, out, out_stride);
+    }
+    for (; n < end; ++n) dots_tile<F, 1>(w, x, x_stride, count, n, out, out_stride);
+  });
+}
+
+}  // namespace LK_VERSION
+}  // namespace lora_kernels
