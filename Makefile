@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(filter csrc/%,$(NATIVE))
 # What clang-tidy reads: the sources with no torch header, which take seconds.
 TIDY := $(wildcard csrc/cpu/*_pass.cpp) $(wildcard tests/csrc/*.cpp)
 
-.PHONY: demo test lint format docs bench inspect plans install wheel sanitize clean
+.PHONY: demo test test-all lint format docs bench inspect plans install wheel sanitize clean
 
 install: $(VENV)/.installed
 
@@ -22,8 +22,12 @@ $(VENV)/.installed: $(SOURCES)
 demo: install
 	$(BIN)/python -m lora_kernels.cli demo
 
+# The suite, and with it the rest of its matrices: every variant of every kernel compiled, and the like.
 test: install
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-all: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
 
 lint: install
 	$(BIN)/ruff check .

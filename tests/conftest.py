@@ -14,6 +14,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
+def pytest_collection_modifyitems(items):
+    """What `spread` leaves out is exhaustive: the rest has each value of every parameter that it names,
+    as a diagonal of their product, and not each with each."""
+    for item in items:
+        spread = item.get_closest_marker("spread")
+        if spread is None:
+            continue
+        places = [item.callspec.indices[name] for name in spread.args]
+        if sum(places) % spread.kwargs["of"]:
+            item.add_marker(pytest.mark.exhaustive)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", action="append", help="sm_80 or 80, sm_90, sm_100, gfx942 (all)")
     parser.add_argument("--rank", type=int, action="append", help="rank bucket (16, 64, 128, 256, 512)")
     parser.add_argument("--dtype", action="append", choices=("bf16", "fp16", "fp32"), help="default bf16")
+    parser.add_argument("--once", action="store_true", help="of each kernel the heaviest variant alone")
     parser.add_argument("--bytes", action="store_true", help="what each launch moves, and the floor of it")
     parser.add_argument("--shape", action="append", help="MxKxN for --bytes (8192x4096x4096)")
     parser.add_argument("--json", action="store_true", help="print JSON lines, one a kernel")
@@ -55,7 +56,7 @@ def _compile(args: argparse.Namespace) -> int:
         return 2
     if not args.json:
         print("  ".join(f"{name:>10}" for name in COLUMNS))
-    for spec in aot.specs(tuple(args.dtype or ("bf16",)), tuple(args.rank or aot.RANKS)):
+    for spec in aot.specs(tuple(args.dtype or ("bf16",)), tuple(args.rank or aot.RANKS), args.once):
         for target in targets:
             row = dataclasses.asdict(aot.inspect(spec, target))
             if args.json:

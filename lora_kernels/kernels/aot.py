@@ -55,6 +55,8 @@ from .config import (
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 TARGETS = tuple(SHARED_LIMIT)
 RANKS = (16, 64, 128, 256, 512)
+# Left out where each kernel is compiled once: another variant of the same kernel does more.
+_LESSER = {"plain", "sliced", "padded", "nf4", "int8", "fp8", "silu", "gelu"}
 _ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -126,8 +128,19 @@ class Report:
     narrow_loads: int
 
 
-def specs(dtypes: tuple[str, ...] = ("bf16",), ranks: tuple[int, ...] = RANKS) -> Iterator[Spec]:
-    """Every kernel in the variant that carries most: bias and dropout, all gradients; and the gate."""
+def specs(
+    dtypes: tuple[str, ...] = ("bf16",), ranks: tuple[int, ...] = RANKS, once: bool = False
+) -> Iterator[Spec]:
+    """Every kernel in the variants that carry most: bias and dropout, all gradients; and the gate.
+
+    ``once``: without those that another one of the same kernel outdoes.
+    """
+    for spec in _all_specs(dtypes, ranks):
+        if not (once and spec.variant in _LESSER):
+            yield spec
+
+
+def _all_specs(dtypes: tuple[str, ...], ranks: tuple[int, ...]) -> Iterator[Spec]:
     for dtype in dtypes:
         for rank in ranks:
             yield from _linear_specs(dtype, rank)

@@ -69,7 +69,7 @@ def test_every_provider_that_is_here_is_right(name, case):
     assert check(provider, case) is None
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", [SMALL, DROPPED], ids=lambda case: case.label)
 def test_compiled_peft_is_right(case):
     assert check(BY_NAME["peft_compiled"], case) is None

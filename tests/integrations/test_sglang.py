@@ -38,6 +38,7 @@ def batch(dtype, sizes, tokens=23, cols=160):
     return torch.randn(tokens, cols).to(dtype), torch.randn(tokens, sum(sizes)).to(dtype), adapters
 
 
+@pytest.mark.spread("backend", "chunk", "sizes", of=3)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("chunk", (None, 3, 64))
 @pytest.mark.parametrize("sizes", ([96], [64, 24, 24], [40, 40]))

@@ -71,36 +71,57 @@ def _check(row: dict) -> None:
         assert row["wide_loads"] > row["narrow_loads"], f"{name}: {row['narrow_loads']} narrow loads"
 
 
-@pytest.mark.parametrize("rank", [16, 64, 128, 256, 512])
-@pytest.mark.parametrize("target", ["80", "90", "100"])
-def test_half_precision(target, rank):
-    rows = _inspect("--target", target, "--rank", str(rank))
+def _kernels(rank: int) -> set[str]:
+    """Those that are compiled for a rank, and those that know none."""
     narrow = {*GATHER, *GROUP, *SMALL, "kext"} if rank <= 64 else set()
     narrow |= {"single"} if rank <= 128 else set()
     codes = {16: CODES, 64: {"quantized"}}.get(rank, set())
     usual = {"forward", "dy_pass", "x_pass", "low_rank_norm", "invariant_linear"}
-    assert {row["kernel"] for row in rows} == {*usual, *narrow, *codes, *NO_MATMUL}
+    return {*usual, *narrow, *codes, *NO_MATMUL}
+
+
+def _check_all(rows: list[dict]) -> None:
+    # Sixteen rows, of one adapter, of a weight or in all, are fewer than a warpgroup's matmul takes.
+    few = GATHER | CODES | GROUP | {"low_rank_norm", "single", "invariant_linear"}
+    few |= NO_MATMUL | SMALL
     for row in rows:
         _check(row)
-        if rank == 16 and row["kernel"] in PASSES and row["variant"] != "scaled" and target != "100":
+        half = row["dtype"] == "bf16"
+        if half and row["target"] == "sm_90" and row["rank"] in (16, 64) and row["kernel"] not in few:
+            assert row["mma"] == "HGMMA", row
+        waits = row["kernel"] in PASSES and row["variant"] != "scaled" and row["rank"] == 16
+        if half and waits and row["target"] in ("sm_80", "sm_90"):
             assert _blocks_at_once(row) >= 2, row
 
 
+# Every kernel once a target; where the branch is wider its tile is another.
+@pytest.mark.parametrize(
+    ("target", "ranks"),
+    [("sm_90", (16,)), ("sm_90", (64, 512)), ("sm_80", (16, 512)), ("sm_100", (16, 512)), ("gfx942", (16,))],
+    ids=str,
+)
+def test_each_kernel_once(target, ranks):
+    rows = _inspect("--once", "--target", target, *(f"--rank={rank}" for rank in ranks))
+    assert {row["kernel"] for row in rows} == set.union(*map(_kernels, ranks))
+    _check_all(rows)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("rank", [16, 64, 128, 256, 512])
+@pytest.mark.parametrize("target", ["80", "90", "100"])
+def test_half_precision(target, rank):
+    rows = _inspect("--target", target, "--rank", str(rank))
+    assert {row["kernel"] for row in rows} == _kernels(rank)
+    _check_all(rows)
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("rank", [16, 64])
 def test_amd(rank):
-    for row in _inspect("--target", "gfx942", "--rank", str(rank)):
-        _check(row)
+    _check_all(_inspect("--target", "gfx942", "--rank", str(rank)))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("target", ["80", "90", "100"])
 def test_float32_through_tf32(target):
-    for row in _inspect("--target", target, "--rank", "16", "--rank", "64", "--dtype", "fp32"):
-        _check(row)
-
-
-def test_low_ranks_use_hopper_warpgroup_matmuls():
-    rows = _inspect("--target", "90", "--rank", "16", "--rank", "64")
-    # Sixteen rows, of one adapter, of a weight or in all, are fewer than a warpgroup's matmul takes.
-    few = GATHER | CODES | GROUP | {"low_rank_norm", "single", "invariant_linear"}
-    kinds = {row["mma"] for row in rows if row["kernel"] not in NO_MATMUL | SMALL | few}
-    assert kinds == {"HGMMA"}
+    _check_all(_inspect("--target", target, "--rank", "16", "--rank", "64", "--dtype", "fp32"))

@@ -145,6 +145,7 @@ def by_peft(model, targets):
 LLAMA, BERT = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], ["query", "key", "value"]
 
 
+@pytest.mark.spread("make", "adapt", "recompute", of=2)
 @pytest.mark.parametrize("recompute", (False, True))
 @pytest.mark.parametrize("adapt", (by_apply_lora, by_peft))
 @pytest.mark.parametrize(("make", "targets", "groups"), ((llama, LLAMA, 2), (bert, BERT, 1)))
@@ -188,7 +189,7 @@ def test_signatures_are_those_of_transformers():
         assert isinstance(layer.mlp, type(base.mlp))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_inductor_equals_eager():
     block, *rest = build()
     close(step(compiled(recomputing, "inductor"), block, *rest), step(plain, block, *rest))

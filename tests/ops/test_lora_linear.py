@@ -81,10 +81,11 @@ def test_variant(path, case, dtype, device):
     run_case(path, replace(case, dtype=dtype), device)
 
 
+@pytest.mark.spread("case", "strategy", of=3)
 @STRATEGIES
 @pytest.mark.parametrize("case", VARIANTS, ids=case_id)
 def test_variant_triton(case, strategy, device):
-    dtype = DTYPES[(VARIANTS.index(case) + len(strategy)) % 3]
+    dtype = DTYPES[VARIANTS.index(case) // 3 % 3]
     run_case("triton", replace(case, dtype=dtype), device)
 
 
@@ -95,10 +96,11 @@ def test_rank(path, rank, dtype, device):
     run_case(path, LoraCase(lead=(9,), cols=40, rank=rank, dtype=dtype, dropout_p=0.1, gate="rank"), device)
 
 
+@pytest.mark.spread("rank", "strategy", of=3)
 @STRATEGIES
 @pytest.mark.parametrize("rank", RANKS)
 def test_rank_triton(rank, strategy, device):
-    dtype = DTYPES[RANKS.index(rank) % 3]
+    dtype = DTYPES[RANKS.index(rank) // 3 % 3]
     run_case("triton", LoraCase(lead=(9,), cols=40, rank=rank, dtype=dtype, dropout_p=0.1), device)
 
 
@@ -129,6 +131,7 @@ def test_requires_grad_subset(path, subset, dropout_p, device):
     run_case(path, case, device, requires_grad=subset)
 
 
+@pytest.mark.spread("subset", "strategy", of=3)
 @STRATEGIES
 @pytest.mark.parametrize("subset", SUBSETS, ids="+".join)
 def test_requires_grad_subset_triton(subset, strategy, device):

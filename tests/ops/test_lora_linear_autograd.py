@@ -278,6 +278,7 @@ def equal_to_eager(compiled, layer, rows, device):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.spread("backend", "dropout_p", of=2)
 @pytest.mark.parametrize("dropout_p", (0.0, 0.3))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_equals_eager_for_any_token_count(backend, dropout_p, device, fresh_dynamo):
@@ -300,6 +301,7 @@ def test_compiled_equals_eager_for_any_token_count(backend, dropout_p, device, f
     ),
     ids=("rows-gate", "x_lora", "branch", "fp32-adapters"),
 )
+@pytest.mark.spread("backend", "case", of=2)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_options(backend, case, device, fresh_dynamo):
     names, found = case.present(), []

@@ -138,6 +138,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.spread("backend", "name", "activation", of=3)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -303,6 +304,7 @@ def test_functional_gradients(device):
     torch.testing.assert_close(grad(inputs["x"]), want["x"].grad)
 
 
+@pytest.mark.spread("backend", "ps", of=2)
 @pytest.mark.parametrize("ps", ((0.0,) * 3, DROPS), ids=("plain", "dropout"))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_equals_eager_for_any_token_count(backend, ps, device):

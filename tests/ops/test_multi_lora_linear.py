@@ -139,6 +139,7 @@ def check(backend, batch, dtype, device, ps=None):
         assert_close(value.cpu(), expected["eager"][name], expected["exact"][name], name, dtype, ulps=2)
 
 
+@pytest.mark.spread("backend", "dtype", "kind", of=3)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["identical", "distinct", "uniform", "zipf", "skewed"])
@@ -218,7 +219,7 @@ def test_a_rows_delta_does_not_depend_on_its_company(backend, dtype, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_hundred_batches_give_a_row_the_same_delta(backend, device):
+def test_many_batches_give_a_row_the_same_delta(backend, device):
     """Bitwise, on small shapes; the reference's promise is that of ``batch_invariant``."""
     make = torch.Generator().manual_seed(7)
     ranks, cols, out, rows = (3, 0, 8, 1, 5), 48, 32, 12
@@ -230,7 +231,7 @@ def test_a_hundred_batches_give_a_row_the_same_delta(backend, device):
     options = {"batch_invariant": backend == "reference"}
     with use_backend(backend), torch.no_grad():
         whole = multi_lora_linear(x, None, stack, ids, **options)
-        for _ in range(100):
+        for _ in range(20 if backend == "triton" else 100):
             count = int(torch.randint(1, 8, (), generator=make))
             some = torch.randperm(rows, generator=make)[:count].to(device)
             assert torch.equal(multi_lora_linear(x[some], None, stack, ids[some], **options), whole[some])
