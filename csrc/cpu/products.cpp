@@ -227,10 +227,14 @@ Tensor vendors_branched_product(const Tensor& left, const Tensor& right,
 Tensor branched_product(Way way, const Tensor& left, const Tensor& right,
                         const std::optional<Tensor>& bias, const Tensor& vectors,
                         const Tensor& factor, double scaling) {
-  if (way == Way::kTorch)
-    return torchs_branched_product(left, right, bias, vectors, factor, scaling);
   const int64_t rank = factor.size(0);
   const Tensor used = vectors.size(1) == rank ? vectors : vectors.narrow(1, 0, rank);
+  if (in_blocks(left)) {
+    return blocked_branched_product(way, left, right, bias, used, factor, scaling);
+  }
+  if (way == Way::kTorch) {
+    return torchs_branched_product(left, right, bias, used, factor, scaling);
+  }
   if (way != Way::kPanels) {
     return vendors_branched_product(left, right, bias, used, factor, scaling);
   }
