@@ -57,9 +57,9 @@ class MixedBatch:
         each = samples // max(1, len(ids))
         if each not in repeats or samples != each * len(ids):
             raise ValueError(
-                f"adapter_names: expected one for each of {samples} samples, got {len(ids)} (at {site!r}; where"
-                " its first dimension holds several rows of each sample side by side, say how many by"
-                " use_adapters(..., repeats=))"
+                f"adapter_names: expected one for each of {samples} samples, got {len(ids)} (at {site!r};"
+                " where its first dimension holds several rows of each sample side by side, say how many"
+                " by use_adapters(..., repeats=))"
             )
         ids = ids.repeat_interleave(each)
         if rows not in plans:
