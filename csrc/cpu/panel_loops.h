@@ -8,7 +8,7 @@ using Vector = VectorOf<float>;
 constexpr int kOne = kWidth<float>;
 
 // A tile of `out` that is summed in registers.
-constexpr int kVectors = kOne == 16 || (kOne == 4 && !kManyRegisters) ? 2 : 3;
+constexpr int kVectors = kOne == 8 ? 3 : 2;
 constexpr int64_t kPanelRows = kTileRows, kPanelCols = kVectors * kOne;
 
 // packed[k][n] for `cols` of a panel's columns and a run of depth, zeros beyond `cols`.
