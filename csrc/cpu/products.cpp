@@ -1,6 +1,7 @@
 #include "products.h"
 
 #include <ATen/Parallel.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <memory>
@@ -150,9 +151,11 @@ bool in_blocks(const Tensor& left) {
 constexpr int64_t kRightBlock = int64_t(1) << 20, kLeftBlock = int64_t(1) << 22;
 constexpr int64_t kFewestBlockRows = 256, kMostBlockRows = 1024;
 
-// run(first row, rows, first column, columns, left's rows and right's columns in float).
+// run(first row, rows, first column, columns, left's rows and right's columns in float). Autocast
+// would take the blocks back to half precision.
 template <typename Run>
 void over_float_blocks(const Tensor& left, const Tensor& right, Run run) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const int64_t rows = left.size(0), depth = std::max<int64_t>(1, left.size(1));
   const int64_t cols = right.size(1);
   const int64_t each_rows = std::clamp(kLeftBlock / depth, kFewestBlockRows, kMostBlockRows);
