@@ -150,7 +150,7 @@ LK_INLINE Products<Math> moved(Products<Math> p, int64_t row, int64_t col) {
 template <typename Math>
 LK_INLINE int64_t columns_at_once(const Products<Math>& p) {
   const int64_t each = p.rank * sizeof(Math) * ((p.shrunk != nullptr) + (p.outer != nullptr));
-  return std::clamp<int64_t>(kCached / each / 32 * 32, 32, kColumnsOfChain);
+  return std::clamp<int64_t>(kCached / std::max<int64_t>(each, 1) / 32 * 32, 32, kColumnsOfChain);
 }
 
 template <typename Math>

@@ -487,7 +487,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
             own_bias.requires_grad_(True)
     inside = adapter_keys(model)
     for name, parameter in model.named_parameters():
-        if bias == "all" and name.rpartition(".")[2] == "bias" and not name.startswith(inside):
+        if bias == "all" and name.rpartition(".")[2] == "bias" and not plain_key(name).startswith(inside):
             parameter.requires_grad_(True)
     owned.choose(model, owned.acting(model))
 
@@ -516,16 +516,16 @@ def lora_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[s
     inside = prefixes if adapter_name is None else tuple(f"{prefix}{adapter_name}." for prefix in prefixes)
 
     def wanted(key: str) -> bool:
-        return key.startswith(inside) or plain_key(key) in own
+        return plain_key(key).startswith(inside) or plain_key(key) in own
 
     return {key: value for key, value in model.state_dict().items() if wanted(key)}
 
 
 def adapter_keys(model: nn.Module) -> tuple[str, ...]:
-    """What the keys of adapters in ``model.state_dict()`` start with, one for each name of each layer."""
+    """What the plain keys of adapters in the state dict of ``model`` start with, by name of each layer."""
     modules = model.named_modules(remove_duplicate=False)
     layers = [name for name, module in modules if isinstance(module, AdapterLayer)]
-    return tuple(f"{name}.adapters." if name else "adapters." for name in layers)
+    return tuple(f"{plain_key(name)}.adapters." if name else "adapters." for name in layers)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
