@@ -20,7 +20,9 @@
 namespace lora_kernels {
 namespace {
 
-std::mt19937 engine(1);
+// The same numbers in every run.
+std::mt19937 engine(
+    1);  // NOLINT(bugprone-random-generator-seed,bugprone-throwing-static-initialization)
 
 template <typename Math>
 constexpr Storage kStored = sizeof(Math) == 8 ? Storage::kDouble : Storage::kFloat;
