@@ -21,8 +21,8 @@ namespace lora_kernels {
 namespace {
 
 // The same numbers in every run.
-std::mt19937 engine(
-    1);  // NOLINT(bugprone-random-generator-seed,bugprone-throwing-static-initialization)
+// NOLINTNEXTLINE(bugprone-random-generator-seed,bugprone-throwing-static-initialization)
+std::mt19937 engine(1);
 
 template <typename Math>
 constexpr Storage kStored = sizeof(Math) == 8 ? Storage::kDouble : Storage::kFloat;
