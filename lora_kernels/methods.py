@@ -35,6 +35,7 @@ class Method(NamedTuple):
 
 KINDS = ("structure", "start", "step", "company", "knowledge", "layer")
 REGISTER = (
+    # Structures of two factors.
     Method(
         "lora", "LoRA; rsLoRA with `use_rslora=True`", "2106.09685", (1, 87), "structure", "adapters.lora"
     ),
@@ -71,6 +72,10 @@ REGISTER = (
         "structure",
         "adapters.dora",
     ),
+    # Structures whose factors are shared, generated or chosen.
+    # Structures over convolutions, quantised bases and several outputs.
+    # Structures that are not of low rank.
+    # Starts.
     Method("gaussian", "Gaussian start: A of N(0, 1/r²)", "", (), "start", "init.random"),
     Method(
         "orthogonal",
@@ -105,6 +110,7 @@ REGISTER = (
         "init.corda",
     ),
     Method("lora_ga", "LoRA-GA: singular vectors of W's gradient", "2407.05000", (), "start", "init.lora_ga"),
+    # Optimisers.
     Method("lora_plus", "LoRA+: B learns faster than A", "2402.12354", (63,), "step", "optim.lora_plus"),
     Method(
         "lora_fa_opt",
@@ -141,6 +147,8 @@ REGISTER = (
         "step",
         "optim.derivative_free",
     ),
+    # Schedules.
+    # Rank allocation and pruning.
 )
 
 
