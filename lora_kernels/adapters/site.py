@@ -43,9 +43,30 @@ class Site(NamedTuple):
             self.tensors[key] = nn.Parameter(make().to(device=self.device, dtype=self.dtype))
         return self.tensors[key]
 
-    def option(self, name: str, default: Any) -> Any:
-        """An option of the method, ``config.method_options[name]``."""
-        return self.config.method_options.get(name, default)
+    def option(self, name: str, default: Any, choices: tuple[Any, ...] | None = None) -> Any:
+        """An option of the method or of the initialiser, ``config.method_options[name]``.
+
+        Raises:
+            ValueError: it is none of ``choices``.
+        """
+        value = self.config.method_options.get(name, default)
+        if choices is not None and value not in choices:
+            raise ValueError(f"method_options: {name}: expected one of {choices}, got {value!r}")
+        return value
+
+    def count(self, name: str, default: int, least: int = 1) -> int:
+        """An option that is a whole number.
+
+        Raises:
+            TypeError: it is none.
+            ValueError: it is below ``least``.
+        """
+        value = self.option(name, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"method_options: {name}: expected an int, got {type(value).__name__}")
+        if value < least:
+            raise ValueError(f"method_options: {name}: expected at least {least}, got {value}")
+        return value
 
     def empty(self, *shape: int) -> Tensor:
         """A tensor for the adapter, uninitialised."""

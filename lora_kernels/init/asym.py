@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .base import Drawn, check_rank, option, register
+from .base import Drawn, check_rank, register
 from .random import zero_b
 
 if TYPE_CHECKING:
@@ -22,5 +22,5 @@ def draw_asym(site: Site) -> Drawn:
     """
     r = check_rank(site, site.in_features)
     q, _ = torch.linalg.qr(torch.randn(site.in_features, r))
-    frozen = frozenset() if option(site, "train_a", False, (True, False)) else frozenset({"lora_A"})
+    frozen = frozenset() if site.option("train_a", False, (True, False)) else frozenset({"lora_A"})
     return Drawn(q.T.contiguous(), zero_b(site), frozen=frozen)

@@ -181,15 +181,3 @@ def balanced(u: Tensor, s: Tensor, vh: Tensor, scaling: float) -> tuple[Tensor, 
     """A = √(S/s) Vᵀ and B = U √(S/s), whose s · B A is U S Vᵀ."""
     root = (s / scaling).sqrt()
     return root[:, None] * vh, u * root
-
-
-def option(site: Site, name: str, default: Any, choices: tuple[Any, ...] | None = None) -> Any:
-    """An option of the initialiser, from ``method_options``.
-
-    Raises:
-        ValueError: it is none of ``choices``.
-    """
-    value = site.config.method_options.get(name, default)
-    if choices is not None and value not in choices:
-        raise ValueError(f"method_options: {name}: expected one of {choices}, got {value!r}")
-    return value

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .base import Drawn, balanced, check_rank, given_weight, option, register, scaling_of, statistic
+from .base import Drawn, balanced, check_rank, given_weight, register, scaling_of, statistic
 
 if TYPE_CHECKING:
     from ..adapters.site import Site
@@ -25,7 +25,7 @@ def draw_corda(site: Site) -> Drawn:
     the samples), ``"kpm"`` the last (to keep what the samples know).
     """
     r, weight = check_rank(site), given_weight(site)
-    principal = option(site, "corda_method", "ipm", ("ipm", "kpm")) == "ipm"
+    principal = site.option("corda_method", "ipm", ("ipm", "kpm")) == "ipm"
     covariance = statistic(site, COVARIANCE, site.in_features, site.in_features)
     damped, inverse = _damped(covariance.to(weight.dtype))
     u, s, vh = torch.linalg.svd(weight @ damped, full_matrices=False)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .base import Drawn, check_rank, option, register, statistic
+from .base import Drawn, check_rank, register, statistic
 from .random import zero_b
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def draw_eva(site: Site) -> Drawn:
     r = check_rank(site, len(found))
     sizes = found[:r].norm(dim=1, keepdim=True)
     lora_a = found[:r] / sizes
-    if option(site, "whiten", False, (True, False)):
+    if site.option("whiten", False, (True, False)):
         lora_a = lora_a / sizes.sqrt()
     return Drawn(lora_a, zero_b(site).to(lora_a.device))
 

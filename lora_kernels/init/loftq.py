@@ -8,7 +8,7 @@ import torch
 
 from ..ops.dequantize import dequantize
 from ..quant import quantize
-from .base import Drawn, balanced, check_rank, given_weight, option, register, scaling_of
+from .base import Drawn, balanced, check_rank, given_weight, register, scaling_of
 
 if TYPE_CHECKING:
     from ..adapters.site import Site
@@ -25,8 +25,8 @@ def draw_loftq(site: Site) -> Drawn:
     finds the same Q: ``quantize_base(model, "nf4")``. s is taken out of the factors, which PEFT's leaves in.
     """
     r, weight = check_rank(site), given_weight(site)
-    format = _FORMATS[option(site, "loftq_bits", 4, tuple(_FORMATS))]
-    rounds = option(site, "loftq_iter", 1)
+    format = _FORMATS[site.option("loftq_bits", 4, tuple(_FORMATS))]
+    rounds = site.option("loftq_iter", 1)
     if not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"method_options: loftq_iter: expected an int of at least 1, got {rounds!r}")
     scaling, part = scaling_of(site), torch.zeros_like(weight)

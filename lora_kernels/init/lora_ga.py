@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .base import Drawn, check_rank, given_weight, option, register, scaling_of, statistic
+from .base import Drawn, check_rank, given_weight, register, scaling_of, statistic
 
 if TYPE_CHECKING:
     from ..adapters.site import Site
@@ -27,9 +27,9 @@ def draw_lora_ga(site: Site) -> Drawn:
     factors over s) or ``unit``. The decomposition is randomised, by torch's generator.
     """
     r, out = check_rank(site, min(site.in_features, site.out_features) // 2), site.out_features
-    direction = option(site, "direction", "ArB2r", DIRECTIONS)
-    scale = option(site, "scale", "stable", SCALES)
-    gamma = option(site, "stable_gamma", 16)
+    direction = site.option("direction", "ArB2r", DIRECTIONS)
+    scale = site.option("scale", "stable", SCALES)
+    gamma = site.option("stable_gamma", 16)
     gradient = statistic(site, GRADIENT, out, site.in_features)
     u, s, v = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
     of_a, of_b = _places(direction, r)
