@@ -253,11 +253,18 @@ def _left_out(results: Results) -> Iterator[str]:
         yield from (f"Left out, because the time was over ({len(results.left_out)}): {labels}", "")
 
 
+def taken_under(under: Conditions) -> str:
+    """The conditions of a run, as a sentence."""
+    return (
+        f"{under.device}; torch {under.torch}, Triton {under.triton}, PEFT {under.peft}; commit"
+        f" {under.commit}, {under.timestamp}; `{under.command}`."
+    )
+
+
 def markdown(results: Results, under: Conditions) -> str:
     """The tables with the conditions they were taken under."""
     lines = [
-        f"{under.device}; torch {under.torch}, Triton {under.triton}, PEFT {under.peft}; commit"
-        f" {under.commit}, {under.timestamp}; `{under.command}`. Median of {under.repeats} interleaved"
+        f"{taken_under(under)} Median of {under.repeats} interleaved"
         " rounds with p20 to p80; a ratio is the median of the ratios within a round.",
         "",
         *_goal_lines(results),

@@ -1,32 +1,15 @@
-"""How the invariants build each registered method, where its defaults do not do."""
+"""How the invariants build and call each registered method; what a method needs is in ``method_cases``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from lora_kernels.nn import LoRALinear, side_inputs
+from lora_kernels.testing.method_cases import IN, OUT, RANK, case
 
-IN, OUT, RANK = 12, 10, 4
-
-
-@dataclass
-class Case:
-    """Options of the config, and the side inputs that a call of the layer on x needs."""
-
-    options: dict[str, Any] = field(default_factory=dict)
-    side: Callable[[torch.Tensor], dict[str, Any]] = lambda x: {}
-
-
-# A method that needs none has no line here.
-CASES: dict[str, Case] = {}
-
-
-def case(method: str) -> Case:
-    return CASES.get(method, Case())
+__all__ = ["IN", "OUT", "RANK", "case", "new_layer", "options", "run", "shake"]
 
 
 def options(method: str, **given: Any) -> dict[str, Any]:

@@ -1,0 +1,49 @@
+"""``python -m benchmarks.miniatures``: runs what each method promises, and writes results/methods.md."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from .. import report
+from . import SEEDS, keys, outcome, table
+
+RESULT = Path(__file__).parents[1] / "results" / "methods.md"
+HEAD = """# What the methods promise, shown small
+
+Each line is one module of `benchmarks/miniatures/`; seconds are of the three seeds together.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(prog="python -m benchmarks.miniatures", description=__doc__)
+    result.add_argument("--only", nargs="+", metavar="KEY", help="these methods; nothing is written then")
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0, or 1 where one failed to run, or 2 for bad arguments."""
+    given = sys.argv[1:] if arguments is None else arguments
+    only = parser().parse_args(given).only
+    unknown = sorted({*(only or ())} - {*keys()})
+    if unknown:
+        print(f"--only: expected some of {', '.join(keys())}, got {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    outcomes = []
+    for key in only or keys():
+        print(f"{key} …", file=sys.stderr)
+        outcomes.append(outcome(key))
+    under = report.conditions(
+        "cpu", shlex.join(["python", "-m", "benchmarks.miniatures", *given]), len(SEEDS)
+    )
+    text = "\n".join([HEAD, report.taken_under(under), "", *table(outcomes)]) + "\n"
+    if not only:
+        RESULT.write_text(text, encoding="utf-8")
+    print(text, end="")
+    return int(any(one.error for one in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""How the tests and the benchmarks build each registered structure, where its defaults do not do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+# The sizes that the options of a case are made for.
+IN, OUT, RANK = 12, 10, 4
+
+
+@dataclass(frozen=True)
+class MethodCase:
+    """Options of the config, and the side inputs that a call of the layer on x needs.
+
+    ``wide``: the options for a layer of so many inputs and outputs, where those of the small one do not do.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    side: Callable[[Tensor], dict[str, Any]] = lambda x: {}
+    wide: Callable[[int], dict[str, Any]] | None = None
+
+    def sized(self, width: int) -> dict[str, Any]:
+        """The options for a layer of ``width`` inputs and outputs."""
+        return self.options if self.wide is None else self.wide(width)
+
+
+# A method that needs none has no line here.
+CASES: dict[str, MethodCase] = {}
+
+
+def case(method: str) -> MethodCase:
+    """The case of a method."""
+    return CASES.get(method, MethodCase())
