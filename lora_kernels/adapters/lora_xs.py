@@ -43,5 +43,5 @@ class LoRAXS(LoRA):
         return Start({"lora_A": lora_a, "lora_B": lora_b, "lora_R": core})
 
     def lower(self, x: Tensor | None = None, call: Call | None = None) -> LowRank:
-        """Folds the core into A: r²·in operations, and none of the rows of x."""
-        return LowRank(self.lora_R @ self.lora_A, self.lora_B, self.scaling)
+        """Folds the core into B, so that A has no gradient and x need not be saved."""
+        return LowRank(self.lora_A, self.lora_B @ self.lora_R, self.scaling)

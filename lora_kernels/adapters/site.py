@@ -54,7 +54,7 @@ class Site(NamedTuple):
             raise ValueError(f"method_options: {name}: expected one of {choices}, got {value!r}")
         return value
 
-    def count(self, name: str, default: int, least: int = 1) -> int:
+    def whole_option(self, name: str, default: int, least: int = 1) -> int:
         """An option that is a whole number.
 
         Raises:

@@ -324,5 +324,5 @@ def test_methods_that_do_not_split_are_refused():
     assert {"lora", "lora_fa", "lora_xs", "sora", "dylora"} <= splitting and "dora" not in splitting
     layer = LoRALinear(4, 4, r=2)
     layer.adapters["default"].splits = {}
-    with pytest.raises(TypeError, match="adapter 'default': expected a method among dylora, lora"):
+    with pytest.raises(TypeError, match=r"adapter 'default': expected a method among .*dylora, .*lora, "):
         parallel._check(layer)

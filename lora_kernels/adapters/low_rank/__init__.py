@@ -1,0 +1,1 @@
+"""Methods that put something between, beside or around A and B, one a file."""
