@@ -121,6 +121,14 @@ REGISTER = (
         "adapters.low_rank.lamda",
     ),
     # Structures whose factors are shared, generated or chosen.
+    Method(
+        "vblora",
+        "VB-LoRA: factors from a bank of vectors that all layers share",
+        "2405.15179",
+        (51,),
+        "structure",
+        "adapters.generated.vblora",
+    ),
     # Structures over convolutions, quantised bases and several outputs.
     # Structures that are not of low rank.
     # Starts.

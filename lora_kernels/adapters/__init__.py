@@ -10,6 +10,7 @@ from .dylora import DyLoRA
 from .lora import LoRA
 from .lora_fa import LoRAFA
 from .lora_xs import LoRAXS
+from .peft_form import PeftForm
 from .site import Site, Start
 from .sora import SoRA
 from .update import Added, Dense, LowRank, Update, apply_update, merge_update, stack
@@ -27,6 +28,7 @@ __all__ = [
     "LoRAFA",
     "LoRAXS",
     "LowRank",
+    "PeftForm",
     "Site",
     "SoRA",
     "Start",

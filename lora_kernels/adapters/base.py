@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..methods import structures
 from .call import Call, current_call
+from .peft_form import PeftForm
 from .site import Site, Start
 from .update import Update, delta_of, merge_update
 
@@ -46,6 +47,8 @@ class Adapter(nn.Module):
     over_quantized: ClassVar[bool] = True
     # Whether PEFT reads its files as LoRA; it then has no tensors but PEFT's.
     peft: ClassVar[bool] = False
+    # How PEFT writes it, where PEFT has it as something else than LoRA.
+    peft_form: ClassVar[PeftForm | None] = None
     # What tensor parallelism splits: parameter -> ("in" or "out", which dimension). Empty: it does not split.
     splits: ClassVar[Mapping[str, tuple[str, int]]] = {}
 
@@ -54,6 +57,7 @@ class Adapter(nn.Module):
         config = site.config
         self.config, self.site = config, site.name
         self.in_features, self.out_features = site.in_features, site.out_features
+        self.kernel = site.kernel
         self.r, self.lora_alpha, self.lora_dropout = config.r, config.lora_alpha, config.lora_dropout
         self.use_rslora, self.init_lora_weights = config.use_rslora, config.init_lora_weights
         self.scaling = self.scaling_at(self.r)
@@ -107,7 +111,8 @@ class Adapter(nn.Module):
         """Draws the tensors anew, for the base weight ``[out, in]``."""
         like: Any = next(iter(self.state_dict(keep_vars=True).values()), torch.empty(0))
         sizes = (self.in_features, self.out_features)
-        site = Site(self.site, *sizes, self.config, weight, like.device, like.dtype, tensors={})
+        where: Any = (weight, like.device, like.dtype)
+        site = Site(self.site, *sizes, self.config, *where, tensors={}, kernel=self.kernel)
         for name, tensor in self.build(site).tensors.items():
             getattr(self, name).copy_(tensor)
 

@@ -33,6 +33,8 @@ class Site(NamedTuple):
     previous: Any = None
     # What `shared` made, by key.
     tensors: dict[Any, nn.Parameter] = {}  # noqa: RUF012  (apply_lora and make give each its own)
+    # The sizes of a convolution's kernel, which are part of in_features; none of a linear.
+    kernel: tuple[int, ...] = ()
 
     def shared(self, key: Any, make: Callable[[], Tensor]) -> nn.Parameter:
         """One parameter for all sites of this adapter name (a bank of vectors): made by the first that asks.

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..adapters import METHODS
 from ..init import GIVEN
 from ..nn import owned
 from ..nn.apply import (
@@ -94,13 +95,14 @@ def _file_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Te
     state = {plain_key(key): value for key, value in lora_state_dict(model, adapter_name).items()}
     written: set[int] = set()
     for at, layer in layers.items():
+        kind = type(layer.adapters[adapter_name])
         for parameter, tensor in layer.adapters[adapter_name].state_dict(keep_vars=True).items():
             if id(tensor) in written:
                 continue
             written.add(id(tensor))
             value = whole(state[plain_key(f"{at}.adapters.{adapter_name}.{parameter}")])
             shape = factor_shape(layer, parameter, value.shape)
-            yield factor_key(plain[at], layer, parameter), value.reshape(shape)
+            yield factor_key(plain[at], layer, kind, parameter), value.reshape(shape)
     for (at, name), key in owned.state_keys(model, adapter_name).items():
         yield owned_key(plain[at], name, at in layers), state[plain_key(key)]
 
@@ -175,6 +177,8 @@ def load_adapter(
     quantized = any(isinstance(module, _QUANTIZED) for module in model.modules())
     config, taken = read_start(folder / CONFIG, quantized)
     tensors = renamed(read_weights(folder), model, key_mapping, folder / WEIGHTS)
+    form = METHODS[config.method].peft_form
+    tensors = tensors if form is None or form.decode is None else form.decode(tensors, config)
     tensors, starts = split(tensors) if taken else (tensors, {})
     statistics = {name.removeprefix(PREFIX): start for name, start in starts.items()}
     plan = plan_adapter(model, config, draw=False, statistics=statistics)

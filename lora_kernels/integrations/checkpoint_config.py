@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..adapters import METHODS, LoRAConfig
+from ..adapters import METHODS, LoRAConfig, PeftForm
 from .starts import doubled_fields, own_fields
 
 CONFIG = "adapter_config.json"
@@ -67,7 +67,13 @@ def config_text(config: LoRAConfig, fan_in_fan_out: bool, taken: bool) -> str:
         values |= doubled_fields(config)
     if init == "mica" and not config.use_dora:  # PEFT freezes B by it, and does not know both
         values["init_lora_weights"] = init
-    values |= {"peft_type": "LORA" if plain else _OWN_TYPE, "lora_kernels": ours}
+    values |= {"peft_type": "LORA" if plain else _OWN_TYPE}
+    form = METHODS[config.method].peft_form
+    theirs = None if form is None else form.values(config)
+    if theirs is not None:
+        kept = values if theirs["peft_type"] == "LORA" else {"fan_in_fan_out": fan_in_fan_out}
+        values = {**kept, **theirs}
+    values["lora_kernels"] = ours
     return json.dumps(values, indent=2, sort_keys=True)
 
 
@@ -101,10 +107,12 @@ def _read_json(path: Path, inits: tuple[Any, ...]) -> dict[str, Any]:
         ) from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    if values.get("peft_type") not in ("LORA", _OWN_TYPE):
+    form = _form_of(values)
+    if form is None and values.get("peft_type") not in ("LORA", _OWN_TYPE):
         raise ValueError(f"{path}: peft_type: expected 'LORA', got {values.get('peft_type')!r}")
+    known = {*_FIELDS, *_HARMLESS, *(form[1].known() if form else ())}
     for name, value in values.items():
-        if value and name not in _FIELDS and name not in _HARMLESS:
+        if value and name not in known:
             raise ValueError(f"{path}: {name}: expected it unset (not supported), got {value!r}")
     if values.get("init_lora_weights", True) not in inits:
         init = values["init_lora_weights"]
@@ -114,14 +122,22 @@ def _read_json(path: Path, inits: tuple[Any, ...]) -> dict[str, Any]:
     return values
 
 
+def _form_of(values: dict[str, Any]) -> tuple[str, PeftForm] | None:
+    """The method whose file of PEFT's this is, where that is none of LoRA."""
+    forms = ((key, METHODS[key].peft_form) for key in METHODS)
+    return next(((key, form) for key, form in forms if form is not None and form.reads(values)), None)
+
+
 def _config_from(values: dict[str, Any], path: Path, init: Any = True) -> LoRAConfig:
     ours = values.get("lora_kernels") or {}
     options = values.get("method_options") or ours.get("method_options", {})
     method = "dora" if values.get("use_dora") else "lora"
     fields = {name: values[name] for name in _FIELDS if values.get(name) is not None}
+    fields |= {"method": ours.get("method", method), "method_options": options}
+    form = _form_of(values)
+    if form is not None:
+        fields |= {"method": form[0], **form[1].config_fields(values)}
     try:
-        return LoRAConfig(
-            **fields, init_lora_weights=init, method=ours.get("method", method), method_options=options
-        )
+        return LoRAConfig(**fields, init_lora_weights=init)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..adapters import Adapter
 from ..init import GIVEN
 from ..nn.adapter_layer import AdapterLayer
 from ..nn.wrappers import plain_key, plain_names, unwrapped
@@ -22,8 +23,10 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _Value = TypeVar("_Value")
 
 
-def factor_key(layer_name: str, layer: AdapterLayer, parameter: str) -> str:
+def factor_key(layer_name: str, layer: AdapterLayer, kind: type[Adapter], parameter: str) -> str:
     """The key of an adapter's parameter; the factors of an embedding have a name of their own."""
+    if kind.peft_form is not None and parameter in kind.peft_form.shared:
+        return f"base_model.{parameter}"
     if parameter not in ("lora_A", "lora_B"):
         return f"{PREFIX}{layer_name}.{parameter}"
     if isinstance(layer, nn.Embedding):

@@ -109,7 +109,7 @@ class _LoRAConv(AdapterLayer, _Conv):
         if self.groups != 1:
             raise ValueError(f"groups: expected 1 for an adapter of a convolution, got {self.groups}")
         refuse_reader(config, "a convolution")
-        return super().make_adapter(config, **where)
+        return super().make_adapter(config, **{"kernel": self.kernel_size, **where})
 
     def forward(self, input: Tensor) -> Tensor:
         """y for x ``[batch, in, *size]`` or ``[in, *size]``."""

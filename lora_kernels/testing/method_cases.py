@@ -29,7 +29,9 @@ class MethodCase:
 
 
 # A method that needs none has no line here.
-CASES: dict[str, MethodCase] = {}
+CASES: dict[str, MethodCase] = {
+    "vblora": MethodCase({"method_options": {"num_vectors": 6, "vector_length": 2}}, wide=lambda width: {}),
+}
 
 
 def case(method: str) -> MethodCase:

@@ -1,0 +1,1 @@
+"""Methods whose factors are shared, generated or chosen."""
