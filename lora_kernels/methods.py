@@ -129,6 +129,22 @@ REGISTER = (
         "structure",
         "adapters.generated.vblora",
     ),
+    Method(
+        "loretta_rep",
+        "LoRETTA_rep: both factors are tensor trains",
+        "2402.11417",
+        (12,),
+        "structure",
+        "adapters.generated.loretta_rep",
+    ),
+    Method(
+        "loretta_adp",
+        "LoRETTA_adp: a bottleneck of tensor trains beside a linear",
+        "2402.11417",
+        (12,),
+        "structure",
+        "adapters.generated.loretta_adp",
+    ),
     # Structures over convolutions, quantised bases and several outputs.
     # Structures that are not of low rank.
     # Starts.

@@ -28,6 +28,7 @@ from .mixture import LoRAMixtureLinear
 from .mlp import fuse_mlps, fused_mlps, unfuse_mlps
 from .pairs import Pair, lora_pairs
 from .quantized import QuantizedLinear, QuantizedLoRALinear
+from .serial import SerialAdapter
 from .side_inputs import side_inputs
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Pair",
     "QuantizedLinear",
     "QuantizedLoRALinear",
+    "SerialAdapter",
     "apply_lora",
     "count_parameters",
     "delete_adapter",
