@@ -111,8 +111,8 @@ class Adapter(nn.Module):
         """Draws the tensors anew, for the base weight ``[out, in]``."""
         like: Any = next(iter(self.state_dict(keep_vars=True).values()), torch.empty(0))
         sizes = (self.in_features, self.out_features)
-        where: Any = (weight, like.device, like.dtype)
-        site = Site(self.site, *sizes, self.config, *where, tensors={}, kernel=self.kernel)
+        where: dict[str, Any] = {"weight": weight, "device": like.device, "dtype": like.dtype}
+        site = Site(self.site, *sizes, self.config, **where, tensors={}, kernel=self.kernel)
         for name, tensor in self.build(site).tensors.items():
             getattr(self, name).copy_(tensor)
 
