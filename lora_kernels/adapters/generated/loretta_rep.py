@@ -30,7 +30,7 @@ class LoRETTARep(Adapter):
 
     def build(self, site: Site) -> Start:
         """The cores."""
-        inner = site.count("tensor_rank", 5)
+        inner = site.whole_option("tensor_rank", 5)
         shape_a = train_shape(site, "shape_a", site.in_features, self.r)
         shape_b = train_shape(site, "shape_b", site.out_features, self.r)
         cores_a = draw_train(site, shape_a, inner, math.sqrt(1 / (site.in_features + self.r)))

@@ -52,8 +52,8 @@ class VBLoRA(Adapter):
 
     def build(self, site: Site) -> Start:
         """Normal logits, and the bank where this layer is the first."""
-        count, length = site.count("num_vectors", 256), site.count("vector_length", 256)
-        self.topk = site.count("topk", 2)
+        count, length = site.whole_option("num_vectors", 256), site.whole_option("vector_length", 256)
+        self.topk = site.whole_option("topk", 2)
         if self.topk > count:
             raise ValueError(f"method_options: topk: expected at most num_vectors = {count}, got {self.topk}")
         site.must_divide("vector_length", length, "in_features", "out_features")
