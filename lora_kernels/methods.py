@@ -147,6 +147,44 @@ REGISTER = (
     ),
     # Structures over convolutions, quantised bases and several outputs.
     # Structures that are not of low rank.
+    Method(
+        "mora",
+        "MoRA: a square matrix between folding and unfolding",
+        "2405.12130",
+        (52, 62),
+        "structure",
+        "adapters.structured.mora",
+    ),
+    Method(
+        "fourierft",
+        "FourierFT: few frequencies of ΔW",
+        "2405.03003",
+        (59,),
+        "structure",
+        "adapters.structured.fourierft",
+    ),
+    Method(
+        "quanta",
+        "QuanTA: a chain of gates on pairs of axes",
+        "2406.00132",
+        (50,),
+        "structure",
+        "adapters.structured.quanta",
+    ),
+    Method(
+        "compacter",
+        "Compacter: sums of Kronecker products, rules shared",
+        "2106.04647",
+        (88,),
+        "structure",
+        "adapters.structured.compacter",
+    ),
+    Method(
+        "smt", "SMT: chosen blocks of W train", "2405.15525", (65,), "structure", "adapters.structured.smt"
+    ),
+    Method(
+        "neft", "NeFT: chosen neurons train", "2403.11621", (72,), "structure", "adapters.structured.neft"
+    ),
     # Starts.
     Method("gaussian", "Gaussian start: A of N(0, 1/r²)", "", (), "start", "init.random"),
     Method(

@@ -13,12 +13,13 @@ from .lora_xs import LoRAXS
 from .peft_form import PeftForm
 from .site import Site, Start
 from .sora import SoRA
-from .update import Added, Dense, LowRank, Update, apply_update, merge_update, stack
+from .update import Added, Branched, Dense, LowRank, Update, apply_update, merge_update, stack
 
 __all__ = [
     "METHODS",
     "Adapter",
     "Added",
+    "Branched",
     "Call",
     "Dense",
     "DoRA",

@@ -153,6 +153,8 @@ class Adapter(nn.Module):
 
     def take_settings(self, other: Adapter) -> None:
         """Takes over what is no tensor of ``other``, an adapter of this class: rank, scale, dropout, …"""
+        for name in self._non_persistent_buffers_set:  # what follows from settings
+            self._buffers[name] = other._buffers[name]
         held = {*vars(nn.Module()), "rest"}
         self.__dict__.update({name: value for name, value in vars(other).items() if name not in held})
 

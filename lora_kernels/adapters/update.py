@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._arguments import LoraInputs
+from ..ops.branched_linear import Branch, branched_linear
 from ..ops.dora_linear import fused_dora, output_scale
 from ..ops.lora_linear import fused, scaling_as_gate
 from ..ops.quantized_linear import quantized_linear
@@ -59,7 +61,16 @@ class Added(NamedTuple):
     y: Tensor
 
 
-Update = LowRank | Dense | Added
+class Branched(NamedTuple):
+    """x Wᵀ + branch(x_branch or x): a branch that the product accumulates with, in y and in dX."""
+
+    branch: Branch
+    tensors: Sequence[Tensor]
+    # What the branch reads, where that is not x: x after dropout.
+    x_branch: Tensor | None = None
+
+
+Update = LowRank | Dense | Added | Branched
 
 
 def apply_update(
@@ -81,6 +92,8 @@ def apply_update(
             # Spelled out, since at small sizes a call more shows.
             return fused(LoraInputs(x, weight, lora_a, lora_b, bias, None, x_lora, None, scaling, dropout_p))
         return _low_rank(x, weight, bias, update, dropout_p)
+    if type(update) is Branched:
+        return branched_linear(x, weight, bias, *update)
     if type(update) is Dense:
         dropped = F.dropout(x, dropout_p) if dropout_p else x
         if dropped is x and isinstance(weight, Tensor):

@@ -299,8 +299,13 @@ def _layer_for(target: Target) -> AdapterLayer:
 
 
 def _materialised(adapter: Adapter, layer: AdapterLayer, real: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Gives the tensors of an adapter that are on the meta device memory where the layer is."""
+    """Gives the tensors of an adapter that are on the meta device memory where the layer is.
+
+    What follows from its settings has values already, and moves there.
+    """
     for module in adapter.modules():
+        for name in module._non_persistent_buffers_set:
+            module._buffers[name] = module._buffers[name].to(layer.base_weight.device)
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
             for name, tensor in table.items():

@@ -30,6 +30,16 @@ class MethodCase:
 
 # A method that needs none has no line here.
 CASES: dict[str, MethodCase] = {
+    "fourierft": MethodCase({"method_options": {"n_frequency": 40, "scaling": 5.0}}, wide=lambda width: {}),
+    "compacter": MethodCase({"method_options": {"n": 2}}, wide=lambda width: {}),
+    "smt": MethodCase(
+        {"method_options": {"block": 2, "blocks": [(0, 3), (2, 3), (4, 0)]}},
+        wide=lambda width: {"method_options": {"block": width // 4, "blocks": [(0, 1)]}},
+    ),
+    "neft": MethodCase(
+        {"method_options": {"rows": [7, 2]}},
+        wide=lambda width: {"method_options": {"rows": [*range(0, width, 20)]}},
+    ),
     "vblora": MethodCase({"method_options": {"num_vectors": 6, "vector_length": 2}}, wide=lambda width: {}),
 }
 

@@ -1,0 +1,76 @@
+"""A block-sparse matrix beside a linear: the products of its blocks alone, and of x what they read."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+
+class Piece(NamedTuple):
+    """Rows and columns of ΔW that a block's first ``height`` rows fill, its columns from ``left`` on."""
+
+    block: int
+    row: int
+    column: int
+    height: int
+    width: int
+    left: int = 0
+    # Where the columns begin in what is saved of x.
+    saved_at: int = 0
+
+
+class BlockSparse(NamedTuple):
+    """y[:, R_i] += x[:, C_i] S_iᵀ for the pieces i of blocks S ``[blocks, p, q]``
+
+    The products accumulate into y, and in the backward pass into dX. Of x only the columns that any piece
+    reads are saved, once each; x itself where that is all of them.
+    """
+
+    pieces: tuple[Piece, ...]
+    out_features: int
+    # The spans of columns that are saved; none: all of x.
+    kept: tuple[tuple[int, int], ...]
+
+    @property
+    def wide(self) -> bool:
+        """Whether its tensors keep their dtype."""
+        return False
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece], in_features: int, out_features: int) -> Self:
+        """With what is saved worked out: all of x where pieces read spans that overlap."""
+        spans = sorted({(piece.column, piece.width) for piece in pieces})
+        apart = all(a + n <= b for (a, n), (b, _) in itertools.pairwise(spans))
+        if not apart or sum(n for _, n in spans) >= in_features:
+            placed = tuple(piece._replace(saved_at=piece.column) for piece in pieces)
+            return cls(placed, out_features, ())
+        starts, total = {}, 0
+        for column, width in spans:
+            starts[column], total = total, total + width
+        placed = tuple(piece._replace(saved_at=starts[piece.column]) for piece in pieces)
+        return cls(placed, out_features, tuple(spans))
+
+    def add_(self, y: Tensor, x: Tensor, blocks: Tensor) -> tuple[Tensor, ...]:
+        """Adds it for rows x."""
+        for block, row, column, height, width, left, _ in self.pieces:
+            factor = blocks[block, :height, left : left + width]
+            y[:, row : row + height].addmm_(x[:, column : column + width], factor.T)
+        kept = torch.cat([x[:, at : at + width] for at, width in self.kept], 1) if self.kept else x
+        return kept, blocks
+
+    def gradients(self, dy: Tensor, dx: Tensor | None, needs: Sequence[bool], *saved: Any) -> list[Any]:
+        """Of the blocks, and nothing of ΔW around them."""
+        kept, blocks = saved
+        grads = torch.zeros_like(blocks) if needs[0] else None
+        for block, row, column, height, width, left, at in self.pieces:
+            part = dy[:, row : row + height]
+            span = slice(left, left + width)
+            if grads is not None:
+                grads[block, :height, span].addmm_(part.T, kept[:, at : at + width])
+            if dx is not None:
+                dx[:, column : column + width].addmm_(part, blocks[block, :height, span])
+        return [grads]

@@ -1,0 +1,133 @@
+"""A linear with a branch of any structure, in one y and one dX that both add to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..quant.weight import QuantizedWeight
+from . import _dispatch
+from ._inputs import autocasts, cast, compute_dtype
+from ._lora_function import output_like, rows_of
+from .quantized_linear import quantized_linear
+
+
+class Branch(Protocol):
+    """What a structure adds to a linear: a hashable tuple of numbers, and two functions of rows."""
+
+    @property
+    def wide(self) -> bool:
+        """Whether its tensors keep their dtype, in which it computes."""
+
+    @property
+    def out_features(self) -> int:
+        """Columns of y."""
+
+    @property
+    def add_(self) -> Callable[..., tuple[Tensor | None, ...]]:
+        """(y, x, *tensors): adds the branch for x ``[rows, in]`` into y; gives what the gradients read."""
+
+    @property
+    def gradients(self) -> Callable[..., Sequence[Tensor | None]]:
+        """(dy, dx, needs, *saved): those of the tensors, by ``needs``.
+
+        That of x is added into ``dx`` where there is one.
+        """
+
+
+def branched_linear(
+    x: Tensor,
+    weight: Any,
+    bias: Tensor | None,
+    branch: Branch,
+    tensors: Sequence[Tensor],
+    x_branch: Tensor | None = None,
+) -> Tensor:
+    """y = x Wᵀ + b + branch(x_branch or x); with no weight the branch alone
+
+    x is ``[..., in]`` and y ``[..., out]``. Beside what the branch saves nothing is kept of x.
+
+    Args:
+        x: the input.
+        weight: W ``[out, in]``, dense or quantised, or ``None``.
+        bias: b ``[out]``, or ``None``.
+        branch: what is added, see :class:`Branch`.
+        tensors: what it computes with, cast to the dtype of x unless it is ``wide``.
+        x_branch: what the branch reads, where that is not x: x after dropout.
+    """
+    if autocasts(x):
+        dtype = compute_dtype(x)
+        x, weight, bias, x_branch = (cast(t, dtype) for t in (x, weight, bias, x_branch))
+    if not branch.wide:
+        tensors = [t.to(x.dtype) if t.is_floating_point() else t for t in tensors]
+    if isinstance(weight, QuantizedWeight) or _trains(weight) or _trains(bias):
+        quantized = isinstance(weight, QuantizedWeight)
+        base = quantized_linear(x, weight, bias) if quantized else F.linear(x, weight, bias)
+        return base + branched_linear(x if x_branch is None else x_branch, None, None, branch, tensors)
+    if _dispatch.functorch_active():
+        return _transformable(x, weight, bias, branch, tensors, x_branch)
+    return _BranchedLinear.apply(branch, x, x_branch, weight, bias, *tensors)
+
+
+def _trains(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.requires_grad
+
+
+def _base(rows: Tensor, weight: Tensor | None, bias: Tensor | None, out_features: int) -> Tensor:
+    if weight is not None:
+        return F.linear(rows, weight, bias)
+    y = rows.new_zeros(rows.shape[0], out_features)
+    return y if bias is None else y + bias
+
+
+def _transformable(
+    x: Tensor, weight: Any, bias: Any, branch: Branch, tensors: Sequence[Tensor], x_branch: Tensor | None
+) -> Tensor:
+    """The same without a Function, for the transforms of ``torch.func``."""
+    y = _base(rows_of(x), weight, bias, branch.out_features)
+    branch.add_(y, rows_of(x if x_branch is None else x_branch), *tensors)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class _BranchedLinear(torch.autograd.Function):
+    """Saves W and what the branch saves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        branch: Branch,
+        x: Tensor,
+        x_branch: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *tensors: Tensor,
+    ) -> Tensor:
+        y = _base(rows_of(x), weight, bias, branch.out_features)
+        saved = branch.add_(y, rows_of(x if x_branch is None else x_branch), *tensors)
+        ctx.branch, ctx.in_features = branch, x.shape[-1]
+        ctx.save_for_backward(weight if ctx.needs_input_grad[1] else None, *saved)
+        return output_like(y, x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        weight, *saved = ctx.saved_tensors
+        _, needs_x, needs_branch, _, _, *needs = ctx.needs_input_grad
+        rows = rows_of(dy)
+        dx = branch_dx = None
+        if needs_x:
+            dx = _zeros(rows, ctx.in_features) if weight is None else rows @ weight
+            branch_dx = dx
+        if needs_branch:
+            branch_dx = _zeros(rows, ctx.in_features)
+        grads = ctx.branch.gradients(rows, branch_dx, needs, *saved)
+        shaped = [None if d is None else d.view(*dy.shape[:-1], -1) for d in (dx, branch_dx)]
+        return None, shaped[0], shaped[1] if needs_branch else None, None, None, *grads
+
+
+def _zeros(rows: Tensor, columns: int) -> Tensor:
+    return rows.new_zeros(rows.shape[0], columns)

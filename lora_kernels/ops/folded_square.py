@@ -1,0 +1,87 @@
+"""A small square matrix between a sum over groups of features and a repetition: MoRA's types 1 to 4."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class FoldedSquare(NamedTuple):
+    """y += Q M P x with 0/1 matrices P ``[width, in]`` and Q ``[out, width]``, never made
+
+    Cyclic: feature j belongs to group j mod width, and P wraps round until every group has as many. Else
+    groups are neighbours, the first ones longer by one. Two passes over activations, one of x and one of y;
+    ``P x`` ``[rows, width]`` and M are saved, x is not.
+    """
+
+    width: int
+    out_features: int
+    cyclic_in: bool
+    cyclic_out: bool
+
+    @property
+    def wide(self) -> bool:
+        """Whether its tensors keep their dtype."""
+        return False
+
+    def add_(self, y: Tensor, x: Tensor, square: Tensor) -> tuple[Tensor, ...]:
+        """Adds it for rows x."""
+        folded = _sum(x, self.width, self.cyclic_in, wrap=True)
+        _spread_(y, folded @ square.T, self.cyclic_out)
+        return folded, square
+
+    def gradients(self, dy: Tensor, dx: Tensor | None, needs: Sequence[bool], *saved: Any) -> list[Any]:
+        """Of M; P and Q change places."""
+        folded, square = saved
+        dv = _sum(dy, self.width, self.cyclic_out)
+        if dx is not None:
+            _spread_(dx, dv @ square, self.cyclic_in, wrap=True)
+        return [dv.T @ folded if needs[0] else None]
+
+
+def _sum(x: Tensor, width: int, cyclic: bool, wrap: bool = False) -> Tensor:
+    """[rows, width]: the sum over each group."""
+    if not cyclic:
+        return torch.cat([group.sum(-1) for group, _ in _groups(x, width)], 1)
+    whole, rest = divmod(x.shape[1], width)
+    folded = x[:, : whole * width].unflatten(1, (whole, width)).sum(1)
+    if rest:
+        folded[:, :rest] += x[:, whole * width :]
+    for at, count in _wrapped(x.shape[1], width) if wrap else ():
+        folded[:, at : at + count] += x[:, :count]
+    return folded
+
+
+def _spread_(y: Tensor, folded: Tensor, cyclic: bool, wrap: bool = False) -> None:
+    """Adds to each feature its group's value: what :func:`_sum` is the transpose of."""
+    width = folded.shape[1]
+    if not cyclic:
+        for group, span in _groups(y, width):
+            group += folded[:, span, None]
+        return
+    whole, rest = divmod(y.shape[1], width)
+    y[:, : whole * width].unflatten(1, (whole, width)).add_(folded[:, None])
+    if rest:
+        y[:, whole * width :] += folded[:, :rest]
+    for at, count in _wrapped(y.shape[1], width) if wrap else ():
+        y[:, :count] += folded[:, at : at + count]
+
+
+def _groups(x: Tensor, width: int) -> Iterator[tuple[Tensor, slice]]:
+    """Views [rows, groups, features of a group], of the longer groups and of the others."""
+    size, longer = divmod(x.shape[1], width)
+    edge = longer * (size + 1)
+    yield x[:, :edge].unflatten(1, (longer, size + 1)), slice(longer)
+    yield x[:, edge:].unflatten(1, (width - longer, size)), slice(longer, None)
+
+
+def _wrapped(length: int, width: int) -> Iterator[tuple[int, int]]:
+    """The groups from `at` on that get the first `count` features once more."""
+    at = width - (-length) % width
+    while at < width:
+        count = min(length, width - at)
+        yield at, count
+        at += count
