@@ -37,7 +37,8 @@ class PeftForm(NamedTuple):
         """The file's fields, or ``None`` where PEFT's tuner has not what ``config`` says."""
         given = config.method_options
         patterns = config.rank_pattern or config.alpha_pattern
-        if patterns and self.peft_type != "LORA":
+        undropped = config.lora_dropout and "lora_dropout" not in self.fields.values()
+        if self.peft_type != "LORA" and (patterns or undropped or config.bias == "lora_only"):
             return None
         if any(given.get(name) != value for name, value in self.implied.items()):
             return None

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from cases import shake
 from torch import nn
 
+from lora_kernels import load_adapter, save_adapter
 from lora_kernels.adapters import LoRAConfig, make
-from lora_kernels.nn import LoRALinear
+from lora_kernels.nn import LoRALinear, apply_lora
 
 WIDE = torch.float64
 
@@ -56,6 +57,63 @@ def test_is_pefts_update_either_way(n, few):
     assert adapter.few == few
     torch.testing.assert_close(adapter.delta(), theirs.get_delta_weight("default"), rtol=1e-4, atol=1e-6)
     assert int(torch.linalg.matrix_rank(adapter.delta(WIDE))) <= 2 * n
+
+
+def peft_model(**options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 56), nn.Linear(56, 7))
+    config = peft.FourierFTConfig(target_modules=["0", "1"], **options)
+    return peft.get_peft_model(model, config)
+
+
+def test_reads_what_peft_writes(tmp_path):
+    theirs = peft_model(n_frequency=60, scaling=20.0, random_loc_seed=5)
+    theirs.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    ours = load_adapter(nn.Sequential(nn.Linear(48, 56), nn.Linear(56, 7)), tmp_path)
+    x = torch.randn(3, 48)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_peft_reads_what_is_written(tmp_path):
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(48, 56), nn.Linear(56, 7))
+    options = {"n_frequency": 60, "scaling": 20.0, "random_loc_seed": 5}
+    apply_lora(ours, LoRAConfig(method="fourierft", method_options=options, target_modules=["0", "1"]))
+    shake(ours)
+    save_adapter(ours, tmp_path)
+    torch.manual_seed(0)
+    bare = nn.Sequential(nn.Linear(48, 56), nn.Linear(56, 7))
+    theirs = peft.PeftModel.from_pretrained(bare, tmp_path)
+    assert theirs.peft_config["default"].peft_type == peft.PeftType.FOURIERFT
+    x = torch.randn(3, 48)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_pefts_config_cannot_say_is_refused_or_kept_by_us(tmp_path):
+    peft_model(n_frequency=60, n_frequency_pattern={"1": 30}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="n_frequency_pattern: expected it unset"):
+        load_adapter(nn.Sequential(nn.Linear(48, 56), nn.Linear(56, 7)), tmp_path)
+    dropping = LoRAConfig(method="fourierft", lora_dropout=0.5, target_modules="all-linear")
+    model = nn.Sequential(nn.Linear(48, 56))
+    apply_lora(model, dropping)
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(nn.Sequential(nn.Linear(48, 56)), tmp_path)
+    assert loaded[0].adapters["default"].lora_dropout == 0.5
+
+
+def test_a_changed_seed_is_taken_over(tmp_path):
+    """The places follow from the settings and lie in no file."""
+    for seed in (1, 2):
+        model = nn.Sequential(nn.Linear(16, 16))
+        options = {"n_frequency": 30, "random_loc_seed": seed}
+        apply_lora(model, LoRAConfig(method="fourierft", method_options=options, target_modules=["0"]))
+        shake(model)
+        if seed == 1:
+            save_adapter(model, tmp_path)
+            want = model[0].adapters["default"].delta()
+    load_adapter(model, tmp_path)
+    torch.testing.assert_close(model[0].adapters["default"].delta(), want)
 
 
 def test_starts_at_zero_or_as_the_paper_does():

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...ops.sparse_spectrum import INDICES, plan
 from ..base import register
 from ..call import Call
+from ..peft_form import PeftForm
 from ..site import Site, Start
 from ..update import Branched, LowRank
 from .base import Structured
@@ -39,6 +40,9 @@ class FourierFT(Structured):
     """
 
     options = frozenset({"n_frequency", "scaling", "random_loc_seed"})
+    peft_form = PeftForm(
+        "FOURIERFT", options={name: name for name in sorted(options)}, unread=frozenset({"init_weights"})
+    )
     fourierft_spectrum: Tensor
 
     def build(self, site: Site) -> Start:
