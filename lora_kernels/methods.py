@@ -258,6 +258,14 @@ REGISTER = (
         "optim.derivative_free",
     ),
     # Schedules.
+    Method(
+        "relora",
+        "ReLoRA: merged into W and restarted",
+        "2307.05695",
+        (42,),
+        "step",
+        "schedules.relora",
+    ),
     # Rank allocation and pruning.
 )
 

@@ -23,6 +23,7 @@ LAYERS = (
     ("ops",),
     ("adapters", "init"),
     ("nn", "optim", "serving", "stats", "testing"),
+    ("schedules",),
     ("integrations", "tuning", "tuning_cpu"),
     ("demo",),
     ("cli",),

@@ -1,0 +1,9 @@
+"""Schedules: what happens between the steps of an optimiser, in a plain loop or under a Trainer."""
+
+from __future__ import annotations
+
+from .base import Schedule
+from .callback import as_callback
+from .relora import ReLoRA, jagged_cosine
+
+__all__ = ["ReLoRA", "Schedule", "as_callback", "jagged_cosine"]

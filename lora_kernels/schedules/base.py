@@ -1,0 +1,139 @@
+"""What happens between the steps of an optimiser: the one protocol of all schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Schedule:
+    """Acts between the steps of an optimiser: call :meth:`step` after each of them.
+
+    A subclass writes :meth:`act`, which raises before it changes anything, and names in ``saved`` the
+    attributes that a checkpoint needs: numbers, tensors, generators, and dicts and lists of those. What the
+    constructor was given is not saved: build the schedule anew as it was, on the model as it was saved, then
+    :meth:`load_state_dict`.
+
+    Args:
+        model: one of :func:`apply_lora` or of PEFT; a schedule says what it needs of it.
+        optimizer: the one whose steps are counted, for schedules that read or change its state. Under the
+            Transformers Trainer, which makes its own, leave it to :func:`as_callback`.
+    """
+
+    # Its key in the register, which a checkpoint holds.
+    key: ClassVar[str]
+    saved: ClassVar[tuple[str, ...]] = ()
+    # Whether it needs the optimiser.
+    with_optimizer: ClassVar[bool] = False
+    # Whether it changes base weights, which a checkpoint of adapters alone would lose.
+    moves_base: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        if optimizer is not None and not hasattr(optimizer, "param_groups"):
+            raise TypeError(f"optimizer: expected a torch optimiser, got {type(optimizer).__name__}")
+        self.model, self.optimizer = model, optimizer
+        self.steps = 0
+
+    def act(self, step: int) -> None:
+        """What to do after the optimiser's step number ``step``, counted from 1."""
+        raise NotImplementedError(f"{type(self).__name__}: act")
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Counts a step of the optimiser, and acts where one is due.
+
+        Raises:
+            ValueError: the schedule needs an optimiser and has none; nothing is changed.
+        """
+        if self.with_optimizer and self.optimizer is None:
+            raise ValueError(f"optimizer: {self.key} expected the one that trains the model, got None")
+        self.act(self.steps + 1)
+        self.steps += 1
+
+    def restored(self) -> None:
+        """Called once a state is loaded, to bring the model in line with it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of what a checkpoint needs, which ``torch.save`` and ``weights_only=True`` take."""
+        own = {name: _copied(getattr(self, name)) for name in ("steps", *self.saved)}
+        return {"schedule": self.key, **own}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from where :meth:`state_dict` was called.
+
+        Raises:
+            TypeError: no mapping.
+            ValueError: the state of another schedule, or of this one on another model; nothing is changed.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: expected a mapping, got {type(state).__name__}")
+        if state.get("schedule") != self.key:
+            raise ValueError(f"state: expected one of {self.key!r}, got one of {state.get('schedule')!r}")
+        names = ("steps", *self.saved)
+        _check_keys("state", {"schedule", *names}, state)
+        for name in names:
+            self.check_state(name, getattr(self, name), state[name])
+        for name in names:
+            setattr(self, name, _taken(getattr(self, name), state[name]))
+        self.restored()
+
+    def check_state(self, name: str, own: Any, given: Any) -> None:
+        """Raises where ``given`` cannot take the place of the attribute ``name``, which is ``own``."""
+        check_alike(f"state[{name!r}]", own, given)
+
+
+def check_alike(name: str, own: Any, given: Any) -> None:
+    """Raises where two states differ in kind, in keys or in the shapes of tensors; lists may in length."""
+    if isinstance(own, dict) and isinstance(given, Mapping):
+        _check_keys(name, own.keys(), given)
+        for key, value in own.items():
+            check_alike(f"{name}[{key!r}]", value, given[key])
+    elif isinstance(own, Tensor) and isinstance(given, Tensor):
+        if own.shape != given.shape:
+            raise ValueError(f"{name}: expected the shape {tuple(own.shape)}, got {tuple(given.shape)}")
+    elif not isinstance(given, _kinds(own)):
+        raise ValueError(f"{name}: expected {type(own).__name__}, got {type(given).__name__}")
+
+
+def _kinds(own: Any) -> tuple[type, ...]:
+    if isinstance(own, torch.Generator):
+        return (Tensor,)
+    return (int, float) if isinstance(own, (int, float)) else (type(own),)
+
+
+def _check_keys(name: str, want: Iterable[str], given: Mapping[str, Any]) -> None:
+    for key in want:
+        if key not in given:
+            raise ValueError(f"{name}: expected {key!r}, got {', '.join(map(repr, given)) or 'nothing'}")
+    for key in given:
+        if key not in want:
+            raise ValueError(f"{name}: expected {', '.join(map(repr, want)) or 'nothing'}, got {key!r}")
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(one) for key, one in value.items()}
+    return [_copied(one) for one in value] if isinstance(value, list) else value
+
+
+def _taken(own: Any, given: Any) -> Any:
+    """``given`` as the new value of an attribute: on the device and in the dtype of the old one."""
+    if isinstance(own, torch.Generator):
+        own.set_state(given.cpu())
+        return own
+    if isinstance(own, Tensor):
+        return given.detach().to(own.device, own.dtype, copy=True)
+    if isinstance(own, dict):
+        return {key: _taken(one, given[key]) for key, one in own.items()}
+    return _copied(given)

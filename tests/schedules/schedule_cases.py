@@ -1,0 +1,31 @@
+"""How the tests of the protocol build each schedule: a line for each."""
+
+from __future__ import annotations
+
+import torch
+from optim_models import loss, ours
+
+from lora_kernels import schedules
+
+
+def fresh(dtype=torch.float32, **options):
+    """A model whose adapters start as LoRA's, and with a norm that trains beside them."""
+    return ours(dtype, init_lora_weights=True, modules_to_save=["norm"], **options)
+
+
+def adam(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def run(model, optimizer, schedule, steps, first=0):
+    for seed in range(first, first + steps):
+        optimizer.zero_grad()
+        loss(model, seed).backward()
+        optimizer.step()
+        schedule.step()
+
+
+# Key -> (the model, the schedule); what it does falls into six steps, on either side of the third.
+CASES = {
+    "relora": (fresh, lambda m, o: schedules.ReLoRA(m, o, every=2, ratio=0.5)),
+}
