@@ -120,6 +120,31 @@ REGISTER = (
         "structure",
         "adapters.low_rank.lamda",
     ),
+    Method(
+        "reslora",
+        "ResLoRA: residual paths between the branches of a role",
+        "2402.18039",
+        (37,),
+        "structure",
+        "adapters.low_rank.reslora",
+    ),
+    Method(
+        "rst_lora",
+        "RST-LoRA: each token's input scaled by discourse",
+        "2405.00657",
+        (38,),
+        "structure",
+        "adapters.low_rank.rst_lora",
+    ),
+    Method(
+        "ta_lora",
+        "TA-LoRA: one Tucker tensor for several tasks",
+        "2403.10971",
+        (41,),
+        "structure",
+        "adapters.low_rank.ta_lora",
+        verified=False,
+    ),
     # Structures whose factors are shared, generated or chosen.
     Method(
         "vblora",

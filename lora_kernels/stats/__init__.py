@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .calibration import COLLECTED, Statistics, calibrate
+from .reslora import estimate_reslora_merge
 
-__all__ = ["COLLECTED", "Statistics", "calibrate"]
+__all__ = ["COLLECTED", "Statistics", "calibrate", "estimate_reslora_merge"]

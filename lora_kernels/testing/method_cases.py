@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # The sizes that the options of a case are made for.
@@ -41,6 +42,8 @@ CASES: dict[str, MethodCase] = {
         wide=lambda width: {"method_options": {"rows": [*range(0, width, 20)]}},
     ),
     "vblora": MethodCase({"method_options": {"num_vectors": 6, "vector_length": 2}}, wide=lambda width: {}),
+    "rst_lora": MethodCase(side=lambda x: {"token_scale": 1 + x.detach()[..., 0].abs()}),
+    "ta_lora": MethodCase(side=lambda x: {"task": torch.arange(len(x)) % 3}),
 }
 
 
