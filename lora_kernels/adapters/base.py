@@ -38,7 +38,7 @@ class Adapter(nn.Module):
     # Whether ΔW is exactly zero after initialisation.
     zero_start: ClassVar[bool] = True
     # Whether `lower` gives a plain LowRank (see there): what groups, multi-adapter ops and pools take.
-    plain: ClassVar[bool] = True
+    plain: bool = True
     # Whether `lower` reads x: merging then gives it the identity, and it sits on linears alone.
     reads_x: ClassVar[bool] = False
     # Whether there is one W + ΔW: not where it depends on the call, or is not linear in x.
