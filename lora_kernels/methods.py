@@ -292,6 +292,32 @@ REGISTER = (
         "schedules.relora",
     ),
     # Rank allocation and pruning.
+    # Federated.
+    Method(
+        "fedlora_pfl",
+        "FedDecomp: W shared and averaged, adapters each client's own",
+        "2406.19931",
+        (15,),
+        "company",
+        "compose.feddecomp",
+    ),
+    Method(
+        "fed_replication",
+        "Federated LoRA of unequal ranks: missing slices replicated",
+        "2406.17477",
+        (30,),
+        "company",
+        "compose.replication",
+        verified=False,
+    ),
+    Method(
+        "flasc",
+        "FLASC: sparse messages both ways, dense training between",
+        "2406.05233",
+        (39,),
+        "company",
+        "compose.flasc",
+    ),
 )
 
 

@@ -23,7 +23,7 @@ LAYERS = (
     ("ops",),
     ("adapters", "init"),
     ("nn", "optim", "serving", "stats", "testing"),
-    ("schedules",),
+    ("schedules", "compose"),
     ("integrations", "tuning", "tuning_cpu"),
     ("demo",),
     ("cli",),
