@@ -210,6 +210,38 @@ REGISTER = (
     Method(
         "neft", "NeFT: chosen neurons train", "2403.11621", (72,), "structure", "adapters.structured.neft"
     ),
+    Method(
+        "compacter_adapter",
+        "Compacter: bottlenecks of PHM layers behind sublayers",
+        "2106.04647",
+        (88,),
+        "layer",
+        "nn.compacter",
+    ),
+    Method(
+        "lbp_wht",
+        "LBP-WHT: a backward pass through low Walsh frequencies",
+        "2309.15275",
+        (74,),
+        "layer",
+        "nn.wht",
+    ),
+    Method(
+        "select_blocks",
+        "SMT's choice of blocks, by gradients of a warm-up",
+        "2405.15525",
+        (65,),
+        "knowledge",
+        "stats.select",
+    ),
+    Method(
+        "select_neurons",
+        "NeFT's choice of neurons, by what a short training turns",
+        "2403.11621",
+        (72,),
+        "knowledge",
+        "stats.select",
+    ),
     # Starts.
     Method("gaussian", "Gaussian start: A of N(0, 1/r²)", "", (), "start", "init.random"),
     Method(

@@ -19,6 +19,7 @@ from .apply import (
     set_adapter,
     unmerge_adapters,
 )
+from .compacter import CompacterAdapter, PHMLinear, insert_compacter
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .embedding import LoRAEmbedding
 from .groups import group_layers, layer_groups, ungroup_layers
@@ -30,8 +31,10 @@ from .pairs import Pair, lora_pairs
 from .quantized import QuantizedLinear, QuantizedLoRALinear
 from .serial import SerialAdapter
 from .side_inputs import side_inputs
+from .wht import WHTLinear
 
 __all__ = [
+    "CompacterAdapter",
     "LoRAConfig",
     "LoRAConv1d",
     "LoRAConv2d",
@@ -39,10 +42,12 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "LoRAMixtureLinear",
+    "PHMLinear",
     "Pair",
     "QuantizedLinear",
     "QuantizedLoRALinear",
     "SerialAdapter",
+    "WHTLinear",
     "apply_lora",
     "count_parameters",
     "delete_adapter",
@@ -50,6 +55,7 @@ __all__ = [
     "fuse_mlps",
     "fused_mlps",
     "group_layers",
+    "insert_compacter",
     "layer_groups",
     "lora_configs",
     "lora_layers",

@@ -4,5 +4,13 @@ from __future__ import annotations
 
 from .calibration import COLLECTED, Statistics, calibrate
 from .reslora import estimate_reslora_merge
+from .select import select_blocks, select_neurons
 
-__all__ = ["COLLECTED", "Statistics", "calibrate", "estimate_reslora_merge"]
+__all__ = [
+    "COLLECTED",
+    "Statistics",
+    "calibrate",
+    "estimate_reslora_merge",
+    "select_blocks",
+    "select_neurons",
+]
