@@ -171,6 +171,30 @@ REGISTER = (
         "adapters.generated.loretta_adp",
     ),
     # Structures over convolutions, quantised bases and several outputs.
+    Method(
+        "mtlora_mt",
+        "MTLoRA: `nn.MultiTaskLinear`, an output for each task",
+        "2403.20320",
+        (44,),
+        "layer",
+        "nn.multitask",
+    ),
+    Method(
+        "lors",
+        "LORS: `nn.LORSLinear`, `nn.LORSMixing`: stacks that share a weight",
+        "2403.04303",
+        (14,),
+        "layer",
+        "nn.lors",
+    ),
+    Method(
+        "colora_pde",
+        "CoLoRA: `nn.CoLoRALinear`, `nn.CoLoRANet`: gates that move through time",
+        "2402.14646",
+        (24,),
+        "layer",
+        "nn.colora",
+    ),
     # Structures that are not of low rank.
     Method(
         "mora",

@@ -19,14 +19,17 @@ from .apply import (
     set_adapter,
     unmerge_adapters,
 )
+from .colora import CoLoRALinear, CoLoRANet
 from .compacter import CompacterAdapter, PHMLinear, insert_compacter
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .embedding import LoRAEmbedding
 from .groups import group_layers, layer_groups, ungroup_layers
 from .linear import LoRALinear
+from .lors import LORSLinear, LORSMixing
 from .mixed import mixed_adapters, train_adapters
 from .mixture import LoRAMixtureLinear
 from .mlp import fuse_mlps, fused_mlps, unfuse_mlps
+from .multitask import MultiTaskLinear
 from .pairs import Pair, lora_pairs
 from .quantized import QuantizedLinear, QuantizedLoRALinear
 from .serial import SerialAdapter
@@ -34,7 +37,11 @@ from .side_inputs import side_inputs
 from .wht import WHTLinear
 
 __all__ = [
+    "CoLoRALinear",
+    "CoLoRANet",
     "CompacterAdapter",
+    "LORSLinear",
+    "LORSMixing",
     "LoRAConfig",
     "LoRAConv1d",
     "LoRAConv2d",
@@ -42,6 +49,7 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "LoRAMixtureLinear",
+    "MultiTaskLinear",
     "PHMLinear",
     "Pair",
     "QuantizedLinear",
