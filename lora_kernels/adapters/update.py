@@ -70,7 +70,13 @@ class Branched(NamedTuple):
     x_branch: Tensor | None = None
 
 
-Update = LowRank | Dense | Added | Branched
+class Input(NamedTuple):
+    """x' Wᵀ + b: the base reads x' in x's place (LoFiT). A quantised W may be below it."""
+
+    x: Tensor
+
+
+Update = LowRank | Dense | Added | Branched | Input
 
 
 def apply_update(
@@ -99,6 +105,10 @@ def apply_update(
         if dropped is x and isinstance(weight, Tensor):
             return F.linear(x, weight + update.delta.to(weight.dtype), bias)
         return _plus(_base(x, weight, bias), F.linear(dropped, update.delta.to(x.dtype)))
+    if type(update) is Input:
+        if weight is None:
+            raise ValueError("weight: expected one for a method that changes what the base reads, got None")
+        return _base(update.x, weight, bias)  # type: ignore[return-value]
     return _plus(_base(x, weight, bias), update.y)  # type: ignore[union-attr]
 
 

@@ -136,7 +136,13 @@ def convolve(conv: Any, x: Tensor, adapters: list[tuple[Update, float]]) -> Tens
     if len(adapters) == 1 and _is_linear(conv, x):
         return _as_linear(conv, x, *adapters[0])
     scaled = any(type(update) is LowRank and update.magnitude is not None for update, _ in adapters)
-    y = conv._conv_forward(x, own_weight(conv), None if scaled else conv.bias)
+    weight: Tensor = own_weight(conv)
+    if not scaled:  # what is dense and drops nothing is one convolution with W
+        for update, p in adapters:
+            if type(update) is Dense and not p:
+                weight = weight + update.delta.to(weight.dtype).view_as(weight)
+        adapters = [(update, p) for update, p in adapters if p or type(update) is not Dense]
+    y = conv._conv_forward(x, weight, None if scaled else conv.bias)
     for update, p in adapters:
         y = _adapted(conv, y, x, update, p)
     return y + _by_channel(conv, conv.bias) if scaled and conv.bias is not None else y

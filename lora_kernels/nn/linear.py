@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._arguments import LoraInputs
-from ..adapters import LoRAConfig, LowRank, apply_update, current_call, stack
+from ..adapters import Input, LoRAConfig, LowRank, apply_update, current_call, stack
 from ..ops._inputs import autocasts
 from ..ops.dora_linear import output_scale
 from ..ops.lora_linear import scaling_as_gate
@@ -78,9 +78,12 @@ class LinearAdapterLayer(AdapterLayer):
             return self._forward_scaled(x, updates, ps)
         if not any(ps) and all(type(one) is LowRank and one.plain for one in updates):
             return apply_update(x, weight, self.bias, stack(updates))
+        inputs = [one.x - x for one in updates if type(one) is Input]
+        if inputs:
+            updates, ps = [Input(x + sum(inputs)), *updates], [0.0, *ps]
         y = apply_update(x, weight, self.bias, updates[0], ps[0])
         for one, p in zip(updates[1:], ps[1:], strict=True):
-            y = y + apply_update(x, None, None, one, p)
+            y = y if type(one) is Input else y + apply_update(x, None, None, one, p)
         return y
 
     def _base(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -29,6 +29,14 @@ class MethodCase:
         return self.options if self.wide is None else self.wide(width)
 
 
+def _vlora(x: Tensor) -> dict[str, Any]:
+    """An A for each row of x and each layer of the tests' models, the same each time."""
+    rank, generator = RANK if x.shape[-1] < 64 else 16, torch.Generator().manual_seed(0)
+    widths = {"": x.shape[-1], "q_proj": x.shape[-1], "k_proj": x.shape[-1], "back": OUT}
+    shapes = {name: (x.shape[0], rank, width) for name, width in widths.items()}
+    return {"vlora_A": {name: torch.randn(s, generator=generator).to(x) for name, s in shapes.items()}}
+
+
 # A method that needs none has no line here.
 CASES: dict[str, MethodCase] = {
     "fourierft": MethodCase({"method_options": {"n_frequency": 40, "scaling": 5.0}}, wide=lambda width: {}),
@@ -41,6 +49,14 @@ CASES: dict[str, MethodCase] = {
         {"method_options": {"rows": [7, 2]}},
         wide=lambda width: {"method_options": {"rows": [*range(0, width, 20)]}},
     ),
+    "lofit": MethodCase({"method_options": {"heads": 2}}),
+    "vlora": MethodCase(side=_vlora),
+    "merged_linear": MethodCase(
+        {"method_options": {"enable_lora": [True, False]}},
+        wide=lambda width: {"method_options": {"enable_lora": [True, False, True, False]}},
+    ),
+    "qalora": MethodCase({"method_options": {"group_size": 2}}, wide=lambda width: {}),
+    "ir_qlora": MethodCase({"r": 2}, wide=lambda width: {}),
     "vblora": MethodCase({"method_options": {"num_vectors": 6, "vector_length": 2}}, wide=lambda width: {}),
     "rst_lora": MethodCase(side=lambda x: {"token_scale": 1 + x.detach()[..., 0].abs()}),
     "ta_lora": MethodCase(side=lambda x: {"task": torch.arange(len(x)) % 3}),

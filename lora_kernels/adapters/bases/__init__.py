@@ -1,0 +1,1 @@
+"""Methods for convolutions, quantised bases and linears of several outputs."""
