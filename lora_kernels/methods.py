@@ -181,7 +181,7 @@ REGISTER = (
     Method(
         "lonas",
         "LoNAS: elastic ranks and widths, as views",
-        "2404.10934",
+        "",
         (60,),
         "structure",
         "adapters.generated.lonas",

@@ -22,10 +22,12 @@ from .apply import (
 from .colora import CoLoRALinear, CoLoRANet
 from .compacter import CompacterAdapter, PHMLinear, insert_compacter
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
+from .elastic import Slice, elastic
 from .embedding import LoRAEmbedding
 from .groups import group_layers, layer_groups, ungroup_layers
 from .linear import LoRALinear
 from .lors import LORSLinear, LORSMixing
+from .lofit import lofit_heads
 from .mixed import mixed_adapters, train_adapters
 from .mixture import LoRAMixtureLinear
 from .mlp import fuse_mlps, fused_mlps, unfuse_mlps
@@ -34,6 +36,7 @@ from .pairs import Pair, lora_pairs
 from .quantized import QuantizedLinear, QuantizedLoRALinear
 from .serial import SerialAdapter
 from .side_inputs import side_inputs
+from .vlora import VLoRAGenerator
 from .wht import WHTLinear
 
 __all__ = [
@@ -55,16 +58,20 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedLoRALinear",
     "SerialAdapter",
+    "Slice",
+    "VLoRAGenerator",
     "WHTLinear",
     "apply_lora",
     "count_parameters",
     "delete_adapter",
     "disable_adapters",
+    "elastic",
     "fuse_mlps",
     "fused_mlps",
     "group_layers",
     "insert_compacter",
     "layer_groups",
+    "lofit_heads",
     "lora_configs",
     "lora_layers",
     "lora_pairs",

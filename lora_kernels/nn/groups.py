@@ -100,7 +100,12 @@ def _fits(layer: Any, member: LoraInputs, x: Tensor) -> bool:
     """Whether the layer's parameters are there to be used before the layer itself is called."""
     weight = member.weight
     plain = type(weight) in (Tensor, nn.Parameter, QuantizedWeight) and not layer._forward_pre_hooks
-    return plain and weight.device == x.device and weight.shape[1] == x.shape[-1]
+    return (
+        plain
+        and "forward" not in vars(layer)
+        and weight.device == x.device
+        and weight.shape[1] == x.shape[-1]
+    )
 
 
 _local = threading.local()

@@ -36,7 +36,8 @@ class FLoRACore(Adapter):
         ranks = tuple(site.option("ranks", [min(self.r, size) for size in sizes]))
         if len(ranks) != len(sizes) or any(not isinstance(r, int) or r < 1 for r in ranks):
             raise ValueError(
-                f"method_options: ranks: expected one of at least 1 for each of W's {len(sizes)} dimensions, got {ranks}"
+                f"method_options: ranks: expected {len(sizes)}, one of at least 1 for each dimension of W,"
+                f" got {ranks}"
             )
         factors = {
             f"U_{k}": site.normal(size, rank, std=math.sqrt(0.5 / rank))

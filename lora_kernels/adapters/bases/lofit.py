@@ -22,7 +22,7 @@ class LoFiT(Adapter):
     LoFiT (Yin et al., 2024, arXiv 2406.01563), in two stages, ``method_options={"stage": ...}``:
 
     - "scale": a ``[in]`` trains, v = 0; the paper adds λ·Σ|a| to the loss, λ = 5e-4.
-      :func:`lora_kernels.analysis.lofit_heads` then names the heads of largest ‖a‖.
+      :func:`lora_kernels.nn.lofit_heads` then names the heads of largest ‖a‖.
     - "offset" (the default): v ``[chosen, in/heads]`` trains on these, a = 0. ``chosen`` is the name of each
       layer → its heads (all, where it is not given): what ``lofit_heads`` gives, and ``target_modules`` too.
 

@@ -16,13 +16,12 @@ _POOLS = ("sum", "mean", "peft")
 
 @register("qalora")
 class QALoRA(Adapter):
-    """y = x Wᵀ + b + (α/r) · c · pool(drop(x)) Aᵀ Bᵀ, pool the sum over each L inputs: ΔW is constant there
+    """ΔW = (α/r) · c · B A, each column of A standing for L inputs: pool(x) Aᵀ Bᵀ, pool the sum of a group
 
-    QA-LoRA (Xu et al., 2023, arXiv 2309.14717). ``lora_A`` ``[r, in/L]`` starts Xavier-uniform, B ``[out, r]``
-    at 0; both train. Options: ``group_size`` L, which divides in (32; of PEFT 16), and ``pool``: "sum" (c = 1),
-    "mean" (c = 1/L) or "peft" (c = in/L², PEFT's ``use_qalora``, whose files these are). Over a
-    :class:`lora_kernels.nn.QuantizedLinear` of the format int4 with these groups ``merge()`` is exact: it
-    changes the groups' offsets and no code.
+    QA-LoRA (Xu et al., 2023, arXiv 2309.14717). ``lora_A`` ``[r, in/L]`` starts Xavier-uniform, B
+    ``[out, r]`` at 0; both train. Options: ``group_size`` L, which divides in (32; of PEFT 16), and ``pool``:
+    "sum" (c = 1), "mean" (c = 1/L) or "peft" (c = in/L², PEFT's ``use_qalora``, whose files these are). ΔW is
+    constant in a group, so a quantised base of such groups with offsets takes it in exactly.
     """
 
     options = frozenset({"group_size", "pool"})

@@ -15,7 +15,7 @@ from ..update import LowRank
 class LoNAS(LoRA):
     """ΔW = (α/r) · B[:, :ρ] A[:ρ], and of a narrower layer B[:o, :ρ] A[:ρ, :i]
 
-    LoNAS (Muñoz et al., 2024, arXiv 2404.10934). The scale is that of the whole rank, whatever ρ is.
+    LoNAS (Muñoz et al., LREC-COLING 2024). The scale is that of the whole rank, whatever ρ is.
     ``method_options={"ranks": [...]}`` are the ρ to choose from (r and its halves down to 1).
     :meth:`set_rank` chooses one; :func:`lora_kernels.nn.elastic` narrows whole layers, W too. Draw a choice
     anew at each step. All are views: a change copies nothing.

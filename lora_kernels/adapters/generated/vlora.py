@@ -37,6 +37,7 @@ class VLoRA(Adapter):
         if lora_a is None or tuple(lora_a.shape[1:]) != (self.r, self.in_features):
             got = "none" if lora_a is None else f"shape {tuple(lora_a.shape)}"
             raise ValueError(
-                f"vlora_A: expected [samples, {self.r}, {self.in_features}] for the layer {self.site!r}, got {got}"
+                f"vlora_A: expected [samples, {self.r}, {self.in_features}] for the layer {self.site!r},"
+                f" got {got}"
             )
         return LowRank(lora_a, self.lora_B, self.scaling)
