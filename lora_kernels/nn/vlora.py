@@ -82,7 +82,8 @@ class VLoRAGenerator(nn.Module):
         if features.dim() != 3 or tuple(features.shape[1:]) != self.shape:
             want = f"[samples, {self.shape[0]}, {self.shape[1]}]"
             raise ValueError(f"features: expected {want}, got {tuple(features.shape)}")
-        memory, found = self.project(features) + self.position, {}
+        memory = self.project(features) + self.position
+        found: dict[str, Tensor] = {}
         for names, decoder in zip(self.layers, self.decoders, strict=True):
             found.update(zip(names, decoder(memory).unbind(1), strict=True))
         return found
