@@ -26,10 +26,13 @@ class Piece(NamedTuple):
 class BlockSparse(NamedTuple):
     """y[:, R_i] += x[:, C_i] S_iᵀ for the pieces i of blocks S ``[blocks, p, q]``
 
-    The products accumulate into y, and in the backward pass into dX. Of x only the columns that any piece
-    reads are saved, once each; x itself where that is all of them.
+    The products accumulate into y, and in the backward pass into dX; those of whole blocks along the diagonal
+    are one batched product. Of x only the columns that any piece reads are saved, once each; x itself where
+    that is all of them.
     """
 
+    # Of the leading blocks, those that lie along the diagonal, and the pieces behind them.
+    diagonal: int
     pieces: tuple[Piece, ...]
     out_features: int
     # The spans of columns that are saved; none: all of x.
@@ -47,15 +50,17 @@ class BlockSparse(NamedTuple):
         apart = all(a + n <= b for (a, n), (b, _) in itertools.pairwise(spans))
         if not apart or sum(n for _, n in spans) >= in_features:
             placed = tuple(piece._replace(saved_at=piece.column) for piece in pieces)
-            return cls(placed, out_features, ())
+            return cls(_diagonal(placed), placed[_diagonal(placed) :], out_features, ())
         starts, total = {}, 0
         for column, width in spans:
             starts[column], total = total, total + width
         placed = tuple(piece._replace(saved_at=starts[piece.column]) for piece in pieces)
-        return cls(placed, out_features, tuple(spans))
+        return cls(_diagonal(placed), placed[_diagonal(placed) :], out_features, tuple(spans))
 
     def add_(self, y: Tensor, x: Tensor, blocks: Tensor) -> tuple[Tensor, ...]:
         """Adds it for rows x."""
+        if self.diagonal:
+            self._along(y, blocks, 1).baddbmm_(self._along(x, blocks, 2), blocks[: self.diagonal].mT)
         for block, row, column, height, width, left, _ in self.pieces:
             factor = blocks[block, :height, left : left + width]
             y[:, row : row + height].addmm_(x[:, column : column + width], factor.T)
@@ -66,6 +71,12 @@ class BlockSparse(NamedTuple):
         """Of the blocks, and nothing of ΔW around them."""
         kept, blocks = saved
         grads = torch.zeros_like(blocks) if needs[0] else None
+        if self.diagonal:
+            part, whole = self._along(dy, blocks, 1), slice(self.diagonal)
+            if grads is not None:
+                grads[whole].baddbmm_(part.mT, self._along(kept, blocks, 2))
+            if dx is not None:
+                self._along(dx, blocks, 2).baddbmm_(part, blocks[whole])
         for block, row, column, height, width, left, at in self.pieces:
             part = dy[:, row : row + height]
             span = slice(left, left + width)
@@ -74,3 +85,18 @@ class BlockSparse(NamedTuple):
             if dx is not None:
                 dx[:, column : column + width].addmm_(part, blocks[block, :height, span])
         return [grads]
+
+    def _along(self, rows: Tensor, blocks: Tensor, side: int) -> Tensor:
+        """[blocks on the diagonal, rows, side], a view."""
+        size = blocks.shape[side]
+        return rows[:, : self.diagonal * size].unflatten(1, (self.diagonal, size)).transpose(0, 1)
+
+
+def _diagonal(pieces: Sequence[Piece]) -> int:
+    """How many of the leading pieces are whole blocks of the first one's size along the diagonal."""
+    height, width = pieces[0].height, pieces[0].width
+    whole = (Piece(i, i * height, i * width, height, width, 0, i * width) for i in itertools.count())
+    found = sum(
+        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(pieces, whole, strict=False))
+    )
+    return found if found > 1 else 0

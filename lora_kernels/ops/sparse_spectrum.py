@@ -8,9 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Of each frequency: the bins of x and of y, the sign of the imaginary part, and the orders in which entries
-# are summed into the bins of y, and of x.
-INDICES = ("source", "target", "sign", "forward_order", "backward_order", "forward_bins", "backward_bins")
+# Of each entry, in the order in which it is summed into the bins of y: its bin of x and its number; of each
+# bin of y, where its sum then lies. The same with the sides swapped, and the bin of y of each. Last, by
+# number, the bins of y and of x and the sign of the imaginary part.
+INDICES = (
+    *("forward_source", "forward_order", "forward_places"),
+    *("backward_source", "backward_order", "backward_places", "backward_target"),
+    *("target", "source", "sign"),
+)
 
 
 class SparseSpectrum(NamedTuple):
@@ -40,30 +45,28 @@ class SparseSpectrum(NamedTuple):
 
     def add_(self, y: Tensor, x: Tensor, spectrum: Tensor, *indices: Tensor) -> tuple[Tensor, ...]:
         """Adds it for rows x."""
-        source, _, sign, order, _, bins, _ = indices
+        picked, order, places, *_, target, _, sign = indices
         wide = torch.promote_types(x.dtype, torch.float32)
-        bins_x = _rfft(x.to(wide))
-        coefficients = _signed(spectrum.to(wide), sign)[order]
-        entries = bins_x[:, source[order]] * coefficients
-        sums = _placed(entries, self.forward_levels, bins, self.out_features)
-        y += _irfft(sums * self._scale, self.out_features)
-        return (bins_x, spectrum, *indices)
+        bins_x = torch.fft.rfft(x.to(wide))
+        weights = _weights(spectrum.to(wide) * self._scale, sign, target, self.out_features)[order]
+        entries = torch.view_as_real(bins_x.index_select(1, picked)) * weights
+        y += _summed(entries, self.forward_levels, places, self.out_features)
+        return (torch.view_as_real(bins_x), spectrum, *indices)
 
     def gradients(self, dy: Tensor, dx: Tensor | None, needs: Sequence[bool], *saved: Any) -> list[Any]:
         """Of c."""
-        bins_x, spectrum, source, target, sign, _, order, _, bins = saved
+        bins_x, spectrum, *_, picked_x, order, places, picked_y, _, source, sign = saved
         wide = bins_x.dtype
-        bins_y = _rfft(dy.to(wide))[:, target[order]]
+        bins_y = torch.view_as_real(torch.fft.rfft(dy.to(wide)).index_select(1, picked_y))
         grad = None
         if needs[0]:
-            products = (bins_y * bins_x[:, source[order]]).sum(0)
-            ordered = products[:, 0] + products[:, 1] * sign[order]
-            scaled = ordered * self._scale
-            grad = torch.empty_like(scaled).index_copy_(0, order, scaled)
+            entries = torch.view_as_real(torch.view_as_complex(bins_x).index_select(1, picked_x))
+            products = (bins_y * entries).sum(0)
+            ordered = (products[:, 0] + products[:, 1] * sign[order]) * self._scale
+            grad = torch.empty_like(ordered).index_copy_(0, order, ordered)
         if dx is not None:
-            entries = bins_y * _signed(spectrum.to(wide), sign)[order]
-            sums = _placed(entries, self.backward_levels, bins, self.in_features)
-            dx += _irfft(sums * self._scale, self.in_features)
+            weights = _weights(spectrum.to(wide) * self._scale, sign, source, self.in_features)[order]
+            dx += _summed(bins_y * weights, self.backward_levels, places, self.in_features)
         return [grad, *[None] * len(INDICES)]
 
 
@@ -75,54 +78,46 @@ def plan(
     mirrored_j, mirrored_k = j > out_features // 2, k > in_features // 2
     target = torch.where(mirrored_j, out_features - j, j)
     source = torch.where(mirrored_k, in_features - k, k)
-    forward_order, forward_bins, forward_levels = _levels(target)
-    backward_order, backward_bins, backward_levels = _levels(source)
+    forward, forward_places, forward_levels = _levels(target, out_features // 2 + 1)
+    backward, backward_places, backward_levels = _levels(source, in_features // 2 + 1)
     # ifft's spectrum of a real x is the conjugate of fft's.
     sign = torch.where(mirrored_j == mirrored_k, -1, 1)
-    found = (source, target, sign, forward_order, backward_order, forward_bins, backward_bins)
+    found = (
+        *(source[forward], forward, forward_places),
+        *(source[backward], backward, backward_places, target[backward]),
+        *(target, source, sign),
+    )
     branch = SparseSpectrum(in_features, out_features, scaling, forward_levels, backward_levels)
     return branch, dict(zip(INDICES, found, strict=True))
 
 
-def _levels(bins: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+def _levels(bins: Tensor, count: int) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """An order of the entries in which each bin's first come first, then each bin's second, and so on.
 
-    Within a level the bins go in one order, which is the second result; those with most entries lead.
+    Within a level the bins go in one order, those with most entries first, so that every level is a prefix of
+    the one before. Second, each bin's place in that order, or that of a zero behind it; third, the sizes.
     """
-    counts = torch.bincount(bins)
+    counts = torch.bincount(bins, minlength=count)
     by_count = counts.argsort(descending=True, stable=True)
-    place = torch.empty_like(by_count).index_copy_(0, by_count, torch.arange(len(by_count)))
+    place = torch.empty_like(by_count).index_copy_(0, by_count, torch.arange(count))
     by_bin = place[bins].argsort(stable=True)
     starts = counts[by_count].cumsum(0) - counts[by_count]
     level = torch.arange(len(bins)) - starts[place[bins[by_bin]]]
-    order = by_bin[level.argsort(stable=True)]
-    sizes = torch.bincount(level).tolist() if len(bins) else []
-    return order, by_count[: sizes[0] if sizes else 0], tuple(sizes)
+    sizes = torch.bincount(level).tolist()
+    return by_bin[level.argsort(stable=True)], place.clamp(max=sizes[0]), tuple(sizes)
 
 
-def _signed(spectrum: Tensor, sign: Tensor) -> Tensor:
-    return torch.stack((spectrum, spectrum * sign), 1)
+def _weights(spectrum: Tensor, sign: Tensor, bins: Tensor, length: int) -> Tensor:
+    """[n, 2]: what each entry's parts count for in ``irfft``, which has most bins twice, over length."""
+    once = (bins == 0) | (2 * bins == length)
+    weights = spectrum * torch.where(once, length, length / 2)
+    return torch.stack((weights, weights * sign), 1)
 
 
-def _placed(entries: Tensor, levels: tuple[int, ...], bins: Tensor, length: int) -> Tensor:
-    """Entries [rows, n, 2] in the order of :func:`_levels`, summed into the bins of half a spectrum."""
+def _summed(entries: Tensor, levels: tuple[int, ...], places: Tensor, length: int) -> Tensor:
+    """Entries [rows, n, 2] in the order of :func:`_levels`, summed by bin and transformed back."""
     first, *others = entries.split(levels, 1)
-    sums = first.clone() if others else first
+    sums = torch.nn.functional.pad(first, (0, 0, 0, 1))
     for more in others:
         sums[:, : more.shape[1]] += more
-    placed = entries.new_zeros(entries.shape[0], length // 2 + 1, 2)
-    return placed.index_copy(1, bins, sums)
-
-
-def _rfft(x: Tensor) -> Tensor:
-    """[rows, bins, 2]."""
-    return torch.view_as_real(torch.fft.rfft(x))
-
-
-def _irfft(bins: Tensor, length: int) -> Tensor:
-    """Re Σ_j bins_j e^(2πi j p/length), p < length, over half a spectrum: every bin counts once."""
-    edges = bins.new_full((bins.shape[1], 1), length / 2)
-    edges[0] = length
-    if length % 2 == 0:
-        edges[-1] = length
-    return torch.fft.irfft(torch.view_as_complex(bins * edges), n=length)
+    return torch.fft.irfft(torch.view_as_complex(sums).index_select(1, places), n=length)
