@@ -194,6 +194,14 @@ REGISTER = (
         "structure",
         "adapters.bases.lofit",
     ),
+    Method(
+        "memvp",
+        "MemVP: `nn.MemVPFFN`: an image as keys and values of an FFN",
+        "2405.05615",
+        (56,),
+        "layer",
+        "nn.memvp",
+    ),
     # Structures over convolutions, quantised bases and several outputs.
     Method(
         "mtlora_mt",

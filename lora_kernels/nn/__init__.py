@@ -26,8 +26,9 @@ from .elastic import Slice, elastic
 from .embedding import LoRAEmbedding
 from .groups import group_layers, layer_groups, ungroup_layers
 from .linear import LoRALinear
-from .lors import LORSLinear, LORSMixing
 from .lofit import lofit_heads
+from .lors import LORSLinear, LORSMixing
+from .memvp import MemVPFFN, MemVPMemory, apply_memvp
 from .mixed import mixed_adapters, train_adapters
 from .mixture import LoRAMixtureLinear
 from .mlp import fuse_mlps, fused_mlps, unfuse_mlps
@@ -52,6 +53,8 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "LoRAMixtureLinear",
+    "MemVPFFN",
+    "MemVPMemory",
     "MultiTaskLinear",
     "PHMLinear",
     "Pair",
@@ -62,6 +65,7 @@ __all__ = [
     "VLoRAGenerator",
     "WHTLinear",
     "apply_lora",
+    "apply_memvp",
     "count_parameters",
     "delete_adapter",
     "disable_adapters",
