@@ -68,9 +68,7 @@ def load_loralib(
         target_modules=f"({'|'.join(_escaped(name) for name in found)})",
         rank_pattern={_escaped(name): one.r for name, one in found.items() if one.r != r},
         method=method,
-        method_options={"enable_lora": list(enable_lora)}
-        if method == "merged_linear" and enable_lora
-        else {},
+        method_options=options,
     )
     apply_lora(model, config, adapter_name)
     _fill(model, adapter_name, found)
