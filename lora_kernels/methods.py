@@ -144,6 +144,12 @@ REGISTER = (
         "structure",
         "adapters.low_rank.ta_lora",
         verified=False,
+        "delta_lora",
+        "Delta-LoRA, with `schedules.DeltaLoRA`: W follows B A",
+        "2309.02411",
+        (75,),
+        "structure",
+        "adapters.low_rank.delta_lora",
     ),
     # Structures whose factors are shared, generated or chosen.
     Method(
@@ -411,6 +417,27 @@ REGISTER = (
         "optim.derivative_free",
     ),
     # Schedules.
+    Method(
+        "plora",
+        "PeriodicLoRA: unloaded into W each stage",
+        "2402.16141",
+        (64,),
+        "step",
+        "schedules.plora",
+        verified=False,
+    ),
+    Method(
+        "lorasc",
+        "LoRASC: fast cycles on a noisy W, a part of each kept",
+        "2407.01491",
+        (21,),
+        "step",
+        "schedules.lorasc",
+        verified=False,
+    ),
+    Method(
+        "lisa", "LISA: a few blocks train at a time, by lot", "2403.17919", (73,), "step", "schedules.lisa"
+    ),
     Method(
         "relora",
         "ReLoRA: merged into W and restarted",

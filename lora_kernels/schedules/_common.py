@@ -125,10 +125,10 @@ def fill_kaiming_(factor: Tensor, rng: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def fill_(tensor: Tensor, rng: torch.Generator, how: str, *args: float) -> None:
+def fill_(tensor: Tensor, rng: torch.Generator, how: str, *args: float) -> Tensor:
     """Numbers of ``rng``, drawn on the CPU and in at least float32: the same on every device."""
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    tensor.copy_(getattr(torch.empty(tensor.shape, dtype=wide), how)(*args, generator=rng))
+    return tensor.copy_(getattr(torch.empty(tensor.shape, dtype=wide), how)(*args, generator=rng))
 
 
 def forget_(optimizer: Optimizer, params: Iterable[Tensor]) -> None:

@@ -27,5 +27,14 @@ def run(model, optimizer, schedule, steps, first=0):
 
 # Key -> (the model, the schedule); what it does falls into six steps, on either side of the third.
 CASES = {
+    "delta_lora": (
+        lambda: fresh(method="delta_lora"),
+        lambda m, o: schedules.DeltaLoRA(m, start_step=4, lam=0.5),
+    ),
+    "lisa": (fresh, lambda m, o: schedules.LISA(m, [m.wide, m.tall, m.square], n_active=1, interval=2)),
+    "lorasc": (fresh, lambda m, o: schedules.LoRASC(m, o, every=4)),
+    "plora": (fresh, lambda m, o: schedules.PeriodicLoRA(m, o, every=2, momentum=0.3)),
     "relora": (fresh, lambda m, o: schedules.ReLoRA(m, o, every=2, ratio=0.5)),
 }
+# Those that also act on weights of their own accord.
+WITHOUT_ADAPTERS = ("lisa",)
