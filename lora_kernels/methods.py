@@ -446,7 +446,32 @@ REGISTER = (
         "step",
         "schedules.relora",
     ),
+    Method(
+        "hiddenkey",
+        "HiddenKey: keys and hidden numbers dropped, two passes agree",
+        "2403.00812",
+        (70,),
+        "step",
+        "schedules.hiddenkey",
+        verified=False,
+    ),
+    Method(
+        "autolora_robust",
+        "AutoLoRa: natural samples train B A, adversarial ones W",
+        "2310.01818",
+        (3,),
+        "step",
+        "schedules.autolora_robust",
+    ),
     # Rank allocation and pruning.
+    Method(
+        "autolora_rank",
+        "AutoLoRA: ranks by gates that learn from validation",
+        "2403.09113",
+        (6,),
+        "step",
+        "schedules.autolora_rank",
+    ),
     # Federated.
     Method(
         "fedlora_pfl",
@@ -472,6 +497,15 @@ REGISTER = (
         (39,),
         "company",
         "compose.flasc",
+    ),
+    Method(
+        "bilora",
+        "BiLoRA, with `schedules.BiLoRA`: B diag(e) A, e on other samples",
+        "2403.13037",
+        (68,),
+        "structure",
+        "adapters.low_rank.bilora",
+        verified=False,
     ),
 )
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_kernels.schedules import LISA
 
-CLAIM = "with 2 of 8 blocks at a time gradients take a quarter of the bytes, and the loss ends within 1.25 of full"
+CLAIM = "with 2 of 8 blocks at a time gradients take a quarter, and the loss ends within 1.25 of full"
 WIDTH, BLOCKS, STEPS = 24, 8, 400
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -14,9 +15,9 @@ class Schedule:
     """Acts between the steps of an optimiser: call :meth:`step` after each of them.
 
     A subclass writes :meth:`act`, which raises before it changes anything, and names in ``saved`` the
-    attributes that a checkpoint needs: numbers, tensors, generators, and dicts and lists of those. What the
-    constructor was given is not saved: build the schedule anew as it was, on the model as it was saved, then
-    :meth:`load_state_dict`.
+    attributes that a checkpoint needs: numbers, tensors, generators, optimisers, and dicts and lists of
+    those. What the constructor was given is not saved: build the schedule anew as it was, on the model as it
+    was saved, then :meth:`load_state_dict`.
 
     Args:
         model: one of :func:`apply_lora` or of PEFT; a schedule says what it needs of it.
@@ -105,6 +106,8 @@ def check_alike(name: str, own: Any, given: Any) -> None:
 def _kinds(own: Any) -> tuple[type, ...]:
     if isinstance(own, torch.Generator):
         return (Tensor,)
+    if isinstance(own, Optimizer):
+        return (Mapping,)
     return (int, float) if isinstance(own, (int, float)) else (type(own),)
 
 
@@ -120,6 +123,8 @@ def _check_keys(name: str, want: Iterable[str], given: Mapping[str, Any]) -> Non
 def _copied(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         return value.get_state()
+    if isinstance(value, Optimizer):
+        return copy.deepcopy(value.state_dict())
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
@@ -131,6 +136,9 @@ def _taken(own: Any, given: Any) -> Any:
     """``given`` as the new value of an attribute: on the device and in the dtype of the old one."""
     if isinstance(own, torch.Generator):
         own.set_state(given.cpu())
+        return own
+    if isinstance(own, Optimizer):
+        own.load_state_dict(given)
         return own
     if isinstance(own, Tensor):
         return given.detach().to(own.device, own.dtype, copy=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from optim_models import loss, ours
 
@@ -25,8 +27,19 @@ def run(model, optimizer, schedule, steps, first=0):
         schedule.step()
 
 
+def bilevel(cls, model):
+    """On the seeds of losses that stay the same, so that a run goes on as it was."""
+    return cls(model, lambda seed: loss(model, seed), itertools.repeat(50), itertools.repeat(60), lr=1e-2)
+
+
+def softmax():
+    return fresh(method="bilora", method_options={"values": "softmax"})
+
+
 # Key -> (the model, the schedule); what it does falls into six steps, on either side of the third.
 CASES = {
+    "autolora_rank": (softmax, lambda m, o: bilevel(schedules.AutoLoRA, m)),
+    "bilora": (softmax, lambda m, o: bilevel(schedules.BiLoRA, m)),
     "delta_lora": (
         lambda: fresh(method="delta_lora"),
         lambda m, o: schedules.DeltaLoRA(m, start_step=4, lam=0.5),
