@@ -121,6 +121,23 @@ REGISTER = (
         "adapters.low_rank.lamda",
     ),
     Method(
+        "delta_lora",
+        "Delta-LoRA, with `schedules.DeltaLoRA`: W follows B A",
+        "2309.02411",
+        (75,),
+        "structure",
+        "adapters.low_rank.delta_lora",
+    ),
+    Method(
+        "bilora",
+        "BiLoRA, with `schedules.BiLoRA`: B diag(e) A, e on other samples",
+        "2403.13037",
+        (68,),
+        "structure",
+        "adapters.low_rank.bilora",
+        verified=False,
+    ),
+    Method(
         "reslora",
         "ResLoRA: residual paths between the branches of a role",
         "2402.18039",
@@ -144,12 +161,6 @@ REGISTER = (
         "structure",
         "adapters.low_rank.ta_lora",
         verified=False,
-        "delta_lora",
-        "Delta-LoRA, with `schedules.DeltaLoRA`: W follows B A",
-        "2309.02411",
-        (75,),
-        "structure",
-        "adapters.low_rank.delta_lora",
     ),
     # Structures whose factors are shared, generated or chosen.
     Method(
@@ -497,15 +508,6 @@ REGISTER = (
         (39,),
         "company",
         "compose.flasc",
-    ),
-    Method(
-        "bilora",
-        "BiLoRA, with `schedules.BiLoRA`: B diag(e) A, e on other samples",
-        "2403.13037",
-        (68,),
-        "structure",
-        "adapters.low_rank.bilora",
-        verified=False,
     ),
 )
 
