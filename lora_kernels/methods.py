@@ -509,6 +509,15 @@ REGISTER = (
         "company",
         "compose.flasc",
     ),
+    # What a trained model knows.
+    Method(
+        "laplace_lora",
+        "Laplace-LoRA: a normal posterior of A and B, by K-FAC",
+        "2308.13111",
+        (81,),
+        "knowledge",
+        "stats.laplace",
+    ),
 )
 
 

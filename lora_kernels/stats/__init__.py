@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from .calibration import COLLECTED, Statistics, calibrate
+from .laplace import LaplaceLoRA
 from .reslora import estimate_reslora_merge
 from .select import select_blocks, select_neurons
 
 __all__ = [
     "COLLECTED",
+    "LaplaceLoRA",
     "Statistics",
     "calibrate",
     "estimate_reslora_merge",
