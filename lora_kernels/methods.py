@@ -378,7 +378,9 @@ REGISTER = (
     ),
     Method("milora", "MiLoRA: minor singular vectors of W", "2406.09044", (20,), "start", "init.milora"),
     Method("mica", "MiCA: B of minor left singular vectors, frozen", "2604.01694", (), "start", "init.mica"),
-    Method("asym", "Asymmetry: A random, orthonormal and frozen", "2402.16842", (27,), "start", "init.asym"),
+    Method(
+        "asym", "Asymmetry: A random, orthonormal and frozen; or B", "2402.16842", (27,), "start", "init.asym"
+    ),
     Method("loftq", "LoftQ: factors that make up for quantising W", "2310.08659", (), "start", "init.loftq"),
     Method("eva", "EVA: principal components of a layer's inputs", "2410.07170", (), "start", "init.eva"),
     Method(
@@ -473,6 +475,38 @@ REGISTER = (
         (3,),
         "step",
         "schedules.autolora_robust",
+    ),
+    Method(
+        "lamda_freezer",
+        "LaMDA's freezer: B stops learning column by column",
+        "2406.12832",
+        (48,),
+        "step",
+        "schedules.lamda",
+    ),
+    Method(
+        "aflora_freezer",
+        "AFLoRA's freezer: A and B of small scores stop learning",
+        "2403.13269",
+        (69,),
+        "step",
+        "schedules.aflora",
+    ),
+    Method(
+        "dylora_sampler",
+        "DyLoRA's sampler: one rank for all layers, new at each step",
+        "2210.07558",
+        (76,),
+        "step",
+        "schedules.dylora",
+    ),
+    Method(
+        "sora_schedule",
+        "SoRA's schedule: proximal steps whose threshold grows by stages",
+        "2311.11696",
+        (84,),
+        "step",
+        "schedules.sora",
     ),
     # Rank allocation and pruning.
     Method(

@@ -45,6 +45,10 @@ class DyLoRA(LoRA):
         """Uniform in 1..r; does not set it."""
         return int(torch.randint(1, self.r + 1, (), generator=generator))
 
+    def compact(self) -> Adapter:
+        """The LoRA of the active rank's ΔW that holds no more than that rank."""
+        return self.as_lora(self.lora_A[: self.rank], self.lora_B[:, : self.rank])
+
     def take_settings(self, other: Adapter) -> None:
         """As of :class:`Adapter`; the rank in use stays."""
         rank = self.rank

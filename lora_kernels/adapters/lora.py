@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..init import draw
-from .base import Adapter, register
+from .base import Adapter, make, register
 from .call import Call
+from .config import LoRAConfig
 from .site import Site, Start
 from .update import LowRank
 
@@ -45,3 +47,13 @@ class LoRA(Adapter):
     def lower(self, x: Tensor | None = None, call: Call | None = None) -> LowRank:
         """A, B and the scale."""
         return LowRank(self.lora_A, self.lora_B, self.scaling)
+
+    @torch.no_grad()
+    def as_lora(self, lora_a: Tensor, lora_b: Tensor) -> Adapter:
+        """The LoRA of ΔW = s · B A for another A ``[rank, in]`` and B ``[out, rank]``, with this one's s."""
+        r = lora_a.shape[0]
+        config = LoRAConfig(r=r, lora_alpha=self.scaling * r, lora_dropout=self.lora_dropout)
+        small = make(self.in_features, self.out_features, config, device=lora_a.device, dtype=lora_a.dtype)
+        small.lora_A.copy_(lora_a)
+        small.lora_B.copy_(lora_b)
+        return small

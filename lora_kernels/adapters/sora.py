@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Adapter, make, register
+from .base import Adapter, register
 from .call import Call
-from .config import LoRAConfig
 from .lora import LoRA
 from .site import Site, Start
 from .update import LowRank
@@ -43,10 +42,4 @@ class SoRA(LoRA):
         """The LoRA of the same ΔW that holds only the ranks with g ≠ 0 (at least one), g absorbed in A."""
         kept = self.gate.nonzero().flatten()
         kept = kept if kept.numel() else kept.new_zeros(1)
-        r = kept.numel()
-        config = LoRAConfig(r=r, lora_alpha=self.scaling * r, lora_dropout=self.lora_dropout)
-        device, dtype = self.lora_A.device, self.lora_A.dtype
-        small = make(self.in_features, self.out_features, config, device=device, dtype=dtype)
-        small.lora_A.copy_(self.lora_A[kept] * self.gate[kept, None])
-        small.lora_B.copy_(self.lora_B[:, kept])
-        return small
+        return self.as_lora(self.lora_A[kept] * self.gate[kept, None], self.lora_B[:, kept])

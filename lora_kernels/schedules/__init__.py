@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+from .aflora import AFLoRAFreezer, aflora_fraction
 from .autolora_rank import AutoLoRA
 from .autolora_robust import MinAutoLR, TwoBranches, autolora_lambdas, pgd, two_branch_loss
 from .base import Schedule
 from .bilora import BiLoRA, hypergradient, orthogonality
 from .callback import as_callback
 from .delta_lora import DeltaLoRA
+from .dylora import DyLoRASampler
 from .hiddenkey import HiddenKey
+from .lamda import LaMDAFreezer
 from .lisa import LISA
 from .lorasc import LoRASC
 from .plora import PeriodicLoRA
 from .relora import ReLoRA, jagged_cosine
+from .sora import SoRASchedule, gate_penalty
 
 __all__ = [
     "LISA",
+    "AFLoRAFreezer",
     "AutoLoRA",
     "BiLoRA",
     "DeltaLoRA",
+    "DyLoRASampler",
     "HiddenKey",
+    "LaMDAFreezer",
     "LoRASC",
     "MinAutoLR",
     "PeriodicLoRA",
     "ReLoRA",
     "Schedule",
+    "SoRASchedule",
     "TwoBranches",
+    "aflora_fraction",
     "as_callback",
     "autolora_lambdas",
+    "gate_penalty",
     "hypergradient",
     "jagged_cosine",
     "orthogonality",

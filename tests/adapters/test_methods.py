@@ -191,6 +191,15 @@ def test_dylora_rank_is_a_view(b):
     assert adapter.lora_A.grad[:b].count_nonzero() == b * IN
 
 
+@pytest.mark.parametrize("b", [1, 3])
+def test_dylora_compact_keeps_the_update(b):
+    adapter = shake(new_layer("dylora")).adapters["default"]
+    adapter.set_rank(b)
+    small = adapter.compact()
+    assert small.method == "lora" and small.r == b and small.lora_A.shape == (b, IN)
+    torch.testing.assert_close(small.delta(), adapter.delta())
+
+
 def test_dylora_at_full_rank_is_lora():
     dylora, lora = shake(new_layer("dylora")), new_layer("lora")
     lora.load_state_dict(dylora.state_dict())

@@ -307,6 +307,26 @@ def test_corda_loses_less_of_the_output_than_the_plain_decomposition():
     assert losses[0] < 0.5 * losses[1]
 
 
+@pytest.mark.parametrize("freeze", ["A", "B"])
+@pytest.mark.parametrize("directions", ["orthonormal", "kaiming", "leading", "trailing"])
+def test_asym_fixes_either_factor_in_any_direction(freeze, directions):
+    weight = torch.randn(24, 16)
+    options = {"freeze": freeze, "directions": directions}
+    drawn = draw(site_of(weight, "asym", method_options=options))
+    fixed, other = (drawn.lora_a, drawn.lora_b) if freeze == "A" else (drawn.lora_b.T, drawn.lora_a)
+    r = len(fixed)
+    assert drawn.frozen == {f"lora_{freeze}"} and other.count_nonzero() == 0
+    assert drawn.lora_a.shape == (r, weight.shape[1]) and drawn.lora_b.shape == (weight.shape[0], r)
+    if directions != "kaiming":
+        torch.testing.assert_close(fixed @ fixed.T, torch.eye(r, dtype=fixed.dtype))
+    if directions in ("leading", "trailing"):
+        sizes = (weight @ fixed.T).norm(dim=0) if freeze == "A" else (fixed @ weight).norm(dim=1)
+        values = torch.linalg.svdvals(weight)
+        torch.testing.assert_close(sizes, values[:r] if directions == "leading" else values[-r:])
+    with pytest.raises(ValueError, match="freeze: expected one of"):
+        draw(site_of(weight, "asym", method_options={"freeze": "C"}))
+
+
 def test_asym_is_orthonormal_and_frozen():
     weight = torch.randn(24, 16)
     a, b, rest, frozen, _ = draw(site_of(weight, "asym"))

@@ -47,6 +47,19 @@ CASES = {
     "lisa": (fresh, lambda m, o: schedules.LISA(m, [m.wide, m.tall, m.square], n_active=1, interval=2)),
     "lorasc": (fresh, lambda m, o: schedules.LoRASC(m, o, every=4)),
     "plora": (fresh, lambda m, o: schedules.PeriodicLoRA(m, o, every=2, momentum=0.3)),
+    "lamda_freezer": (
+        lambda: fresh(method="lamda"),
+        lambda m, o: schedules.LaMDAFreezer(m, max_steps=15),
+    ),
+    "aflora_freezer": (
+        lambda: fresh(method="aflora"),
+        lambda m, o: schedules.AFLoRAFreezer(m, total_steps=8, t_i=1, t_f=2, window=2),
+    ),
+    "dylora_sampler": (lambda: fresh(method="dylora"), lambda m, o: schedules.DyLoRASampler(m, seed=3)),
+    "sora_schedule": (
+        lambda: fresh(method="sora"),
+        lambda m, o: schedules.SoRASchedule(m, xis=(1e-3, 2e-2), steps=(2, 2)),
+    ),
     "relora": (fresh, lambda m, o: schedules.ReLoRA(m, o, every=2, ratio=0.5)),
 }
 # Those that also act on weights of their own accord.
