@@ -37,4 +37,4 @@ def _train(seed: int, n_active: int | None) -> tuple[float, float]:
         held = sum(p.grad.numel() for p in model.parameters() if p.grad is not None)
         optimizer.step()
         schedule.step()
-    return float(loss), held / size
+    return loss.item(), held / size

@@ -12,6 +12,10 @@ from .delta_lora import DeltaLoRA
 from .dylora import DyLoRASampler
 from .hiddenkey import HiddenKey
 from .lamda import LaMDAFreezer
+from .explora import apply_explora, merge_and_restart
+from .hiddenkey import HiddenKey
+from .inflora import InfLoRA
+from .lampat import adversarial_step
 from .lisa import LISA
 from .lorasc import LoRASC
 from .plora import PeriodicLoRA
@@ -27,6 +31,7 @@ __all__ = [
     "DyLoRASampler",
     "HiddenKey",
     "LaMDAFreezer",
+    "InfLoRA",
     "LoRASC",
     "MinAutoLR",
     "PeriodicLoRA",
@@ -35,11 +40,14 @@ __all__ = [
     "SoRASchedule",
     "TwoBranches",
     "aflora_fraction",
+    "adversarial_step",
+    "apply_explora",
     "as_callback",
     "autolora_lambdas",
     "gate_penalty",
     "hypergradient",
     "jagged_cosine",
+    "merge_and_restart",
     "orthogonality",
     "pgd",
     "two_branch_loss",

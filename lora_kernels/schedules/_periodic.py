@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -16,7 +18,7 @@ class Periodic(Schedule):
 
     with_optimizer = True
     moves_base = True
-    saved = ("rng",)
+    saved: ClassVar[tuple[str, ...]] = ("rng",)
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None, every: int, seed: int) -> None:
         super().__init__(model, optimizer)

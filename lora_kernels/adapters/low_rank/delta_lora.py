@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ class DeltaLoRA(LoRA):
         """The plain LoRA of rank 2r of the same ΔW."""
         update = self.lower()
         config = LoRAConfig(r=2 * self.r, lora_alpha=self.scaling * 2 * self.r)
-        like = {"device": self.lora_A.device, "dtype": self.lora_A.dtype}
+        like: Any = {"device": self.lora_A.device, "dtype": self.lora_A.dtype}
         plain = make(self.in_features, self.out_features, config, **like)
         plain.lora_A.copy_(update.lora_a)
         plain.lora_B.copy_(update.lora_b)
