@@ -67,6 +67,6 @@ def apply_explora(
 
 
 def merge_and_restart(model: nn.Module) -> nn.Module:
-    """W_S + Δ in the model's own layers, everything trains: ready for a probe, another LoRA or full tuning."""
+    """W_S + Δ in the model's own layers, everything trains: ready for a probe or another LoRA."""
     remove_lora(model, merge=True)
     return model.requires_grad_(True)
