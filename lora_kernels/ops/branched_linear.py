@@ -106,8 +106,14 @@ class _BranchedLinear(torch.autograd.Function):
         bias: Tensor | None,
         *tensors: Tensor,
     ) -> Tensor:
-        y = _base(rows_of(x), weight, bias, branch.out_features)
-        saved = branch.add_(y, rows_of(x if x_branch is None else x_branch), *tensors)
+        rows, branch_rows = rows_of(x), rows_of(x if x_branch is None else x_branch)
+        if weight is not None and bias is None and _writes(branch):
+            y = rows.new_empty(rows.shape[0], branch.out_features)
+            saved = branch.add_(y, branch_rows, *tensors, write=True)
+            y.addmm_(rows, weight.T)
+        else:
+            y = _base(rows, weight, bias, branch.out_features)
+            saved = branch.add_(y, branch_rows, *tensors)
         ctx.branch, ctx.in_features = branch, x.shape[-1]
         ctx.save_for_backward(weight if ctx.needs_input_grad[1] else None, *saved)
         return output_like(y, x)
@@ -118,6 +124,10 @@ class _BranchedLinear(torch.autograd.Function):
         weight, *saved = ctx.saved_tensors
         _, needs_x, needs_branch, _, _, *needs = ctx.needs_input_grad
         rows = rows_of(dy)
+        if needs_x and not needs_branch and weight is not None and _writes(ctx.branch):
+            dx = rows.new_empty(rows.shape[0], ctx.in_features)
+            grads = ctx.branch.gradients(rows, dx, needs, *saved, write=True)
+            return None, dx.addmm_(rows, weight).view(*dy.shape[:-1], -1), None, None, None, *grads
         dx = branch_dx = None
         if needs_x:
             dx = _zeros(rows, ctx.in_features) if weight is None else rows @ weight
@@ -127,6 +137,11 @@ class _BranchedLinear(torch.autograd.Function):
         grads = ctx.branch.gradients(rows, branch_dx, needs, *saved)
         shaped = [None if d is None else d.view(*dy.shape[:-1], -1) for d in (dx, branch_dx)]
         return None, shaped[0], shaped[1] if needs_branch else None, None, None, *grads
+
+
+def _writes(branch: Any) -> bool:
+    """Whether it can fill a new y or dX, which spares a pass over that: the product accumulates anyway."""
+    return getattr(branch, "writes", False)
 
 
 def _zeros(rows: Tensor, columns: int) -> Tensor:

@@ -13,8 +13,8 @@ class FoldedSquare(NamedTuple):
     """y += Q M P x with 0/1 matrices P ``[width, in]`` and Q ``[out, width]``, never made
 
     Cyclic: feature j belongs to group j mod width, and P wraps round until every group has as many. Else
-    groups are neighbours, the first ones longer by one. Two passes over activations, one of x and one of y;
-    ``P x`` ``[rows, width]`` and M are saved, x is not.
+    groups are neighbours, the first ones longer by one. One pass over x and one over y, in
+    which the base product then accumulates; P x ``[rows, width]`` and M are saved, x is not.
     """
 
     width: int
@@ -27,18 +27,25 @@ class FoldedSquare(NamedTuple):
         """Whether its tensors keep their dtype."""
         return False
 
-    def add_(self, y: Tensor, x: Tensor, square: Tensor) -> tuple[Tensor, ...]:
-        """Adds it for rows x."""
+    @property
+    def writes(self) -> bool:
+        """Whether it fills new memory as well."""
+        return True
+
+    def add_(self, y: Tensor, x: Tensor, square: Tensor, write: bool = False) -> tuple[Tensor, ...]:
+        """Adds it for rows x; with ``write`` into memory that nobody has filled."""
         folded = _sum(x, self.width, self.cyclic_in, wrap=True)
-        _spread_(y, folded @ square.T, self.cyclic_out)
+        _spread_(y, folded @ square.T, self.cyclic_out, write=write)
         return folded, square
 
-    def gradients(self, dy: Tensor, dx: Tensor | None, needs: Sequence[bool], *saved: Any) -> list[Any]:
+    def gradients(
+        self, dy: Tensor, dx: Tensor | None, needs: Sequence[bool], *saved: Any, write: bool = False
+    ) -> list[Any]:
         """Of M; P and Q change places."""
         folded, square = saved
         dv = _sum(dy, self.width, self.cyclic_out)
         if dx is not None:
-            _spread_(dx, dv @ square, self.cyclic_in, wrap=True)
+            _spread_(dx, dv @ square, self.cyclic_in, wrap=True, write=write)
         return [dv.T @ folded if needs[0] else None]
 
 
@@ -55,17 +62,17 @@ def _sum(x: Tensor, width: int, cyclic: bool, wrap: bool = False) -> Tensor:
     return folded
 
 
-def _spread_(y: Tensor, folded: Tensor, cyclic: bool, wrap: bool = False) -> None:
-    """Adds to each feature its group's value: what :func:`_sum` is the transpose of."""
-    width = folded.shape[1]
+def _spread_(y: Tensor, folded: Tensor, cyclic: bool, *, wrap: bool = False, write: bool = False) -> None:
+    """Adds to each feature its group's value, or writes it: what :func:`_sum` is the transpose of."""
+    width, put = folded.shape[1], Tensor.copy_ if write else Tensor.add_
     if not cyclic:
         for group, span in _groups(y, width):
-            group += folded[:, span, None]
+            put(group, folded[:, span, None])
         return
     whole, rest = divmod(y.shape[1], width)
-    y[:, : whole * width].unflatten(1, (whole, width)).add_(folded[:, None])
+    put(y[:, : whole * width].unflatten(1, (whole, width)), folded[:, None])
     if rest:
-        y[:, whole * width :] += folded[:, :rest]
+        put(y[:, whole * width :], folded[:, :rest])
     for at, count in _wrapped(y.shape[1], width) if wrap else ():
         y[:, :count] += folded[:, at : at + count]
 

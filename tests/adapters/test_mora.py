@@ -53,10 +53,12 @@ def turned(square, sizes):
     return flat.repeat(1, math.ceil(n_out / flat.shape[1]))[:, :n_out].T
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("sizes,r", [((16, 16), 2), ((12, 10), 4), ((10, 33), 1), ((3, 40), 1), ((40, 3), 1)])
-def test_values_and_gradients(kind, sizes, r):
-    layer = shake(LoRALinear(*sizes, r=r, method="mora", method_options={"type": kind}, dtype=WIDE))
+def test_values_and_gradients(kind, sizes, r, bias, poisoned):
+    how = {"r": r, "method": "mora", "method_options": {"type": kind}, "bias": bias}
+    layer = shake(LoRALinear(*sizes, **how, dtype=WIDE))
     square = layer.adapters["default"].square
     width = int(math.sqrt(sum(sizes) * r) + 0.5)
     assert square.shape == ((width // 2 * 2,) * 2 if kind == 6 else (width, width))
