@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, LoRAConfig
-from ..ops.batch_plan import BatchPlan, plan_batch
+from ..ops.batch_plan import plan_batch
 from ..ops.multi_lora_linear import multi_lora_linear, stack_adapters
 from . import owned
 from .apply import apply_lora, lora_layers, set_adapter
 from .linear import LoRALinear
+from .rows import Samples, Trial, row_ids, trial
 
 BASE = "__base__"
 _CHECKPOINT = "_gradient_checkpointing_func"  # where the modules of Transformers keep theirs
+_SHOWN = "_lora_samples"  # where a model keeps what a trial showed of its layers
 _Change = tuple[nn.Module, str, Any]  # (module, attribute, value)
 
 
@@ -49,7 +51,12 @@ def train_adapters(model: nn.Module, configs: Mapping[str, LoRAConfig]) -> dict[
 
 
 @contextlib.contextmanager
-def mixed_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+def mixed_adapters(
+    model: nn.Module,
+    adapter_names: Sequence[str],
+    repeats: Collection[int] = (),
+    batch_dim: int | None = None,
+) -> Iterator[None]:
     """Inside the ``with`` block, sample i of every batch uses ``adapter_names[i]``, and no other adapter.
 
     For training: the gradient of each adapter is what its samples give, as if it were alone; one that no
@@ -58,16 +65,26 @@ def mixed_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[N
     into the block, since it computes the layers again. Each adapter has its own dropout, rank and scale. One
     batch at a time: the block changes the layers for every thread.
 
+    The first call of ``model`` with different adapters runs it once more, on up to three samples, each given
+    twice, without gradients, to see which dimension of each layer's input follows them, whether it is
+    ``[B, T, H]`` or ``[T, B, H]``. A Transformers model has the samples first in its own inputs; for another
+    one whose inputs are square, with as many tokens as samples, say ``batch_dim``.
+
     Args:
         model: one whose adapters :func:`apply_lora` or :func:`train_adapters` put there.
-        adapter_names: one a sample, ``"__base__"`` for none; samples are the inputs' first dimension.
+        adapter_names: one a sample, ``"__base__"`` for none.
+        repeats: how many rows next to each other may belong to one sample in a layer's input, besides one:
+            the tokens of sequences that the model flattens to ``[samples · tokens, features]``.
+        batch_dim: which dimension of every layer's input is the samples; no trial then.
 
     Raises:
+        TypeError: ``repeats`` or ``batch_dim`` are no ints.
         ValueError: no layer has an adapter of that name; a layer that is no linear, or a method that scales
-            its output (DoRA), is asked for; or a batch has another number of samples.
+            its output (DoRA), is asked for; or nothing tells which rows of an input are which sample's.
         RuntimeError: a layer is merged.
     """
     names = list(adapter_names)
+    samples = Samples.said(names, repeats, batch_dim)
     layers = lora_layers(model)
     known = {name for layer in layers.values() for name in layer.adapters}
     for name in names:
@@ -81,9 +98,10 @@ def mixed_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[N
             raise ValueError(
                 f"model: {place}: expected a LoRALinear, got {layer.base_type.__name__} with adapters"
             )
-    plans: dict[tuple[object, ...], BatchPlan] = {}
+    shown = vars(model).get(_SHOWN, {})
+    batch = _Batch(samples, shown)
     changes: list[_Change] = [
-        (layer, "forward", partial(_forward, layer, names, plans)) for layer in layers.values()
+        (layer, "forward", partial(_forward, layer, batch, place)) for place, layer in layers.items()
     ]
     changes += [(layer, "_mixed", place) for place, layer in layers.items()]
     checkpoints: list[_Change] = [
@@ -91,8 +109,45 @@ def mixed_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[N
         for module in model.modules()
         if _CHECKPOINT in vars(module)
     ]
-    with _changed(changes), _changed(checkpoints):
+    with _changed(changes), _changed(checkpoints), _asked(model, batch):
         yield
+
+
+class _Batch:
+    """The samples of the batch in flight, where the layers have them, and the plans that layers share."""
+
+    def __init__(self, samples: Samples, shown: dict[str, frozenset[int]]) -> None:
+        self.samples, self.shown = samples, shown
+        self.plans: dict[tuple[object, ...], Any] = {}
+        self.trial: Trial | None = None
+
+    @contextlib.contextmanager
+    def watched(self, seen: Trial) -> Iterator[None]:
+        """Inside the ``with`` block the layers are their base, and tell ``seen`` what they read."""
+        self.trial = seen
+        try:
+            yield
+        finally:
+            self.trial = None
+
+
+@contextlib.contextmanager
+def _asked(model: nn.Module, batch: _Batch) -> Iterator[None]:
+    """Inside the ``with`` block a model of which it is not known shows where its layers have the samples."""
+    if batch.samples.alike or batch.samples.batch_dim is not None or _SHOWN in vars(model):
+        yield
+        return
+
+    def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if batch.trial is None and _SHOWN not in vars(model):
+            batch.shown = trial(model, model, (args, kwargs), batch.samples, batch.watched)
+            model.__dict__[_SHOWN] = batch.shown
+
+    hook = model.register_forward_pre_hook(ask, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager
@@ -123,25 +178,29 @@ def _run_changed(changes: list[_Change], function: Callable, *args: Any, **kwarg
         return function(*args, **kwargs)
 
 
-def _forward(layer: Any, names: list[str], plans: dict[tuple[object, ...], BatchPlan], x: Tensor) -> Tensor:
-    """The layer on a batch whose samples use ``names``; layers alike in adapters and rows share a plan."""
-    if x.shape[0] != len(names):
-        raise ValueError(f"adapter_names: expected one for each of {x.shape[0]} samples, got {len(names)}")
+def _forward(layer: Any, batch: _Batch, at: str, x: Tensor) -> Tensor:
+    """The layer on a batch whose samples use their names; layers alike in adapters and rows share a plan."""
+    lead, names = tuple(x.shape[:-1]), batch.samples.names
+    if batch.trial is not None:
+        batch.trial.see(at, x, lead)
+        return layer._base(x, layer._own_weight)
+    dim, each = batch.samples.dimension(lead, batch.shown.get(at), at)
     present = [name for name in dict.fromkeys([*names, *layer.adapters]) if name in layer.adapters]
-    place = {name: i for i, name in enumerate(present)}
-    ids = torch.tensor([place.get(name, -1) for name in names], device=x.device)
-    rows = x.numel() // max(1, x.shape[-1])
-    key = (rows, x.device, *present)
-    if key not in plans:
-        plans[key] = plan_batch(ids.repeat_interleave(rows // max(1, len(names))), len(present))
+    key = (dim, each, lead, x.device, *present)
+    if key not in batch.plans:
+        place = {name: i for i, name in enumerate(present)}
+        ids = torch.tensor([place.get(name, -1) for name in names], device=x.device)
+        rows = row_ids(ids.repeat_interleave(each), lead, dim)
+        batch.plans[key] = (rows, plan_batch(rows, len(present)))
+    rows, plan = batch.plans[key]
     lora_as, lora_bs, scalings = zip(*(_factors(layer.adapters[name]) for name in present), strict=True)
     stack = stack_adapters(lora_as, lora_bs, scalings)
     ps = [layer.adapters[name].lora_dropout for name in present]
     options: dict[str, Any] = {"dropout_ps": ps if any(ps) else None, "training": layer.training}
     weight = layer._own_weight
     if isinstance(weight, Tensor):
-        return multi_lora_linear(x, weight, stack, ids, bias=layer.bias, plan=plans[key], **options)
-    return layer._base(x, weight) + multi_lora_linear(x, None, stack, ids, plan=plans[key], **options)
+        return multi_lora_linear(x, weight, stack, rows, bias=layer.bias, plan=plan, **options)
+    return layer._base(x, weight) + multi_lora_linear(x, None, stack, rows, plan=plan, **options)
 
 
 def _factors(adapter: Adapter) -> tuple[Tensor, Tensor, float]:

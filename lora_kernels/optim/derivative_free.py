@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..nn.pairs import Pair
+from ..nn.rows import Samples, Trial, row_ids, trial
 from ..ops.multi_lora_linear import multi_lora_linear, stack_adapters
 from ._common import check_count, check_number, pairs_of
 
@@ -37,6 +38,8 @@ class DerivativeFree(Optimizer):
         spread: P_A is N(0, (spread / (√dim · sigma))²), P_B uniform in ±1/√(dim/2); the paper takes the
             spread of the layer's input.
         seed: of the P and of CMA-ES.
+        repeats: how many rows next to each other may belong to one sample in a layer's input, besides one.
+        batch_dim: which dimension of a layer's input is the samples, if not the first.
 
     Raises:
         ImportError: the ``cma`` package is missing.
@@ -54,7 +57,10 @@ class DerivativeFree(Optimizer):
         popsize: int = 20,
         spread: float = 1.0,
         seed: int = 0,
+        repeats: Collection[int] = (),
+        batch_dim: int | None = None,
     ) -> None:
+        Samples.said((), repeats, batch_dim)
         for name, value in (("dim", dim), ("popsize", popsize)):
             check_count(name, value)
             if value < 2:
@@ -68,7 +74,8 @@ class DerivativeFree(Optimizer):
             _Search(pair, dim, sigma, popsize, spread, seed + 1000003 * i) for i, pair in enumerate(pairs)
         ]
         super().__init__([factor for pair in pairs for factor in (pair.lora_a, pair.lora_b)], {"lr": 0.0})
-        self._searches = searches
+        self._searches, self._said, self._model = searches, (repeats, batch_dim), model
+        self._shown: dict[str, frozenset[int]] | None = None
         for search in searches:
             search.write()
 
@@ -76,19 +83,26 @@ class DerivativeFree(Optimizer):
     def step(self, losses: Losses, batch: Any) -> float:  # type: ignore[override]
         """One generation for each layer; returns the mean loss that the model then has on the batch.
 
+        The first step runs ``losses`` once more, on up to three samples, each given twice, to see which
+        dimension of each layer's input is the samples.
+
         Args:
             losses: runs the model on a batch and gives one loss a sample, ``[samples]``.
             batch: a tensor, or a mapping or sequence of tensors, samples first.
 
         Raises:
-            ValueError: the losses are not one a sample.
+            ValueError: the losses are not one a sample, or nothing tells which rows of a layer's input are
+                which candidate's.
         """
-        best = math.inf
+        best, samples = math.inf, _samples_of(batch)
+        if self._shown is None and self._said[1] is None:
+            names = [str(i) for i in range(samples)]
+            self._shown = trial(losses, self._model, ([batch], {}), Samples.said(names), self._watched)
         for search in self._searches:
             candidates = search.ask()
             every = [search.z, *candidates]
             repeated = _repeat(batch, len(every))
-            with search.population(every):
+            with search.population(every, self._rows(samples, len(every))):
                 found = losses(repeated)
             if found.dim() != 1 or found.numel() % len(every):
                 want = f"[{len(every)} · samples] losses, one a sample"
@@ -97,6 +111,25 @@ class DerivativeFree(Optimizer):
             search.tell(means)
             best = min(means)
         return best
+
+    def _rows(self, samples: int, candidates: int) -> Callable[[str, tuple[int, ...]], Tensor]:
+        """Of a layer and what rows it reads: which candidate each is of."""
+        names = [str(i) for i in range(candidates) for _ in range(samples)]
+        said, numbers = Samples.said(names, *self._said), torch.arange(candidates).repeat_interleave(samples)
+
+        def rows(at: str, lead: tuple[int, ...]) -> Tensor:
+            dim, each = said.dimension(lead, (self._shown or {}).get(at), at)
+            return row_ids(numbers.repeat_interleave(each), lead, dim)
+
+        return rows
+
+    @contextlib.contextmanager
+    def _watched(self, seen: Trial) -> Iterator[None]:
+        """Inside the block the layers are their base, and tell ``seen`` what they read."""
+        with contextlib.ExitStack() as scope:
+            for pair in (search.pair for search in self._searches):
+                scope.enter_context(_forwarded(pair, partial(_seen, pair, seen)))
+            yield
 
     def fit(self, losses: Losses, batch: Any, budget: int = 8000) -> float:
         """Steps until ``budget`` candidates have been tried; returns the last step's loss."""
@@ -186,27 +219,51 @@ class _Search:
             parameter.copy_(value)
 
     @contextlib.contextmanager
-    def population(self, every: list[Tensor]) -> Iterator[None]:
+    def population(
+        self, every: list[Tensor], rows: Callable[[str, tuple[int, ...]], Tensor]
+    ) -> Iterator[None]:
         """Inside the block the layer takes a batch that repeats its samples, once for each z."""
         lora_as, lora_bs = zip(*map(self.factors, every), strict=True)
         stack = stack_adapters(lora_as, lora_bs, [self.pair.scaling] * len(every))
-        state = self.pair.layer.__dict__
-        state["forward"] = partial(_forward, self.pair, stack, len(every))
-        try:
+        with _forwarded(self.pair, partial(_forward, self.pair, stack, rows)):
             yield
-        finally:
-            del state["forward"]
 
 
-def _forward(pair: Pair, stack: Any, candidates: int, x: Tensor) -> Tensor:
-    ids = torch.arange(candidates, device=x.device).repeat_interleave(x.shape[0] // candidates)
+@contextlib.contextmanager
+def _forwarded(pair: Pair, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    state = pair.layer.__dict__
+    state["forward"] = forward
+    try:
+        yield
+    finally:
+        del state["forward"]
+
+
+def _base(pair: Pair, x: Tensor) -> Tensor:
     layer: Any = pair.layer
     base: Any = pair.base
-    bias = getattr(base, "bias", None)
+    return layer._base(x, layer._own_weight) if base is layer else base(x)
+
+
+def _seen(pair: Pair, seen: Trial, x: Tensor) -> Tensor:
+    seen.see(pair.name, x, tuple(x.shape[:-1]))
+    return _base(pair, x)
+
+
+def _forward(pair: Pair, stack: Any, rows: Callable[[str, tuple[int, ...]], Tensor], x: Tensor) -> Tensor:
+    ids = rows(pair.name, tuple(x.shape[:-1])).to(x.device)
     if pair.weight is not None:
-        return multi_lora_linear(x, pair.weight, stack, ids, bias=bias)
-    y = layer._base(x, layer.base_weight) if base is layer else base(x)
-    return y + multi_lora_linear(x, None, stack, ids)
+        return multi_lora_linear(x, pair.weight, stack, ids, bias=getattr(pair.base, "bias", None))
+    return _base(pair, x) + multi_lora_linear(x, None, stack, ids)
+
+
+def _samples_of(batch: Any) -> int:
+    """How many samples a batch has, by its first tensor."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0]
+    batch = list(batch.values()) if isinstance(batch, Mapping) else batch
+    parts = batch if isinstance(batch, (list, tuple)) else ()
+    return next((found for found in map(_samples_of, parts) if found), 0)
 
 
 def _repeat(batch: Any, times: int) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters import LoRAConfig
 from ..nn.apply import find_sites, keep_off_fast_path
+from ..nn.rows import Lead, Samples, Trial, row_ids, trial
 from ..ops.multi_lora_linear import AdapterStack, BatchPlan, multi_lora_linear, plan_batch
 from .pool import AdapterPool
 
@@ -27,44 +28,60 @@ class MixedBatch:
     def __init__(self, pool: AdapterPool) -> None:
         self.pool = pool
         self._local = threading.local()
+        # Where the samples are in what a layer reads, by site, and the modules of which a trial asked it.
+        self._shown: dict[str, frozenset[int]] = {}
+        self._tried: set[int] = set()
 
     @contextlib.contextmanager
-    def use(self, names: Sequence[str], repeats: Collection[int] = ()) -> Iterator[None]:
-        """Holds the adapters of ``names`` inside the ``with`` block; see :func:`use_adapters`."""
-        with self.pool.use(names) as slots:
-            before = getattr(self._local, "current", None)
+    def use(self, samples: Samples) -> Iterator[None]:
+        """Holds the adapters of ``samples`` inside the ``with`` block; see :func:`use_adapters`."""
+        with self.pool.use(samples.names) as slots:
             ids = torch.tensor(slots, dtype=torch.long, device=self.pool.device)
-            self._local.current = (ids, {1, *repeats}, {})
-            try:
+            with self._current((ids, samples, {})):
                 yield
-            finally:
-                self._local.current = before
 
-    def plan(self, site: str, samples: int, rows: int, adapters: int) -> tuple[Tensor, BatchPlan] | None:
-        """The adapter of each of ``samples`` along the first dimension, and the plan of all their ``rows``.
+    @contextlib.contextmanager
+    def _current(self, state: Any) -> Iterator[None]:
+        before = getattr(self._local, "current", None)
+        self._local.current = state
+        try:
+            yield
+        finally:
+            self._local.current = before
+
+    def learn(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the first call of ``module`` with different adapters: where do its layers have samples?"""
+        current = getattr(self._local, "current", None)
+        if current is None or isinstance(current, Trial) or id(module) in self._tried:
+            return
+        samples = current[1]
+        if not samples.alike and samples.batch_dim is None:
+            self._tried.add(id(module))
+            self._shown.update(trial(module, module, (args, kwargs), samples, self._current))
+
+    def plan(
+        self, site: str, x: Tensor, lead: Lead, adapters: int
+    ) -> tuple[Tensor, Tensor, BatchPlan] | None:
+        """The adapters of the samples, of the rows of an input x of ``lead`` rows, and the latter's plan.
 
         ``None`` outside of :meth:`use`.
 
         Raises:
-            ValueError: ``samples`` is not the number of names, once or as often as :meth:`use` was told. A
-                multiple that merely divides proves nothing: the first dimension may be time, or tokens that
-                a router sorted.
+            ValueError: what is said and shown does not tell which rows are which sample's.
         """
         current = getattr(self._local, "current", None)
         if current is None:
             return None
-        ids, repeats, plans = current
-        each = samples // max(1, len(ids))
-        if each not in repeats or samples != each * len(ids):
-            raise ValueError(
-                f"adapter_names: expected one for each of {samples} samples, got {len(ids)} (at {site!r};"
-                " where its first dimension holds several rows of each sample side by side, say how many"
-                " by use_adapters(..., repeats=))"
-            )
-        ids = ids.repeat_interleave(each)
-        if rows not in plans:
-            plans[rows] = plan_batch(ids.repeat_interleave(rows // max(1, samples)), adapters)
-        return ids, plans[rows]
+        if isinstance(current, Trial):
+            current.see(site, x, lead)
+            return None
+        ids, samples, plans = current
+        dim, each = samples.dimension(lead, self._shown.get(site), site)
+        key = (dim, each, lead)
+        if key not in plans:
+            rows = row_ids(ids.repeat_interleave(each), lead, dim)
+            plans[key] = (ids, rows, plan_batch(rows, adapters))
+        return plans[key]
 
 
 def _served(cls: Any, base: nn.Module, site: str, batch: MixedBatch) -> Any:
@@ -94,11 +111,11 @@ class MultiLoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """y for x ``[samples, ..., in]``."""
         stack = self.batch.pool.stack(self.site)
-        current = self.batch.plan(self.site, x.shape[0], x.numel() // max(1, x.shape[-1]), len(stack))
+        current = self.batch.plan(self.site, x, tuple(x.shape[:-1]), len(stack))
         if current is None:
             return F.linear(x, self.weight, self.bias)
-        ids, plan = current
-        return multi_lora_linear(x, self.weight, stack, ids, bias=self.bias, plan=plan)
+        _, rows, plan = current
+        return multi_lora_linear(x, self.weight, stack, rows, bias=self.bias, plan=plan)
 
 
 class MultiLoRAEmbedding(nn.Embedding):
@@ -127,14 +144,14 @@ class MultiLoRAEmbedding(nn.Embedding):
         """y for token numbers ``[samples, ...]``."""
         y = super().forward(input)
         stack = self.batch.pool.stack(self.site)
-        samples = input.shape[0] if input.dim() else 1
-        current = self.batch.plan(self.site, samples, input.numel(), len(stack))
+        current = self.batch.plan(self.site, input, tuple(input.shape) or (1,), len(stack))
         if current is None:
             return y
-        ids, plan = current
+        ids, rows, plan = current
         h = look_up(stack, plan.ids, input.reshape(-1)).to(y.dtype)
-        h = h.view(samples, -1, stack.max_rank) if samples else h[:, None]
-        return y + multi_lora_linear(h, None, expansion(stack, ids), ids, plan=plan).view(y.shape)
+        return y + multi_lora_linear(h, None, expansion(stack, ids), rows.reshape(-1), plan=plan).view(
+            y.shape
+        )
 
 
 def look_up(stack: AdapterStack, ids: Tensor, tokens: Tensor) -> Tensor:
@@ -215,7 +232,9 @@ def apply_multi_lora(model: nn.Module, pool: AdapterPool) -> nn.Module:
     batch = MixedBatch(pool)
     layers = {id(base): _layer(base, name, batch) for name, base in bases.items()}
     places = _replace(model, layers)
+    parts = [model, *_called_alone(model)]
     hooks = [
+        *(p.register_forward_pre_hook(batch.learn, with_kwargs=True, prepend=True) for p in parts),
         model.register_forward_pre_hook(_enter, with_kwargs=True, prepend=True),
         model.register_forward_hook(_leave, always_call=True),
     ]
@@ -239,23 +258,33 @@ def remove_multi_lora(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def use_adapters(
-    model: nn.Module, adapter_names: Sequence[str], repeats: Collection[int] = ()
+    model: nn.Module,
+    adapter_names: Sequence[str],
+    repeats: Collection[int] = (),
+    batch_dim: int | None = None,
 ) -> Iterator[None]:
     """Inside the ``with`` block, sample i of every batch uses ``adapter_names[i]``.
 
+    The first call of the model with different adapters runs it once more, on up to three samples, each given
+    twice, to see which dimension of each layer's input follows them, whether it is ``[B, T, H]`` or
+    ``[T, B, H]``. A Transformers model has the samples first in its own inputs; for another one whose inputs
+    are square, with as many tokens as samples, say ``batch_dim``.
+
     Args:
         model: one that :func:`apply_multi_lora` serves.
-        adapter_names: one a sample. Each layer's input has the samples as its first dimension.
+        adapter_names: one a sample.
         repeats: how many rows next to each other may belong to one sample there, besides one: its beams, or
             the tokens of sequences that the model flattens to ``[samples · tokens, features]``.
+        batch_dim: which dimension of every layer's input is the samples; no trial then.
 
     Raises:
-        ValueError: the model has no pool, or a name is unknown; and at a layer whose first dimension is not
-            the samples, once or ``repeats`` times.
+        TypeError: ``repeats`` or ``batch_dim`` are no ints.
+        ValueError: the model has no pool, or a name is unknown; and at a layer of whose input nothing tells
+            which rows are which sample's.
         PoolFullError: the adapters do not fit beside those in use elsewhere.
     """
     batch: MixedBatch = _state(model)[0]
-    with batch.use(list(adapter_names), repeats):
+    with batch.use(Samples.said(list(adapter_names), repeats, batch_dim)):
         yield
 
 
@@ -292,6 +321,12 @@ def _replace(model: nn.Module, layers: dict[int, nn.Module]) -> list[tuple[nn.Mo
                 parent._modules[attribute] = layers[id(child)]
                 keep_off_fast_path(parent, layers[id(child)])
     return places
+
+
+def _called_alone(model: Any) -> list[nn.Module]:
+    """The parts that generation calls by themselves."""
+    encoder = model.get_encoder() if callable(getattr(model, "get_encoder", None)) else None
+    return [encoder] if isinstance(encoder, nn.Module) and encoder is not model else []
 
 
 def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
