@@ -14,6 +14,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption("--peft-tests", metavar="DIR", help="PEFT's tests, for tests/peft_suite")
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(items):
     """What `spread` leaves out is exhaustive: the rest has each value of every parameter that it names,
