@@ -9,6 +9,7 @@ in the way the model is called, and whatever moves, casts or copies it takes eve
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -71,6 +72,17 @@ def base_tensor(place: Place) -> Tensor:
         return _get(module, "_other_weight")
     unmerged = module._buffers.get("_unmerged") if name == "weight" else None
     return _get(module, name) if unmerged is None else unmerged
+
+
+@contextlib.contextmanager
+def set_apart(module: nn.Module) -> Iterator[list[nn.Module]]:
+    """Inside the ``with`` block a module is without its versions that do not act, which it yields."""
+    holder = module._modules.pop(CHILD, None) if _holder(module) is not None else None
+    try:
+        yield list(holder.children()) if holder is not None else []
+    finally:
+        if holder is not None:
+            module._modules[CHILD] = holder
 
 
 def owned_tensors(model: nn.Module, owner: str) -> dict[tuple[str, str], Tensor]:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 from torch.distributed.tensor.placement_types import Placement
 
 from ..adapters import METHODS, Adapter
+from . import owned
 from .linear import LoRALinear
 
 __all__ = ["ColwiseLoRA", "RowwiseLoRA"]
@@ -37,10 +38,15 @@ class ColwiseLoRA(ColwiseParallel):
         _split(self, module, device_mesh, {"weight": Shard(0), "bias": Shard(0)}, "out")
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, LoRALinear):
-            return _stock(ColwiseParallel, self)._apply(module, device_mesh)
-        _check(module)
-        return super()._apply(module, device_mesh)
+        with owned.set_apart(module) as versions:
+            if isinstance(module, LoRALinear):
+                _check(module)
+                super()._apply(module, device_mesh)
+            else:
+                _stock(ColwiseParallel, self)._apply(module, device_mesh)
+        for version in versions:
+            _split_like(version, module, self.src_data_rank)
+        return module
 
 
 class RowwiseLoRA(RowwiseParallel):
@@ -59,10 +65,15 @@ class RowwiseLoRA(RowwiseParallel):
         _split(self, module, device_mesh, {"weight": Shard(1), "bias": Replicate()}, "in")
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, LoRALinear):
-            return _stock(RowwiseParallel, self)._apply(module, device_mesh)
-        _check(module)
-        return super()._apply(module, device_mesh)
+        with owned.set_apart(module) as versions:
+            if isinstance(module, LoRALinear):
+                _check(module)
+                super()._apply(module, device_mesh)
+            else:
+                _stock(RowwiseParallel, self)._apply(module, device_mesh)
+        for version in versions:
+            _split_like(version, module, self.src_data_rank)
+        return module
 
 
 def _stock(cls: type[ParallelStyle], style: ParallelStyle) -> ParallelStyle:
@@ -70,6 +81,17 @@ def _stock(cls: type[ParallelStyle], style: ParallelStyle) -> ParallelStyle:
     plain = cls.__new__(cls)
     plain.__dict__.update(vars(style))
     return plain
+
+
+def _split_like(version: nn.Module, module: nn.Module, rank: int | None) -> None:
+    """Splits the tensors of a version that does not act as those are that act now."""
+    for name, parameter in list(version.named_parameters()):
+        acting = getattr(module, name)
+        if isinstance(acting, DTensor):
+            value = distribute_tensor(
+                parameter.data, acting.device_mesh, acting.placements, src_data_rank=rank
+            )
+            setattr(version, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
 
 
 def _check(layer: LoRALinear) -> None:

@@ -19,7 +19,15 @@ from graphs import Graphs
 from processes import run
 
 from lora_kernels.adapters import LoRAConfig
-from lora_kernels.nn import apply_lora, group_layers, layer_groups, lora_layers, ungroup_layers
+from lora_kernels.nn import (
+    apply_lora,
+    disable_adapters,
+    group_layers,
+    layer_groups,
+    lora_layers,
+    set_adapter,
+    ungroup_layers,
+)
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 
@@ -183,12 +191,43 @@ def adapters_of_fsdp2_are_saved_whole(rank):
         torch.testing.assert_close(alone(x), y)
 
 
+def what_adapters_own_under_fsdp2(rank):
+    """It trains as in one process; what would exchange parameters that FSDP2 holds is refused by name."""
+    from torch.distributed.fsdp import fully_shard
+
+    def made():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 6))
+        own = {"modules_to_save": ["2"], "bias": "lora_only", "init_lora_weights": False}
+        return apply_lora(model, LoRAConfig(r=3, target_modules=["0"], **own))
+
+    model, whole = made(), made()
+    x, dy = torch.randn(4, 8), torch.randn(4, 6)
+    for layer in (model[0], model[2]):
+        fully_shard(layer)
+    fully_shard(model)
+    one_step(model, mine(x), mine(dy))
+    one_step(whole, x, dy)
+    named = dict(model.named_parameters())
+    for name, want in whole.named_parameters():
+        torch.testing.assert_close(named[name].full_tensor(), want, msg=name)
+    keys = list(model.state_dict())
+    other = LoRAConfig(r=3, target_modules=["0"], modules_to_save=["2"])
+    for refused in (lambda: set_adapter(model, []), lambda: apply_lora(model, other, "b")):
+        with pytest.raises(RuntimeError, match="fully_shard took"):
+            refused()
+    with pytest.raises(RuntimeError, match="fully_shard took"), disable_adapters(model):
+        pass
+    assert list(model.state_dict()) == keys and model[0].active == ("default",)
+
+
 def test_two_processes_equal_one(tmp_path):
     more = (
         fsdp2_of_a_group,
         fsdp2_with_dropout_and_checkpoints,
         fsdp2_in_mixed_precision,
         adapters_of_fsdp2_are_saved_whole,
+        what_adapters_own_under_fsdp2,
     )
     run([(case,) for case in (ddp, fsdp2, *more)], 2, tmp_path)
 

@@ -29,7 +29,7 @@ from processes import run
 from lora_kernels import lora_linear
 from lora_kernels.adapters import METHODS as ADAPTERS
 from lora_kernels.adapters import LoRAConfig
-from lora_kernels.nn import LoRALinear, apply_lora, parallel
+from lora_kernels.nn import LoRALinear, apply_lora, parallel, set_adapter
 from lora_kernels.nn.parallel import ColwiseLoRA, RowwiseLoRA
 
 SIZES = (8, 12, 8)
@@ -292,6 +292,28 @@ def other_modules_are_split_by_torch(rank):
     torch.testing.assert_close(model(x), want(x), **TOLERANCE)
 
 
+def what_adapters_own_is_split_with_it(rank):
+    """A module saved whole, and the bias of an adapted one, each of the adapter that is chosen."""
+    model = MLP().double()
+    for name in "ab":
+        own = {"modules_to_save": ["down"], "bias": "lora_only", "init_lora_weights": False}
+        apply_lora(model, LoRAConfig(r=3, target_modules=["up"], **own), name)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    want = copy.deepcopy(model)
+    x, dy = (torch.randn(2, 5, n, dtype=torch.float64) for n in (SIZES[0], SIZES[2]))
+    parallelize_module(model, mesh_of(dist.get_world_size()), PLAN)
+    for names in ("b", [], "a"):
+        set_adapter(model, names)
+        set_adapter(want, names)
+        got, wanted = gradients(model, x, dy), gradients(want, x, dy)
+        assert got.keys() == wanted.keys()
+        for name, value in wanted.items():
+            torch.testing.assert_close(whole(got[name]), value, **TOLERANCE, msg=f"{names}: {name}")
+        model.zero_grad()
+        want.zero_grad()
+
+
 COMMON = [
     (equals_one_process, "lora", True),
     (column_dropout_is_that_of_one_process, False),
@@ -308,6 +330,7 @@ ON_TWO = [
     (merges_in_parts,),
     (errors_say_what_is_wrong,),
     (other_modules_are_split_by_torch,),
+    (what_adapters_own_is_split_with_it,),
 ]
 
 
