@@ -294,6 +294,14 @@ REGISTER = (
         "adapters.structured.mora",
     ),
     Method(
+        "miss",
+        "MiSS: MoRA's fold in the place of A",
+        "2409.15371",
+        (),
+        "structure",
+        "adapters.structured.miss",
+    ),
+    Method(
         "fourierft",
         "FourierFT: few frequencies of ΔW",
         "2405.03003",

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -92,3 +93,10 @@ def _wrapped(length: int, width: int) -> Iterator[tuple[int, int]]:
         count = min(length, width - at)
         yield at, count
         at += count
+
+
+def fold(x: Tensor, width: int) -> Tensor:
+    """Σ_j x[..., i + j width] for i < width, differentiable by its parts."""
+    whole, rest = divmod(x.shape[-1], width)
+    folded = x[..., : whole * width].unflatten(-1, (whole, width)).sum(-2)
+    return folded + F.pad(x[..., whole * width :], (0, width - rest)) if rest else folded
