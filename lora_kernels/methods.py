@@ -162,6 +162,14 @@ REGISTER = (
         "adapters.low_rank.ta_lora",
         verified=False,
     ),
+    Method(
+        "adalora",
+        "AdaLoRA, with `schedules.AdaLoRA`: ranks of a budget go where they matter",
+        "2303.10512",
+        (),
+        "structure",
+        "adapters.low_rank.adalora",
+    ),
     # Structures whose factors are shared, generated or chosen.
     Method(
         "vblora",
@@ -542,6 +550,23 @@ REGISTER = (
         "schedules.sora",
     ),
     # Rank allocation and pruning.
+    Method(
+        "prilora",
+        "PRILoRA: ranks rise with depth, A pruned by what it reads",
+        "2401.11316",
+        (10,),
+        "step",
+        "schedules.prilora",
+        verified=False,
+    ),
+    Method(
+        "roselora",
+        "RoseLoRA: rows of A and columns of B grow sparse",
+        "2406.10777",
+        (40,),
+        "step",
+        "schedules.roselora",
+    ),
     Method(
         "autolora_rank",
         "AutoLoRA: ranks by gates that learn from validation",

@@ -55,8 +55,8 @@ def adversarial_step(
         ValueError: a number is out of range, no such mode, or embeddings of no three dimensions.
     """
     check_count("steps", steps)
-    for name, value in (("lr", lr), ("radius", radius), ("smooth", smooth), ("start", start)):
-        check_number(name, value)
+    for name, number in (("lr", lr), ("radius", radius), ("smooth", smooth), ("start", start)):
+        check_number(name, number)
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     if embeddings.dim() != 3:

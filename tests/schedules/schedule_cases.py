@@ -38,6 +38,10 @@ def softmax():
 
 # Key -> (the model, the schedule); what it does falls into six steps, on either side of the third.
 CASES = {
+    "adalora": (
+        lambda: fresh(method="adalora"),
+        lambda m, o: schedules.AdaLoRA(m, 8, target_r=2, tinit=1, tfinal=2),
+    ),
     "autolora_rank": (softmax, lambda m, o: bilevel(schedules.AutoLoRA, m)),
     "bilora": (softmax, lambda m, o: bilevel(schedules.BiLoRA, m)),
     "delta_lora": (
@@ -60,6 +64,8 @@ CASES = {
         lambda: fresh(method="sora"),
         lambda m, o: schedules.SoRASchedule(m, xis=(1e-3, 2e-2), steps=(2, 2)),
     ),
+    "prilora": (fresh, lambda m, o: schedules.PRILoRA(m, every=2, ratio=0.4)),
+    "roselora": (fresh, lambda m, o: schedules.RoseLoRA(m, density=0.3, t_i=1, t_f=5)),
     "relora": (fresh, lambda m, o: schedules.ReLoRA(m, o, every=2, ratio=0.5)),
 }
 # Those that also act on weights of their own accord.

@@ -1,0 +1,145 @@
+"""AdaLoRA's allocator: the ranks of a budget go where they matter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.low_rank.adalora import AdaLoRA as Adapter
+from ..nn.adapter_layer import AdapterLayer
+from ..optim._common import check_count, check_number
+from .base import Schedule
+
+
+class AdaLoRA(Schedule):
+    """S_i = Ī_E Ū_E + mean_j Ī_A Ū_A + mean_j Ī_B Ū_B of each rank i; E_i ← 0 for the least of them
+
+    AdaLoRA (Zhang et al., 2023, arXiv 2303.10512) with PEFT's numbers, on adapters of
+    ``LoRAConfig(method="adalora")``: I = |w · ∂L/∂w|, Ī ← β₁ Ī + (1-β₁) I, Ū ← β₂ Ū + (1-β₂) |I - Ī|. The
+    budget over all layers falls from r to ``target_r`` a layer by a cubic between step ``tinit`` and the
+    last ``tfinal``; in those the ranks stay as they are. Step it while the gradients are there, before
+    ``zero_grad``. Add :func:`adalora_penalty` to the loss, and call :func:`compact` once training is done.
+
+    Args:
+        model: one of :func:`apply_lora` with such adapters.
+        total_steps: of the training.
+        target_r: the mean rank at the end.
+        tinit: steps before ranks are taken away.
+        tfinal: steps at the end with the last ranks.
+        delta_t: steps between two allocations.
+        beta1: β₁.
+        beta2: β₂.
+
+    Raises:
+        TypeError: of a wrong type.
+        ValueError: a number is out of range, the steps do not hold the phases, the target is above the rank,
+            or the model has no such adapters.
+    """
+
+    key = "adalora"
+    saved = ("mean", "spread", "kept")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        total_steps: int,
+        *,
+        target_r: int = 8,
+        tinit: int = 0,
+        tfinal: int = 0,
+        delta_t: int = 1,
+        beta1: float = 0.85,
+        beta2: float = 0.85,
+    ) -> None:
+        super().__init__(model)
+        for name, count in (("total_steps", total_steps), ("target_r", target_r), ("delta_t", delta_t)):
+            check_count(name, count)
+        for name, steps in (("tinit", tinit), ("tfinal", tfinal)):
+            check_number(name, steps)
+        for name, beta in (("beta1", beta1), ("beta2", beta2)):
+            check_number(name, beta, 0.0, 1.0, above=True)
+        if tinit + tfinal >= total_steps:
+            raise ValueError(
+                f"total_steps: expected more than tinit + tfinal = {tinit + tfinal}, got {total_steps}"
+            )
+        self.adapters = _adapters(model)
+        self.initial = sum(len(one.lora_E) for one in self.adapters.values())
+        self.target = target_r * len(self.adapters)
+        if self.target > self.initial:
+            raise ValueError(f"target_r: expected at most the mean rank of the adapters, got {target_r}")
+        self.total, self.tinit, self.tfinal, self.delta_t = total_steps, tinit, tfinal, delta_t
+        self.betas = beta1, beta2
+        self.mean = {name: torch.zeros_like(p) for name, p in self._params()}
+        self.spread = {name: torch.zeros_like(p) for name, p in self._params()}
+        self.kept = {
+            name: torch.ones(len(one.lora_E), dtype=torch.bool, device=one.lora_E.device)
+            for name, one in self.adapters.items()
+        }
+
+    def budget(self, step: int) -> tuple[int, bool]:
+        """How many ranks there may be at this step, and whether to allocate them."""
+        if step <= self.tinit:
+            return self.initial, False
+        if step >= self.total - self.tfinal:
+            return self.target, step == self.total - self.tfinal
+        left = 1 - (step - self.tinit) / (self.total - self.tfinal - self.tinit)
+        budget = int((self.initial - self.target) * left**3 + self.target)
+        return budget, step % self.delta_t == 0
+
+    def act(self, step: int) -> None:
+        """Follows the importance, and allocates where it is time."""
+        last = self.total - self.tfinal
+        budget, due = self.budget(step)
+        if step < last:
+            self._follow()
+        if due and budget < self.initial:
+            self._allocate(budget)
+        if due or step > last:
+            for name, one in self.adapters.items():
+                one.lora_E.data.mul_(self.kept[name][:, None])
+
+    def _params(self) -> list[tuple[str, nn.Parameter]]:
+        names = ("lora_A", "lora_B", "lora_E")
+        return [(f"{key}.{name}", getattr(one, name)) for key, one in self.adapters.items() for name in names]
+
+    def _follow(self) -> None:
+        beta1, beta2 = self.betas
+        for name, p in self._params():
+            if p.grad is None:
+                raise ValueError(f"model: {name}: expected a gradient (step before zero_grad), got None")
+        for name, p in self._params():
+            assert p.grad is not None
+            now = (p * p.grad).abs()
+            self.mean[name] = beta1 * self.mean[name] + (1 - beta1) * now
+            self.spread[name] = beta2 * self.spread[name] + (1 - beta2) * (now - self.mean[name]).abs()
+
+    def _allocate(self, budget: int) -> None:
+        scores = {name: self._score(name) for name in self.adapters}
+        least = torch.cat(list(scores.values())).kthvalue(self.initial - budget).values
+        self.kept = {name: score > least for name, score in scores.items()}
+
+    def _score(self, name: str) -> Tensor:
+        a, b, e = (
+            self.mean[f"{name}.{x}"] * self.spread[f"{name}.{x}"] for x in ("lora_A", "lora_B", "lora_E")
+        )
+        return e[:, 0] + (a.mean(1) + b.mean(0))
+
+
+def _adapters(model: nn.Module) -> dict[str, Adapter]:
+    found = {}
+    for name, layer in model.named_modules():
+        for key in layer.active if isinstance(layer, AdapterLayer) else ():
+            if isinstance(layer.adapters[key], Adapter):
+                found[name] = layer.adapters[key]
+    if not found:
+        raise ValueError("model: expected adapters of LoRAConfig(method='adalora'), got none")
+    return found
+
+
+def adalora_penalty(model: nn.Module) -> Tensor:
+    """The mean over all A and B of ‖A Aᵀ - I‖ and ‖Bᵀ B - I‖, PEFT's; it takes half of it into the loss."""
+    norms = []
+    for one in _adapters(model).values():
+        unit = torch.eye(len(one.lora_E), device=one.lora_A.device, dtype=one.lora_A.dtype)
+        norms += [(g - unit).norm() for g in (one.lora_A @ one.lora_A.T, one.lora_B.T @ one.lora_B)]
+    return torch.stack(norms).mean()
