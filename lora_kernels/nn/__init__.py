@@ -33,6 +33,7 @@ from .mixed import mixed_adapters, train_adapters
 from .mixture import LoRAMixtureLinear
 from .mlp import fuse_mlps, fused_mlps, unfuse_mlps
 from .multitask import MultiTaskLinear
+from .offset_linear import OffsetLinear
 from .pairs import Pair, lora_pairs
 from .quantized import QuantizedLinear, QuantizedLoRALinear
 from .serial import SerialAdapter
@@ -56,6 +57,7 @@ __all__ = [
     "MemVPFFN",
     "MemVPMemory",
     "MultiTaskLinear",
+    "OffsetLinear",
     "PHMLinear",
     "Pair",
     "QuantizedLinear",

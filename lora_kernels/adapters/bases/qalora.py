@@ -21,7 +21,7 @@ class QALoRA(Adapter):
     QA-LoRA (Xu et al., 2023, arXiv 2309.14717). ``lora_A`` ``[r, in/L]`` starts Xavier-uniform, B
     ``[out, r]`` at 0; both train. Options: ``group_size`` L, which divides in (32; of PEFT 16), and ``pool``:
     "sum" (c = 1), "mean" (c = 1/L) or "peft" (c = in/L², PEFT's ``use_qalora``, whose files these are). ΔW is
-    constant in a group, so a quantised base of such groups with offsets takes it in exactly.
+    constant in a group, so :class:`lora_kernels.nn.OffsetLinear`, an int4 base, takes it in exactly.
     """
 
     options = frozenset({"group_size", "pool"})
