@@ -25,7 +25,8 @@ class _Int4Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return dy @ _decoded(*ctx.saved_tensors, dy.dtype), None, None
+        codes, scales = ctx.saved_tensors
+        return dy @ _decoded(codes, scales, dy.dtype), None, None
 
 
 def _decoded(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
