@@ -7,7 +7,7 @@ import torch
 from lora_kernels.nn import LoRALinear, count_parameters
 from lora_kernels.schedules import AFLoRAFreezer
 
-from ._fit import fit, random_change
+from ._change import fit, random_change
 
 CLAIM = "on average less than half of LoRA's numbers train at the same r, and the loss is below twice LoRA's"
 WIDTH, OUT, RANK, STEPS = 32, 48, 4, 400

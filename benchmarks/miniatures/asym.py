@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lora_kernels.nn import LoRALinear
 
-from ._fit import fit, squared_error
+from ._change import fit, squared_error
 
 CLAIM = (
     "40 by 40, r = 4, inputs of unequal variance: B trained under a random A leaves less than A trained under"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_kernels.nn import LoRALinear
 
-from ._fit import fit, squared_error
+from ._change import fit, squared_error
 
 CLAIM = (
     "of a change of rank 2 seen through 40 samples in 64 dimensions r = 48 learns 2 directions above 1 % of"

@@ -7,7 +7,7 @@ import torch
 from lora_kernels.nn import LoRALinear, count_parameters
 from lora_kernels.schedules import LaMDAFreezer
 
-from ._fit import random_change, squared_error
+from ._change import random_change, squared_error
 
 CLAIM = (
     "with A frozen the branch keeps r numbers a row and not in; B is frozen after 30 % of the steps, and with"

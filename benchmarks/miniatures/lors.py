@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lora_kernels.nn import LORSLinear
 
-from ._fit import fit
+from ._change import fit
 
 CLAIM = (
     "six layers on one weight with r = 4: 0.4 of the parameters, and less loss than the shared weight alone"

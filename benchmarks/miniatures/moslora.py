@@ -6,7 +6,7 @@ import torch
 
 from lora_kernels.nn import LoRALinear
 
-from ._fit import left_of_change, random_change
+from ._change import left_of_change, random_change
 
 CLAIM = "with M = I it is LoRA to rounding; with M trained a change of rank 4 is fitted to 1 % as well"
 WIDTH, RANK, STEPS = 32, 4, 200

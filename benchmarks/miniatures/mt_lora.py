@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_kernels.nn import LoRALinear
 
-from ._fit import left_of_change, random_change
+from ._change import left_of_change, random_change
 
 CLAIM = (
     "each of the four cores fits a change of rank 4 with r = 4 to 2 %, for 16 or 32 numbers beside A and B"

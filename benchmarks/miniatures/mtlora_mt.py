@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lora_kernels.nn import LoRALinear, MultiTaskLinear
 
-from ._fit import fit, random_change
+from ._change import fit, random_change
 
 CLAIM = "four tasks with changes of their own are learnt to a tenth of the error of one shared LoRA"
 WIDTH, RANK, TASKS, STEPS = 24, 2, ("a", "b", "c", "d"), 300

@@ -6,7 +6,7 @@ import torch
 
 from lora_kernels.nn import LoRALinear, side_inputs
 
-from ._fit import fit, random_change
+from ._change import fit, random_change
 
 CLAIM = (
     "where a quarter of the tokens carry the label, doubling their inputs gives a smaller loss after 60 steps"

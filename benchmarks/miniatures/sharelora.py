@@ -10,7 +10,7 @@ from torch import nn
 from lora_kernels import LoRAConfig, apply_lora
 from lora_kernels.nn import count_parameters
 
-from ._fit import fit, squared_error
+from ._change import fit, squared_error
 
 CLAIM = "with one A for six layers it trains 0.58 of LoRA's parameters, and its loss is within 1.5 of LoRA's"
 WIDTH, LAYERS, R, STEPS = 24, 6, 4, 150

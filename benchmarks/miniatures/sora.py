@@ -7,7 +7,7 @@ import torch
 from lora_kernels.nn import LoRALinear
 from lora_kernels.schedules import SoRASchedule
 
-from ._fit import random_change
+from ._change import random_change
 
 CLAIM = (
     "of r = 8 it keeps 2 to 4 gates for a change of rank 2, and the compact LoRA leaves less than 5 % of it"

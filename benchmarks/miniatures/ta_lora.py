@@ -6,7 +6,7 @@ import torch
 
 from lora_kernels.nn import LoRALinear, count_parameters, side_inputs
 
-from ._fit import fit
+from ._change import fit
 
 CLAIM = (
     "three changes of rank 4 in one subspace: fewer numbers than three LoRAs of r = 4, and a tenth of"
