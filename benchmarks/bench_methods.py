@@ -143,6 +143,7 @@ def _peft_configs(case: Case) -> dict[str, Callable[[], Any]]:
         "dora": lambda: peft.LoraConfig(**lora, use_dora=True),
         "vera": lambda: peft.VeraConfig(r=r, **common),
         "vblora": lambda: peft.VBLoRAConfig(r=r, num_vectors=256, vector_length=64, topk=2, **common),
+        "miss": lambda: peft.MissConfig(r=r, **common),
         "fourierft": lambda: peft.FourierFTConfig(n_frequency=1000, **common),
     }
 
