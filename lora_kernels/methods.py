@@ -551,6 +551,15 @@ REGISTER = (
     ),
     # Rank allocation and pruning.
     Method(
+        "rank_adaptor",
+        "RankAdaptor: ranks by a network that guesses scores",
+        "2406.15734",
+        (7,),
+        "step",
+        "schedules.rank_adaptor",
+        verified=False,
+    ),
+    Method(
         "prilora",
         "PRILoRA: ranks rise with depth, A pruned by what it reads",
         "2401.11316",

@@ -7,9 +7,7 @@ import torch
 from lora_kernels.nn import LoRALinear
 from lora_kernels.schedules import RoseLoRA
 
-CLAIM = (
-    "an edit of one answer is learnt through at most 4 % of the numbers of W, plain LoRA changes most of them"
-)
+CLAIM = "an edit is learnt through at most 4 % of the numbers of W, of which plain LoRA changes most"
 WIDTH, R, STEPS = 64, 8, 60
 
 

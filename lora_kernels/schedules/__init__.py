@@ -21,6 +21,7 @@ from .lisa import LISA
 from .lorasc import LoRASC
 from .plora import PeriodicLoRA
 from .prilora import PRILoRA, linear_ranks
+from .rank_adaptor import Profile, search_ranks
 from .relora import ReLoRA, jagged_cosine
 from .roselora import RoseLoRA
 from .sora import SoRASchedule, gate_penalty
@@ -40,6 +41,7 @@ __all__ = [
     "MinAutoLR",
     "PRILoRA",
     "PeriodicLoRA",
+    "Profile",
     "ReLoRA",
     "RoseLoRA",
     "Schedule",
@@ -59,5 +61,6 @@ __all__ = [
     "merge_and_restart",
     "orthogonality",
     "pgd",
+    "search_ranks",
     "two_branch_loss",
 ]

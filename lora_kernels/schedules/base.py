@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -78,7 +78,7 @@ class Schedule:
         if state.get("schedule") != self.key:
             raise ValueError(f"state: expected one of {self.key!r}, got one of {state.get('schedule')!r}")
         names = ("steps", *self.saved)
-        _check_keys("state", {"schedule", *names}, state)
+        _check_keys("state", ("schedule", *names), state)
         for name in names:
             self.check_state(name, getattr(self, name), state[name])
         for name in names:
@@ -111,7 +111,7 @@ def _kinds(own: Any) -> tuple[type, ...]:
     return (int, float) if isinstance(own, (int, float)) else (type(own),)
 
 
-def _check_keys(name: str, want: Iterable[str], given: Mapping[str, Any]) -> None:
+def _check_keys(name: str, want: Collection[str], given: Mapping[str, Any]) -> None:
     for key in want:
         if key not in given:
             raise ValueError(f"{name}: expected {key!r}, got {', '.join(map(repr, given)) or 'nothing'}")

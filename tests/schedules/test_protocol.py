@@ -65,7 +65,7 @@ def test_the_state_of_another_is_refused(key):
     own = schedule.state_dict()
     with pytest.raises(ValueError, match=f"state: expected one of '{key}', got one of 'another'"):
         schedule.load_state_dict({**own, "schedule": "another"})
-    with pytest.raises(ValueError, match=r"state: expected '[a-z]+', got 'schedule'"):
+    with pytest.raises(ValueError, match="state: expected 'steps', got 'schedule'"):
         schedule.load_state_dict({"schedule": key})
     with pytest.raises(ValueError, match=r"state: expected .*, got 'more'"):
         schedule.load_state_dict({**own, "more": 1})
