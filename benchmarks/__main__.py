@@ -151,15 +151,22 @@ def main(arguments: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     bench = Bench(args.repeats or (QUICK_REPEATS if args.quick else REPEATS), wanted)
-    under = report.conditions(device, shlex.join(["python", "-m", "benchmarks", *given]), bench.repeats)
+    command = shlex.join([*report.limits(), "python", "-m", "benchmarks", *given])
+    under = report.conditions(device, command, bench.repeats)
     folder = args.output or (None if args.quick else Path(__file__).parent / "results")
-    output = None if folder is None else Output(folder, file_stem(args.suite, device))
+    output = None if folder is None else Output(folder, _stem(args.suite, device))
     execute(bench, todo, args.budget_seconds, lambda: output.tables(bench.results, under) if output else None)
     if output is not None:
         output.tables(bench.results, under)
         output.plot(bench.results, under)
     print(report.markdown(bench.results, under), end="")
     return 1 if bench.results.wrong else 0
+
+
+def _stem(suite: str, device: str) -> str:
+    """The files' name: figures of a processor that is held to fewer instructions have files of their own."""
+    less = report.limited() if device == "cpu" else None
+    return file_stem(suite, device) + (f"-{less}" if less else "")
 
 
 def _check_arguments(args: argparse.Namespace, device: str, todo: Todo) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from lora_kernels import _cpu_version, _extension, _ways
 
 from .measure import Results
 from .suites import Benchmark, Goal, Row
@@ -64,11 +67,42 @@ def commit() -> str:
 def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
+    name = platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+                name = line.split(":", 1)[1].strip()
+                break
+    return f"{name}, {instruction_set()}, {torch.get_num_threads()} threads"
+
+
+# What the environment can hold loops and products to.
+LIMITS = (
+    "LORA_KERNELS_CPU_VERSION",
+    "LORA_KERNELS_CPU_PRODUCTS",
+    "ATEN_CPU_CAPABILITY",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_MAX_CPU_ISA",
+)
+
+
+def limits() -> list[str]:
+    """Those that are set, as they stand before a command."""
+    return [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
+
+
+def limited() -> str | None:
+    """The instruction set of our loops, where the environment holds them to less than the processor has."""
+    if _extension.load() is not None:
+        return None
+    now = _ways.instruction_set()
+    return None if now == _cpu_version.runnable()[0] else now
+
+
+def instruction_set() -> str:
+    """Of our loops and of PyTorch's, and whether the processor has more."""
+    parts = f"{_ways.instruction_set()}, torch {torch.backends.cpu.get_cpu_capability()}"
+    return f"{_cpu_version.runnable()[0]} limited to {parts}" if limited() else parts
 
 
 def conditions(device: str, command: str, repeats: int) -> Conditions:

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "cpu/batch_plan.h"
+#include "cpu/direct_call.h"
 #include "cpu/dora_linear.h"
 #include "cpu/dropout.h"
 #include "cpu/invariant_linear.h"
@@ -108,12 +109,14 @@ PyObject* use_cpu_version(PyObject*, PyObject* place) {
   Py_RETURN_NONE;
 }
 
-PyMethodDef methods[] = {{"set_ways", set_ways, METH_VARARGS, nullptr},
-                         {"way", way, METH_VARARGS, nullptr},
-                         {"cpu_version", cpu_version, METH_NOARGS, nullptr},
-                         {"cpu_versions", cpu_versions, METH_NOARGS, nullptr},
-                         {"use_cpu_version", use_cpu_version, METH_O, nullptr},
-                         {nullptr, nullptr, 0, nullptr}};
+PyMethodDef methods[] = {
+    {"lora_linear", _PyCFunction_CAST(lora_kernels::direct_lora_linear), METH_FASTCALL, nullptr},
+    {"set_ways", set_ways, METH_VARARGS, nullptr},
+    {"way", way, METH_VARARGS, nullptr},
+    {"cpu_version", cpu_version, METH_NOARGS, nullptr},
+    {"cpu_versions", cpu_versions, METH_NOARGS, nullptr},
+    {"use_cpu_version", use_cpu_version, METH_O, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 

@@ -32,6 +32,8 @@ WAYS = ("panels", "vendor", "torch")
 OPS = {
     "lora_linear": WAYS,
     "lora_linear_backward": WAYS,
+    "lora_linear_dropped": WAYS,
+    "lora_linear_dropped_backward": WAYS,
     "lora_linear_group": WAYS[:2],
     "lora_linear_group_backward": WAYS[:2],
     "dora_linear": WAYS[:2],
@@ -100,11 +102,20 @@ def choose(op: str, name: str, times: Times, instructions: str, vendor: str = ""
 
 
 def _default(op: str, name: str, instructions: str, vendor: str) -> str:
-    rows, weight, _ = name.split("/")
-    # Measured on AMD's. Intel's own library knows Intel's processors.
+    """What ships: benchmarks/NOTES.md has the figures."""
+    rows, weight, rank = name.split("/")
     if instructions == "avx512" and vendor != "GenuineIntel" and rows != "few" and weight != "small":
         return "panels"
-    return "vendor"
+    return "torch" if "torch" in OPS[op] and _torchs(op, rank) else "vendor"
+
+
+def _torchs(op: str, rank: str) -> bool:
+    """Whether PyTorch's products of the branch are as fast as our loops, or faster.
+
+    Beyond low ranks a branch is a product like others, and in a forward pass its loops save nothing:
+    they do where they read dY once for two products, and where they drop x as they read it.
+    """
+    return rank == "high" or op == "lora_linear" or (rank == "middle" and "dropped" not in op)
 
 
 def decide(times: Times, forced: str, instructions: str, vendor: str) -> dict[str, dict[str, Choice]]:

@@ -17,6 +17,7 @@ from .quant import quantize
 from .testing.timers import Sampler, Timer, interleave
 
 MEMBERS = 3
+DROPOUT = 0.1
 # A forward pass of an op, from its inputs, and what of them gets a gradient.
 Call = Callable[[], tuple[Tensor, ...]]
 
@@ -43,8 +44,9 @@ class Example:
 
 
 def _calls(op: str, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Call:
-    if op == "lora_linear":
-        return lambda: (lora_linear(x, weight, a, b),)
+    if op in ("lora_linear", "lora_linear_dropped"):
+        p = DROPOUT if op.endswith("dropped") else 0.0
+        return lambda: (lora_linear(x, weight, a, b, dropout_p=p),)
     if op == "lora_linear_group":
         return lambda: lora_linear_group(x, [weight] * MEMBERS, [a] * MEMBERS, [b] * MEMBERS)
     if op == "dora_linear":

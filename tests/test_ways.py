@@ -79,7 +79,7 @@ def test_the_extension_looks_up_what_the_rule_says(measured, sizes):
 
 @built
 def test_a_table_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="table: expected 189 bytes, got 3"):
+    with pytest.raises(ValueError, match="table: expected 243 bytes, got 3"):
         _ways._native().set_ways(_ways.bounds(), b"123")
 
 
@@ -99,6 +99,17 @@ def test_env_says_which_way_and_why():
     with _ways.forced("panels"):
         told = env.report()["cpu ways"]
     assert list(told) == list(_ways.OPS) and set(told.values()) == {"panels (forced to panels)"}
-    measured = {"lora_linear": {"few/small/low": {"torch": 1.0}}}
-    named = env._told(_ways.decide(measured, "auto", "sse2", "")["lora_linear"])
-    assert named == ["vendor (default for sse2)", "torch for few/small/low (measured here)"]
+    measured = {"dora_linear": {"few/small/low": {"panels": 1.0}}}
+    named = env._told(_ways.decide(measured, "auto", "sse2", "")["dora_linear"])
+    assert named == ["vendor (default for sse2)", "panels for few/small/low (measured here)"]
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_wide_branches_are_left_to_pytorch_where_our_products_are(instructions, maker):
+    choices = _ways.decide({}, "auto", instructions, maker)
+    for op in (op for op in _ways.OPS if "torch" in _ways.OPS[op]):
+        ours = instructions == "avx512" and maker != "GenuineIntel"
+        assert choices[op]["many/large/high"].way == ("panels" if ours else "torch")
+        assert choices[op]["few/small/high"].way == "torch"
+    assert choices["lora_linear_dropped"]["few/large/low"].way == "vendor"

@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear(const Tensor& x, const OptTensor&
   const Tensor mask = has(seed) ? dropout_mask(*seed, read.size(0), read.size(1), dropout_p)
                                 : at::empty({0}, x.options().dtype(at::kByte));
   const Dropped branch = {read, mask, dropout_p};
-  const Way way = way_for(Op::kLinear, x, lora_a, lora_b);
+  const Way way = way_for(has(seed) ? Op::kLinearDropped : Op::kLinear, x, lora_a, lora_b);
   const Tensor h = shrunk(way, branch, lora_a);
   const Tensor y = output(way, x, weight, bias, gated(h, gate), lora_b.to(dtype).t(), scaling);
   return {y, h, mask};
@@ -118,7 +118,8 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const OptTensor& x,
                                          const OptTensor& gate, const OptTensor& mask,
                                          double scaling, double dropout_p, bool separate,
                                          std::array<bool, 5> needs) {
-  const Way way = way_for(Op::kLinearBackward, dy, lora_a, lora_b);
+  const Op op = has(mask) ? Op::kLinearDroppedBackward : Op::kLinearBackward;
+  const Way way = way_for(op, dy, lora_a, lora_b);
   const auto [needs_x, needs_a, needs_b, needs_gate, needs_x_lora] = needs;
   const bool needs_dh = needs_a || needs_gate || needs_x_lora || (needs_x && !separate);
   const auto dtype = dy.scalar_type();

@@ -9,6 +9,8 @@ namespace {
 
 using at::Tensor;
 
+constexpr int64_t kFewRows = 8, kNarrow = 32;
+
 bool drops(const Dropped& x) { return x.mask.has_value() && x.mask->numel() > 0; }
 
 // x without what is dropped, and what the rest is scaled by: the product is the smaller tensor.
@@ -35,10 +37,14 @@ Tensor plain_grad_a(const Dropped& x, const Tensor& dh, const Tensor& lora_a) {
   return scaled(da, scale, lora_a.scalar_type());
 }
 
-// The product reads dY along its rows, and what is transposed is small.
+// Of a narrow V the product reads dY along its rows, and what is transposed after it is small.
 Tensor plain_grad_b(const Tensor& dy, const Tensor& vectors, const Tensor& lora_b, double scaling) {
-  const Tensor db_t = product(Way::kTorch, vectors.t(), dy);
-  return scaled(db_t, scaling, lora_b.scalar_type()).t().contiguous();
+  const Tensor v = scaling == 1.0 ? vectors : vectors.mul(scaling);
+  const auto dtype = lora_b.scalar_type();
+  if (dy.size(0) < kFewRows || v.size(1) > kNarrow) {
+    return product(Way::kTorch, dy.t(), v).to(dtype);
+  }
+  return product(Way::kTorch, v.t(), dy).to(dtype).t().contiguous();
 }
 
 Tensor plain_expand_dropped(const Tensor& dh, const Tensor& lora_a, const Tensor& mask, double p,

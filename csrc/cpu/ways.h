@@ -11,6 +11,8 @@ enum class Way : uint8_t { kPanels, kVendor, kTorch };
 enum class Op : uint8_t {
   kLinear,
   kLinearBackward,
+  kLinearDropped,
+  kLinearDroppedBackward,
   kGroup,
   kGroupBackward,
   kDora,

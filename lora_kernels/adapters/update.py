@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._arguments import LoraInputs
+from ..ops._dispatch import direct
 from ..ops.branched_linear import Branch, branched_linear
 from ..ops.dora_linear import fused_dora, output_scale
 from ..ops.lora_linear import fused, scaling_as_gate
@@ -96,6 +97,9 @@ def apply_update(
         lora_a, lora_b, scaling, gate, x_lora, magnitude = update
         if magnitude is None and gate is None and type(scaling) is float and lora_a is not None:
             # Spelled out, since at small sizes a call more shows.
+            y = direct(x, weight, lora_a, lora_b, bias, None, scaling, dropout_p) if x_lora is None else None
+            if y is not None:
+                return y
             return fused(LoraInputs(x, weight, lora_a, lora_b, bias, None, x_lora, None, scaling, dropout_p))
         return _low_rank(x, weight, bias, update, dropout_p)
     if type(update) is Branched:

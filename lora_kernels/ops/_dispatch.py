@@ -6,6 +6,8 @@ about as much as a small matmul. Tracers, fake tensors and other subclasses go t
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .. import _backend, _ops
+from .. import _backend, _extension, _ops
 from . import _decode
 
 _PLAIN = (Tensor, Parameter)
@@ -128,6 +130,22 @@ def fused_decode(x: Tensor, weight: Tensor | None, bias: Tensor | None, layout: 
 def eager_cpp(x: Tensor, rank: int) -> bool:
     """Whether an eager call on ``x`` runs in C++, autograd included."""
     return not _opaque(x) and _backend.resolve(x.device.type, x.dtype, rank) == "cpp"
+
+
+def direct(*call: Any) -> Any:
+    """y of x, W, A, B, b, g, s and p on the CPU, autograd included, past all that is asked elsewhere.
+
+    ``None`` where more than the arithmetic is to be done (csrc/cpu/direct_call.h), errors among it.
+    """
+    if torch.compiler.is_compiling() or _backend.active_backend() not in ("auto", "cpp"):
+        return None
+    native = _direct()
+    return None if native is None else native(*call)
+
+
+@functools.cache
+def _direct() -> Callable[..., Any] | None:
+    return None if _extension.load() else importlib.import_module("lora_kernels._C").lora_linear
 
 
 def draw_seed(like: Tensor) -> Tensor:

@@ -58,6 +58,10 @@ def lora_linear(
         ValueError: a shape, a device or ``dropout_p`` does not fit; the message names it.
         BackendError: a backend forced by ``use_backend`` cannot run for these tensors.
     """
+    if x_lora is None and training:
+        y = _dispatch.direct(x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p)
+        if y is not None:
+            return y
     check(LoraInputs(x, weight, lora_a, lora_b, bias, gate, x_lora, None, 1.0, dropout_p), forms=True)
     if isinstance(scaling, Tensor):
         gate, scaling = scaling_as_gate(scaling, gate, lora_b), 1.0
@@ -70,6 +74,10 @@ def lora_linear(
 def fused(inputs: LoraInputs) -> Tensor:
     """:func:`lora_linear` for arguments already known to fit: what modules call at every step."""
     x, weight, lora_a, lora_b, bias, gate, x_lora, seed, scaling, dropout_p = inputs
+    if x_lora is None and seed is None:
+        y = _dispatch.direct(x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p)
+        if y is not None:
+            return y
     if _dispatch.sharded(x, lora_b):
         if isinstance(weight, QuantizedWeight):
             raise TypeError("weight: expected a DTensor beside the others, got a QuantizedWeight")
