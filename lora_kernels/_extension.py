@@ -16,12 +16,13 @@ def load() -> str | None:
     if _settings.read().skip_extension:
         return "LORA_KERNELS_SKIP_EXTENSION is set"
     try:
-        importlib.import_module("lora_kernels._C")
+        native = importlib.import_module("lora_kernels._C")
     except ModuleNotFoundError:
         return "the extension was not built (no C++ compiler at install time)"
     except ImportError as error:
         return f"the extension does not load, rebuild it against this torch: {error}"
     try:
+        _ = native.lora_linear  # what came last
         _cpu_version.settle()
         _ways.settle()
     except AttributeError as error:
