@@ -199,9 +199,17 @@ void blocked_product(const Tensor& out, const Tensor& left, const Tensor& right,
                     });
 }
 
+// The branch as an update of the product: scaled by the way, and in two calls.
+Tensor updated_product(const Tensor& left, const Tensor& right, const std::optional<Tensor>& bias,
+                       const Tensor& vectors, const Tensor& factor, double scaling) {
+  Tensor out = bias ? at::addmm(*bias, left, right) : at::mm(left, right);
+  return out.addmm_(vectors.to(left.scalar_type()), factor.to(left.scalar_type()), 1, scaling);
+}
+
 Tensor torchs_branched_product(const Tensor& left, const Tensor& right,
                                const std::optional<Tensor>& bias, const Tensor& vectors,
                                const Tensor& factor, double scaling) {
+  if (left.size(0) < kFewRows) return updated_product(left, right, bias, vectors, factor, scaling);
   const auto dtype = left.scalar_type();
   const Tensor scaled = scaling == 1.0 ? vectors : vectors.mul(scaling);
   const Tensor v = scaled.to(dtype), f = factor.to(dtype);
@@ -216,8 +224,7 @@ Tensor vendors_branched_product(const Tensor& left, const Tensor& right,
                                 const Tensor& factor, double scaling) {
   const auto dtype = left.scalar_type();
   if (left.size(0) < kFewRows || dtype != math_of(dtype)) {
-    Tensor out = bias ? at::addmm(*bias, left, right) : at::mm(left, right);
-    return out.addmm_(vectors.to(dtype), factor.to(dtype), 1, scaling);
+    return updated_product(left, right, bias, vectors, factor, scaling);
   }
   Tensor out = at::empty({left.size(0), right.size(1)}, left.options());
   if (bias) out.copy_(*bias);

@@ -46,6 +46,9 @@ class LoRA(Adapter):
 
     def lower(self, x: Tensor | None = None, call: Call | None = None) -> LowRank:
         """A, B and the scale."""
+        own = self._parameters
+        if "lora_A" in own and "lora_B" in own:  # past a module's search, which shows at small sizes
+            return LowRank(own["lora_A"], own["lora_B"], self.scaling)  # type: ignore[arg-type]
         return LowRank(self.lora_A, self.lora_B, self.scaling)
 
     @torch.no_grad()

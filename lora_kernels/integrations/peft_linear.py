@@ -47,12 +47,13 @@ class FusedLoraLinear(PeftNamed, PeftLinear):
         y = grouped(self, x) if len(names) == 1 else None
         if y is not None:
             return y
-        weight = base.weight.T if self.fan_in_fan_out else base.weight
+        weight, bias = parameter(base, "weight"), parameter(base, "bias")
+        weight = weight.T if self.fan_in_fan_out else weight
         if self.lora_variant and any(name in self.lora_variant for name in names):
-            return super().forward(x) if len(names) > 1 else _dora(self, names[0], x, weight, base.bias)
+            return super().forward(x) if len(names) > 1 else _dora(self, names[0], x, weight, bias)
         if len(names) > 1 and not any(dropout_of(self, name) for name in names):
-            return fused(stacked(self, names, x, weight, base.bias))
-        y = fused(inputs_of(self, names[0], x, weight, base.bias))
+            return fused(stacked(self, names, x, weight, bias))
+        y = fused(inputs_of(self, names[0], x, weight, bias))
         for name in names[1:]:
             y = y + fused(inputs_of(self, name, x))
         return y
@@ -62,7 +63,7 @@ class FusedLoraLinear(PeftNamed, PeftLinear):
         if self.disable_adapters or self.merged or unsupported_now(self):
             return []
         names = [name for name in self.active_adapters if name in self._modules["lora_A"]._modules]
-        same = x.dtype == self._modules["base_layer"].weight.dtype
+        same = x.dtype == parameter(self._modules["base_layer"], "weight").dtype
         return names if same or torch.is_autocast_enabled(x.device.type) else []
 
     def group_member(self, x: Tensor) -> LoraInputs | None:
@@ -79,10 +80,17 @@ def dropout_of(layer: PeftLinear, name: str) -> float:
     return module.p if module.training and isinstance(module, nn.Dropout) else 0.0
 
 
+def parameter(module: Any, name: str) -> Any:
+    """``module.<name>`` past the search that a module makes for it: at small sizes each shows."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
+
+
 def _factors(layer: PeftLinear, name: str) -> tuple[Tensor, Tensor]:
     """A and B."""
     modules = layer._modules
-    return modules["lora_A"]._modules[name].weight, modules["lora_B"]._modules[name].weight
+    lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    return parameter(lora_a, "weight"), parameter(lora_b, "weight")
 
 
 def scale_and_gate(scaling: Any, lora_a: Tensor) -> tuple[float, Tensor | None]:
@@ -169,7 +177,7 @@ def unsupported_now(layer: PeftLinear) -> str | None:
             module = modules[part]._modules.get(name)
             if module is None:
                 continue
-            if module.bias is not None:
+            if parameter(module, "bias") is not None:
                 return f"adapter {name!r} has lora_bias"
             if hooked(module):
                 return f"adapter {name!r} has forward or backward hooks on {part}"

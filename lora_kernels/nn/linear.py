@@ -33,10 +33,10 @@ class LinearAdapterLayer(AdapterLayer):
         y = grouped(self, x)
         if y is not None:
             return y
-        # Past ModuleDict's lookup: at small sizes each of these microseconds shows.
-        adapter: Any = self.adapters._modules[self._single]
+        # Past the search that a module makes for its parts: at small sizes each of these microseconds shows.
+        adapter: Any = self._modules["adapters"]._modules[self._single]  # type: ignore[union-attr]
         p = adapter.lora_dropout if self.training else 0.0
-        return apply_update(x, weight, self.bias, adapter.lower(x, current_call()), p)
+        return apply_update(x, weight, self._parameters["bias"], adapter.lower(x, current_call()), p)
 
     def group_member(self, x: Tensor) -> LoraInputs | None:
         """What this layer computes for ``x``, where that is one plain fused linear."""
