@@ -101,8 +101,9 @@ def limited() -> str | None:
 
 def instruction_set() -> str:
     """Of our loops and of PyTorch's, and whether the processor has more."""
+    less = limited()  # loads the extension, which then follows the environment
     parts = f"{_ways.instruction_set()}, torch {torch.backends.cpu.get_cpu_capability()}"
-    return f"{_cpu_version.runnable()[0]} limited to {parts}" if limited() else parts
+    return f"{_cpu_version.runnable()[0]} limited to {parts}" if less else parts
 
 
 def conditions(device: str, command: str, repeats: int) -> Conditions:

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -28,6 +31,7 @@ from benchmarks.suites import (
     file_stem,
     suites,
 )
+from lora_kernels import _cpu_version, _extension
 from lora_kernels.testing.timers import Summary
 
 BY_NAME = {provider.name: provider for provider in PROVIDERS}
@@ -311,3 +315,17 @@ def test_no_bar_where_nobody_watches():
     with report.progress(3, stream) as advance:
         advance("text", 1)
     assert stream.getvalue() == ""
+
+
+@pytest.mark.skipif(_extension.load() is not None, reason="the extension is not built")
+def test_conditions_name_the_instructions_in_use_and_what_they_are_held_from():
+    *_, least = versions = _cpu_version.runnable()
+    code = "from benchmarks import report, __main__ as m; print(report.device_name('cpu'), m._stem('default', 'cpu'))"
+    env = {**os.environ, "LORA_KERNELS_CPU_VERSION": least}
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    ).stdout
+    if len(versions) > 1:
+        assert f"{versions[0]} limited to {least}, torch" in told and told.split()[-1] == f"cpu-{least}"
+    else:
+        assert "limited" not in told and told.split()[-1] == "cpu"
