@@ -320,12 +320,14 @@ def test_no_bar_where_nobody_watches():
 @pytest.mark.skipif(_extension.load() is not None, reason="the extension is not built")
 def test_conditions_name_the_instructions_in_use_and_what_they_are_held_from():
     *_, least = versions = _cpu_version.runnable()
-    code = "from benchmarks import report, __main__ as m; print(report.device_name('cpu'), m._stem('default', 'cpu'))"
+    code = (
+        "from benchmarks import report, __main__ as m; print(report.device_name('cpu'), m._stem('x', 'cpu'))"
+    )
     env = {**os.environ, "LORA_KERNELS_CPU_VERSION": least}
     told = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     ).stdout
     if len(versions) > 1:
-        assert f"{versions[0]} limited to {least}, torch" in told and told.split()[-1] == f"cpu-{least}"
+        assert f"{versions[0]} limited to {least}, torch" in told and told.split()[-1] == f"cpu-x-{least}"
     else:
-        assert "limited" not in told and told.split()[-1] == "cpu"
+        assert "limited" not in told and told.split()[-1] == "cpu-x"
