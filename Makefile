@@ -13,13 +13,22 @@ TIDY := $(wildcard csrc/cpu/*_pass.cpp) $(wildcard tests/csrc/*.cpp)
 install: $(VENV)/.installed
 
 # Without isolation, so that the extension is built against the torch that will load it.
-$(VENV)/.installed: $(SOURCES)
+define install_with
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools wheel ninja numpy
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --editable '.[dev]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --editable '.[$(1)]'
+endef
+
+$(VENV)/.installed: $(SOURCES)
+	$(call install_with,dev)
+	touch $(VENV)/.demo $@
+
+# The demo waits for no tool of the developers.
+$(VENV)/.demo: $(SOURCES)
+	$(call install_with,demo)
 	touch $@
 
-demo: install
+demo: $(VENV)/.demo
 	$(BIN)/python -m lora_kernels.cli demo
 
 # The suite, and with it the rest of its matrices: every variant of every kernel compiled, and the like.

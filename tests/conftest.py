@@ -41,6 +41,29 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """``made_once(name, make)``: a folder that ``make(folder)`` filled, by one process of the run for all.
+
+    What a fixture compiles would be compiled by each worker that a test of it falls to.
+    """
+    from filelock import FileLock
+
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def folder_of(name, make):
+        folder, unfinished = root / name, root / f"{name}.unfinished"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                unfinished.mkdir(exist_ok=True)
+                make(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return folder_of
+
+
 @pytest.fixture
 def poisoned():
     """New memory comes filled, floats with NaN and integers with their maximum.

@@ -5,8 +5,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import time
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..demo.plan import QUICK, SHARE, Cost, Plan, choose
+
+if TYPE_CHECKING:
+    from ..demo.data import Task
+    from ..demo.serve import Served
+    from ..demo.train import Outcome
 
 _NEEDS = ("peft", "transformers", "rich", "matplotlib")
 _LARGEST_DIFFERENCE = 1e-5
@@ -19,7 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", help='JSON lines with "text" and "label" (docstrings of the standard library)'
     )
     parser.add_argument("--output", default="demo_output", help="folder for checkpoints and the plot")
-    parser.add_argument("--epochs", type=int, default=3, help="passes over the training texts")
+    parser.add_argument("--epochs", type=int, default=3, help="passes over the texts of --data")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=150,
+        help="time that the main job is sized for (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="another draw of the texts")
     parser.add_argument("--quick", action="store_true", help="a few steps only, to see that all of it runs")
 
 
@@ -39,40 +55,54 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    start = time.perf_counter()
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     from ..demo import data, model, report, serve, train
 
-    # The encoder is loaded many times; its bars, and what PEFT asks of it, would bury ours.
+    # What PEFT asks of the encoder, and the bars of loading it, would bury ours.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     path = args.model or model.bundled_model()
-    sizes = (96, 48) if args.quick else (896, 600)
-    tasks = [data.from_jsonl(args.data)] if args.data else data.standard_library(*sizes)
     tokenizer = AutoTokenizer.from_pretrained(path)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    epochs, repeats = (1, 3) if args.quick else (args.epochs, 5)
-    steps = sum(-(-len(t.train) // 32) * (epochs + 1) + 2 * -(-len(t.test) // 64) for t in tasks)
-    with _progress(steps + repeats + 1 + len(tasks) + 1) as tick:
-        outcomes = [train.run_task(task, path, tokenizer, output, epochs, tick) for task in tasks]
-        sample = model.batches(tokenizer, tasks[0].train[:32], 32)[0]
-        times = train.compare_steps(path, sample, repeats, tick)
+    items = [] if args.data else data.docstrings()
+    own = [data.from_jsonl(args.data)] if args.data else []
+    texts = [(text, 0) for text, _ in own[0].train] if own else [(item.text, 0) for item in items]
+    times, cost = train.first_steps(path, tokenizer, texts, 1 if args.quick else 7, args.seconds / 10)
+    report.print_times(times)
+    left = args.seconds - (time.perf_counter() - start)
+    plan = _plan(args, cost, left, own)
+    report.print_plan(plan, cost, left)
+    tasks = own or data.standard_library(items, plan.pool, plan.held_out, args.seed)[: plan.label_sets]
+    with _progress(train.ticks(tasks, plan)) as tick:
+        at = train.Setting(path, tokenizer, model.Frozen(path, tokenizer), output, plan, tick)
+        outcomes = [train.run_task(task, at) for task in tasks]
         served = serve.serve_mixed(outcomes, tasks, path, tokenizer, tick)
     report.print_table(outcomes)
-    report.print_times(times)
     report.print_served(served)
     report.plot(outcomes, times, output / "demo.png")
-    print(f"checkpoints and plot: {output}")
-    failed = _differing(outcomes, served) + ([] if args.quick or args.data else _beaten(outcomes))
+    print(f"checkpoints and plot: {output}; {time.perf_counter() - start:.0f} s")
+    failed = _differing(outcomes, served)
+    if plan.compared and not args.data:
+        failed += _beaten(outcomes)
     for line in failed:
         print(f"demo: {line}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _differing(outcomes: list, served: list) -> list[str]:
+def _plan(args: argparse.Namespace, cost: Cost, seconds: float, own: list[Task]) -> Plan:
+    """The sizes: all of the user's texts, or what fits of ours."""
+    if own:
+        epochs, texts = (1 if args.quick else args.epochs), len(own[0].train)
+        return Plan(round(texts * SHARE), epochs, len(own[0].test), seeds=1, label_sets=1)
+    return QUICK if args.quick else choose(cost, seconds)
+
+
+def _differing(outcomes: list[Outcome], served: list[Served]) -> list[str]:
     """Where a reload, or a row of the mixed batch, is not what it is in PEFT alone."""
     # `not <=`, so that no NaN passes.
     reloads = [o for o in outcomes if not o.reload_difference <= _LARGEST_DIFFERENCE]
@@ -82,12 +112,13 @@ def _differing(outcomes: list, served: list) -> list[str]:
     ]
 
 
-def _beaten(outcomes: list) -> list[str]:
-    """Where LoRA does not beat frozen features; asked of our own label sets."""
+def _beaten(outcomes: list[Outcome]) -> list[str]:
+    """Where LoRA does not beat frozen features by more than the spread; asked of our own label sets."""
     return [
-        f"{o.task}: LoRA {o.lora:.1%} does not beat frozen {o.frozen:.1%}"
+        f"{o.task}: LoRA is {100 * o.margin:.1f} points above frozen features, within the spread of "
+        f"{100 * o.spread:.1f}"
         for o in outcomes
-        if o.lora <= o.frozen
+        if not o.margin > o.spread
     ]
 
 

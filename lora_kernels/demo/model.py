@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MAX_TOKENS = 48
+MAX_TOKENS = 24
 
 
 def bundled_model() -> str:
@@ -21,7 +23,12 @@ def bundled_model() -> str:
 
 
 def load_encoder(path: str) -> Any:
-    """The encoder at ``path``, without dropout of its own."""
+    """A copy of the encoder at ``path``, without dropout of its own."""
+    return copy.deepcopy(_loaded(path))
+
+
+@functools.cache
+def _loaded(path: str) -> Any:
     from transformers import AutoModel
 
     return AutoModel.from_pretrained(path, attn_implementation="eager").eval()
@@ -69,23 +76,44 @@ def features(encoder: Any, data: list[Batch], tick: Callable[[], None]) -> tuple
     return torch.cat(rows), torch.cat([batch.labels for batch in data])
 
 
+class Frozen:
+    """The encoder's own features, of each text once, whatever label sets and draws it is in."""
+
+    def __init__(self, path: str, tokenizer: Any) -> None:
+        self.encoder, self.tokenizer = load_encoder(path), tokenizer
+        self.rows: dict[str, Tensor] = {}
+
+    def read(self, texts: Iterable[str], tick: Callable[[], None]) -> None:
+        """Computes the features of those of ``texts`` that it has not."""
+        new = sorted(set(texts) - self.rows.keys(), key=lambda text: (len(text), text))
+        data = batches(self.tokenizer, [(text, 0) for text in new], 64)
+        if data:
+            self.rows.update(zip(new, features(self.encoder, data, tick)[0], strict=True))
+
+    def __call__(self, pairs: list[tuple[str, int]]) -> tuple[Tensor, Tensor]:
+        """The features and the classes of ``pairs``, all of them read before."""
+        return torch.stack([self.rows[text] for text, _ in pairs]), torch.tensor(
+            [label for _, label in pairs]
+        )
+
+
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """The share of rows whose largest logit is the label's."""
     return (logits.argmax(1) == labels).double().mean().item()
 
 
-def fit_head(x: Tensor, labels: Tensor, classes: int) -> nn.Linear:
-    """Logistic regression to convergence; its weight decay is chosen on a fifth of the data."""
+def choose_decay(x: Tensor, labels: Tensor, classes: int) -> float:
+    """The weight decay of a head: the best of three on a fifth of the data."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     fit, check = order[len(x) // 5 :], order[: len(x) // 5]
-    decays = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-    scores = [
-        accuracy(_logistic(x[fit], labels[fit], classes, decay)(x[check]), labels[check]) for decay in decays
-    ]
-    return _logistic(x, labels, classes, decays[max(range(len(decays)), key=scores.__getitem__)])
+    decays = (3e-4, 1e-3, 3e-3)
+    heads = [fit_head(x[fit], labels[fit], classes, decay) for decay in decays]
+    scores = [accuracy(head(x[check]), labels[check]) for head in heads]
+    return decays[max(range(len(decays)), key=scores.__getitem__)]
 
 
-def _logistic(x: Tensor, labels: Tensor, classes: int, decay: float) -> nn.Linear:
+def fit_head(x: Tensor, labels: Tensor, classes: int, decay: float) -> nn.Linear:
+    """Logistic regression to convergence."""
     head = nn.Linear(x.shape[1], classes)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)

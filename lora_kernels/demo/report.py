@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
+from .plan import DRAWS, Cost, Plan, left_out
 from .serve import Served
 from .train import Outcome, quantiles
 
@@ -20,15 +22,35 @@ def print_table(outcomes: list[Outcome]) -> None:
         "held out",
         "frozen",
         "LoRA",
-        "fused layers",
+        "margin",
+        "spread",
         "s",
         "reload diff",
     )
-    table = Table(*columns, title="Held-out accuracy: frozen features against LoRA")
+    table = Table(*columns, title="Held-out accuracy (%), its range over draws: frozen features against LoRA")
     for o in outcomes:
-        cells = (o.task, o.classes, o.train, o.test, f"{o.frozen:.1%}", f"{o.lora:.1%}", o.layers)
-        table.add_row(*map(str, cells), f"{o.seconds:.0f}", f"{o.reload_difference:.1e}")
+        cells = (o.task, o.classes, o.train, o.test, _range(o.frozen), _range(o.lora))
+        points = (f"{100 * o.margin:+.1f}", f"{100 * o.spread:.1f}", f"{o.seconds:.0f}")
+        table.add_row(*map(str, cells), *points, f"{o.reload_difference:.1e}")
     Console(width=110).print(table)
+
+
+def _range(scores: list[float]) -> str:
+    """The mean, and in brackets the least and the largest where there are several."""
+    mean = f"{100 * statistics.mean(scores):.1f}"
+    return f"{mean} ({100 * min(scores):.1f} to {100 * max(scores):.1f})" if len(scores) > 1 else mean
+
+
+def print_plan(plan: Plan, cost: Cost, seconds: float) -> None:
+    """What was chosen, and why."""
+    texts = f"{plan.train} training texts, {plan.epochs} pass{'es' if plan.epochs > 1 else ''}"
+    sets = f"{plan.label_sets} label set{'s' if plan.label_sets > 1 else ''}"
+    runs = f"{sets} of {texts}, {plan.held_out} held out"
+    print(f"a text takes {1e3 * cost.step:.1f} ms to train on and {1e3 * cost.forward:.1f} ms to read,")
+    print(f"so in the {seconds:.0f} s left: {runs}, {plan.seeds} of {DRAWS} draws with LoRA")
+    if less := left_out(plan):
+        print(f"less than the whole job: {', '.join(less)}")
+    print(f"expected: {plan.seconds(cost):.0f} s", flush=True)
 
 
 def print_served(served: list[Served]) -> None:
@@ -46,8 +68,8 @@ def print_served(served: list[Served]) -> None:
 def print_times(times: dict[str, list[float]]) -> None:
     """Milliseconds a training step, and the ratio of the medians."""
     medians = {}
-    for name, values in times.items():
-        medians[name], low, high = quantiles(values)
+    for name in ("PEFT", "lora-kernels"):
+        medians[name], low, high = quantiles(times[name])
         print(f"step of the encoder, {name:<13} {medians[name]:7.1f} ms  (p20 {low:.1f}, p80 {high:.1f})")
     print(f"lora-kernels / PEFT = {medians['lora-kernels'] / medians['PEFT']:.3f}")
 
@@ -66,7 +88,7 @@ def plot(outcomes: list[Outcome], times: dict[str, list[float]], path: Path) -> 
         middle.plot(smooth, label=o.task)
     middle.set(title="Training loss (mean of 10 steps)", xlabel="step")
     middle.legend(frameon=False)
-    medians = {name: quantiles(values) for name, values in times.items()}
+    medians = {name: quantiles(values) for name, values in times.items() if name != "forward"}
     errors = [[m - low for m, low, _ in medians.values()], [high - m for m, _, high in medians.values()]]
     right.bar(
         list(medians),
@@ -85,7 +107,7 @@ def plot(outcomes: list[Outcome], times: dict[str, list[float]], path: Path) -> 
 def _accuracies(axes, outcomes: list[Outcome]) -> None:
     places = range(len(outcomes))
     for shift, label, color in ((-0.2, "frozen", "#b8b8b8"), (0.2, "LoRA", "#2b6cb0")):
-        values = [100 * getattr(o, label.lower()) for o in outcomes]
+        values = [100 * statistics.mean(getattr(o, label.lower())) for o in outcomes]
         bars = axes.bar([p + shift for p in places], values, 0.38, label=label, color=color)
         axes.bar_label(bars, fmt="%.1f")
     axes.set(title="Held-out accuracy (%)", ylim=(0, 109))

@@ -16,29 +16,54 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..integrations.peft import accelerate, decelerate
+from ..optim import lora_plus_groups
 from .data import Task
-from .model import Batch, accuracy, batches, features, fit_head, load_encoder, pooled
+from .model import Batch, Frozen, accuracy, batches, choose_decay, features, fit_head, load_encoder, pooled
+from .plan import DRAWS, Cost, Plan
 
 RANK = 8
 TARGETS = ["query", "key", "value", "dense"]
 EXCLUDED = ["pooler.dense"]
+BATCH = 8
 
 
 @dataclass
 class Outcome:
-    """What one label set came to."""
+    """What one label set came to: held-out accuracies, one a draw of the training texts."""
 
     task: str
     classes: int
     train: int
     test: int
-    frozen: float
-    lora: float
+    frozen: list[float]
+    lora: list[float]
     layers: int
     losses: list[float]
     seconds: float
     reload_difference: float
     path: Path
+
+    @property
+    def margin(self) -> float:
+        """How far LoRA is above frozen features, on the draws that both had."""
+        return statistics.mean(self.lora) - statistics.mean(self.frozen[: len(self.lora)])
+
+    @property
+    def spread(self) -> float:
+        """The widest range of either over its draws."""
+        return max(max(scores) - min(scores) for scores in (self.frozen, self.lora))
+
+
+@dataclass
+class Setting:
+    """What all label sets have in common."""
+
+    path: str
+    tokenizer: Any
+    frozen: Frozen
+    output: Path
+    plan: Plan
+    tick: Callable[[], None]
 
 
 def adapt(path: str) -> Any:
@@ -51,51 +76,60 @@ def adapt(path: str) -> Any:
     return get_peft_model(load_encoder(path), config)
 
 
-def run_task(
-    task: Task, path: str, tokenizer: Any, output: Path, epochs: int, tick: Callable[[], None]
-) -> Outcome:
-    """Baseline, fine-tuning, saving and reloading for one label set."""
-    torch.manual_seed(0)
-    train, test = batches(tokenizer, task.train, 32), batches(tokenizer, task.test, 64)
-    model = adapt(path)
-    report = accelerate(model)
-    with model.disable_adapter():
-        head = fit_head(*features(model, train, tick), len(task.classes))
-        frozen = _score(model, head, test, tick)
+def run_task(task: Task, at: Setting) -> Outcome:
+    """Baselines, fine-tuning, saving and reloading for one label set."""
+    at.frozen.read([text for text, _ in task.train + task.test], at.tick)
+    draws = [_draw(task.train, at.plan.train, seed) for seed in range(DRAWS)]
+    decay = choose_decay(*at.frozen(draws[0]), len(task.classes))
+    heads = [fit_head(*at.frozen(draw), len(task.classes), decay) for draw in draws]
+    x, labels = at.frozen(task.test)
+    frozen = [accuracy(head(x), labels) for head in heads]
     start = time.perf_counter()
-    losses = fine_tune(model, head, train, epochs, tick)
+    runs = [tuned(task, draws[seed], heads[seed], seed, at) for seed in range(at.plan.seeds)]
     seconds = time.perf_counter() - start
-    lora = _score(model, head, test, tick)
-    target = output / task.name.replace(" ", "_")
+    model, head, losses, _ = runs[0]
+    target = at.output / task.name.replace(" ", "_")
     model.save_pretrained(target)
     torch.save(head.state_dict(), target / "head.pt")
-    difference = reload_difference(model, path, target, test[0])
-    sizes = (len(task.classes), len(task.train), len(task.test))
-    return Outcome(
-        task.name, *sizes, frozen, lora, len(report.accelerated), losses, seconds, difference, target
-    )
+    difference = reload_difference(model, at.path, target, batches(at.tokenizer, task.test[:64], 64)[0])
+    sizes = (len(task.classes), len(draws[0]), len(task.test))
+    layers = len(accelerate(model).accelerated)
+    lora = [score for *_, score in runs]
+    return Outcome(task.name, *sizes, frozen, lora, layers, losses, seconds, difference, target)
 
 
-def _score(model: Any, head: nn.Linear, test: list[Batch], tick: Callable[[], None]) -> float:
-    model.eval()
-    x, labels = features(model, test, tick)
+def _draw(pairs: list[tuple[str, int]], size: int, seed: int) -> list[tuple[str, int]]:
+    return random.Random(seed).sample(pairs, min(size, len(pairs)))
+
+
+def tuned(
+    task: Task, draw: list[tuple[str, int]], head: nn.Linear, seed: int, at: Setting
+) -> tuple[Any, nn.Linear, list[float], float]:
+    """The encoder trained on a draw, its head, the loss of each step and the held-out accuracy."""
+    torch.manual_seed(seed)
+    model = adapt(at.path)
+    accelerate(model)
+    head = copy.deepcopy(head)
+    losses = fine_tune(model, head, batches(at.tokenizer, draw, BATCH), at.plan.epochs, at.tick, seed)
+    x, labels = features(model.eval(), batches(at.tokenizer, task.test, 64), at.tick)
     with torch.no_grad():
-        return accuracy(head(x), labels)
+        return model, head, losses, accuracy(head(x), labels)
 
 
 def fine_tune(
-    model: Any, head: nn.Linear, train: list[Batch], epochs: int, tick: Callable[[], None]
+    model: Any, head: nn.Linear, train: list[Batch], epochs: int, tick: Callable[[], None], seed: int = 0
 ) -> list[float]:
     """Trains the adapters, and the head from where the baseline left it; returns the loss of each step."""
     model.train()
-    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [{"params": adapters, "lr": 1e-3}, {"params": head.parameters(), "lr": 3e-3}]
-    )
+    # The steps are few, and B starts at zero: it learns faster.
+    groups = lora_plus_groups(model, lr=1e-3, ratio=6.0)
+    groups.append({"params": list(head.parameters()), "lr": 3e-3})
+    optimizer = torch.optim.AdamW(groups)
+    rates = [group["lr"] for group in groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [1e-3, 3e-3], total_steps=max(2, epochs * len(train)), pct_start=0.1
+        optimizer, rates, total_steps=max(2, epochs * len(train)), pct_start=0.1
     )
-    rng, losses = random.Random(0), []
+    rng, losses = random.Random(seed), []
     for _ in range(epochs):
         for batch in rng.sample(train, len(train)):
             loss = F.cross_entropy(head(pooled(model, batch)), batch.labels)
@@ -117,21 +151,54 @@ def reload_difference(model: Any, path: str, checkpoint: Path, batch: Batch) -> 
     return (pooled(model.eval(), batch) - pooled(fresh, batch)).abs().max().item()
 
 
-def compare_steps(path: str, batch: Batch, repeats: int, tick: Callable[[], None]) -> dict[str, list[float]]:
-    """Milliseconds of a training step of the whole encoder, PEFT and fused taken in turn."""
+def ticks(tasks: list[Task], plan: Plan) -> int:
+    """The steps of a run, about: what a progress bar counts to."""
+    steps = sum(-(-min(plan.train, len(t.train)) // BATCH) * plan.epochs for t in tasks) * plan.seeds
+    read = sum(-(-(len(t.train) + (1 + plan.seeds) * len(t.test)) // 64) for t in tasks)
+    return steps + read + len(tasks) + 1
+
+
+def first_steps(
+    path: str, tokenizer: Any, pairs: list[tuple[str, int]], repeats: int, seconds: float
+) -> tuple[dict[str, list[float]], Cost]:
+    """The timing of `compare_steps` on texts of middle length, and from it what a text of ``pairs`` costs."""
+    ordered = sorted(random.Random(0).sample(pairs, min(1024, len(pairs))), key=lambda pair: len(pair[0]))
+    middle = max(0, (len(ordered) - BATCH) // 2)
+    batch = batches(tokenizer, ordered[middle : middle + BATCH], BATCH)[0]
+    times = compare_steps(path, batch, repeats, seconds)
+    tokens = sum(b.inputs["input_ids"].numel() for b in batches(tokenizer, ordered, BATCH)) / len(ordered)
+    step, forward = (
+        statistics.median(times[name]) / 1e3 / batch.inputs["input_ids"].numel() * tokens
+        for name in ("lora-kernels", "forward")
+    )
+    return times, Cost(step, forward)
+
+
+def compare_steps(path: str, batch: Batch, repeats: int, seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of a training step of the encoder, PEFT and fused taken in turn, and of reading alone.
+
+    At most ``repeats`` rounds, fewer once ``seconds`` are over, and at least three.
+    """
     fused = adapt(path).train()
     peft = copy.deepcopy(fused)
     accelerate(fused)
     decelerate(peft)
-    times: dict[str, list[float]] = {"PEFT": [], "lora-kernels": []}
-    for i in range(repeats + 1):
+    times: dict[str, list[float]] = {"PEFT": [], "lora-kernels": [], "forward": []}
+    begin = time.perf_counter()
+    while len(times["forward"]) <= repeats:
         for name, model in (("PEFT", peft), ("lora-kernels", fused)):
-            start = time.perf_counter()
-            pooled(model, batch).square().sum().backward()
-            if i:  # the first round warms up
-                times[name].append(1e3 * (time.perf_counter() - start))
-        tick()
-    return times
+            times[name].append(_milliseconds(lambda m=model: pooled(m, batch).square().sum().backward()))
+        with torch.no_grad():
+            times["forward"].append(_milliseconds(lambda: pooled(fused, batch)))
+        if len(times["forward"]) > 3 and time.perf_counter() - begin > seconds:
+            break
+    return {name: values[1:] for name, values in times.items()}  # the first round warms up
+
+
+def _milliseconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def quantiles(times: list[float]) -> tuple[float, float, float]:

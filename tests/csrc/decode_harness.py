@@ -17,6 +17,7 @@ FLAGS = ("-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
 COMPILER = os.environ.get("CXX", "g++").split()[0]
 missing = None if shutil.which(COMPILER) else f"no C++ compiler ({COMPILER}) was found"
 MAX_PROJECTIONS = 4
+SIMULATION = "decode_simulation.so"
 pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
 
@@ -48,13 +49,16 @@ class DecodeProblem(ctypes.Structure):
     )
 
 
-def compile_simulation(folder: Path, *flags: str) -> ctypes.CDLL:
+def compile_simulation(folder: Path, *flags: str) -> None:
     """The simulation as a library in ``folder``."""
-    library = folder / "decode_simulation.so"
     command = [COMPILER, *FLAGS, *flags, "-fPIC", "-shared", str(HERE / "decode_simulation.cpp")]
-    done = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True)
+    done = subprocess.run([*command, "-o", str(folder / SIMULATION)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    loaded = ctypes.CDLL(str(library))
+
+
+def load_simulation(folder: Path) -> ctypes.CDLL:
+    """The library in ``folder``."""
+    loaded = ctypes.CDLL(str(folder / SIMULATION))
     loaded.part_elements_of.restype = i64
     return loaded
 

@@ -61,18 +61,20 @@ def test_no_loop_of_the_extension_goes_through_the_stack(extension_loops, versio
     check(extension_loops, version)
 
 
-@pytest.fixture(scope="module")
-def aarch64_program(tmp_path_factory):
-    """The loops for 64-bit Arm, and a program that holds each against a plain one."""
-    if reason := missing(CROSS_COMPILER, CROSS_OBJDUMP):
-        pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("aarch64")
+def compile_for_aarch64(folder):
     sources = [*PASSES, CPU / "version.cpp", HERE / "cpu_loops_check.cpp"]
     flags = ("-std=c++20", "-O3", "-fno-math-errno", "-Wall", "-Wextra", "-Werror", "-static")
     command = [CROSS_COMPILER, *flags, *map(str, sources), "-o", str(folder / "check")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return folder / "check"
+
+
+@pytest.fixture(scope="module")
+def aarch64_program(made_once):
+    """The loops for 64-bit Arm, and a program that holds each against a plain one."""
+    if reason := missing(CROSS_COMPILER, CROSS_OBJDUMP):
+        pytest.skip(reason)
+    return made_once("aarch64", compile_for_aarch64) / "check"
 
 
 def test_no_loop_for_aarch64_goes_through_the_stack(aarch64_program):

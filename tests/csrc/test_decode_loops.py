@@ -18,8 +18,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return harness.compile_simulation(tmp_path_factory.mktemp("simulation"))
+def library(made_once):
+    return harness.load_simulation(made_once("decode_simulation", harness.compile_simulation))
 
 
 class Adapters:

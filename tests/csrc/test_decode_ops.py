@@ -30,10 +30,8 @@ RANKS = {48: (3, 16, 0, 40), 16: (5, 0, 0, 1), 144: (0, 33, 4, 0), 32: (1, 1, 1,
 COLS = 80
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    """The ops' library; loaded, it gives the CUDA ops a kernel for CPU tensors."""
-    path = tmp_path_factory.mktemp("ops") / "decode_ops.so"
+def compile_ops(folder):
+    """The ops' library, without optimisation: it runs for less time than it takes to optimise."""
     root = harness.HERE.parents[1]
     files = (harness.HERE / "host_cuda/decode_ops.cpp", harness.HERE / "decode_simulation.cpp")
     includes = [f"-I{harness.HERE / 'host_cuda'}"]
@@ -42,9 +40,16 @@ def library(tmp_path_factory):
         part for folder in cpp_extension.library_paths() for part in (f"-L{folder}", f"-Wl,-rpath,{folder}")
     ]
     command = [harness.COMPILER, *harness.FLAGS, "-O1", *includes, *map(str, files)]
-    command += [str(root / "csrc/cuda/multi_lora_linear.cpp"), "-fPIC", "-shared", "-o", str(path)]
+    command += [str(root / "csrc/cuda/multi_lora_linear.cpp"), "-fPIC", "-shared"]
+    command += ["-o", str(folder / "decode_ops.so")]
     done = subprocess.run([*command, *links, "-ltorch_cpu", "-lc10"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def library(made_once):
+    """The ops' library; loaded, it gives the CUDA ops a kernel for CPU tensors."""
+    path = made_once("decode_ops", compile_ops) / "decode_ops.so"
     torch.ops.load_library(path)
     return ctypes.CDLL(str(path))
 

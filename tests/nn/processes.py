@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import traceback
 
@@ -9,10 +10,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# What a process needs, seconds of imports, is imported once, by the server that they are all forked from.
+# Nothing is computed there, so that it has no threads.
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "lora_kernels.nn"]
+)
+
 
 def run(cases, processes, folder):
     """Runs every case in every process, one after the other; raises with the first failure's traceback."""
-    mp.spawn(_worker, (cases, processes, str(folder)), nprocs=processes)
+    mp.start_processes(_worker, (cases, processes, str(folder)), nprocs=processes, start_method="forkserver")
     failed = [
         f"rank {rank}:\n{text}"
         for rank in range(processes)
