@@ -77,11 +77,13 @@ def aarch64_program(made_once):
     return made_once("aarch64", compile_for_aarch64) / "check"
 
 
+@pytest.mark.exhaustive  # half a minute of compiling
 def test_no_loop_for_aarch64_goes_through_the_stack(aarch64_program):
     text = machine_code.disassemble(aarch64_program, CROSS_OBJDUMP)
     check(machine_code.loops_of(text, machine_code.ARM), "neon")
 
 
+@pytest.mark.exhaustive
 def test_the_loops_for_aarch64_are_right(aarch64_program):
     if reason := missing(EMULATOR):
         pytest.skip(reason)

@@ -7,6 +7,7 @@ simulation: what is tested is which tensors become which projections, and how ma
 from __future__ import annotations
 
 import ctypes
+import functools
 import subprocess
 from dataclasses import replace
 
@@ -28,30 +29,37 @@ from lora_kernels.testing import assert_close
 pytestmark = pytest.mark.skipif(harness.missing is not None, reason=str(harness.missing))
 RANKS = {48: (3, 16, 0, 40), 16: (5, 0, 0, 1), 144: (0, 33, 4, 0), 32: (1, 1, 1, 1), 64: (0, 0, 17, 2)}
 COLS = 80
+ROOT = harness.HERE.parents[1]
 
 
-def compile_ops(folder):
-    """The ops' library, without optimisation: it runs for less time than it takes to optimise."""
-    root = harness.HERE.parents[1]
-    files = (harness.HERE / "host_cuda/decode_ops.cpp", harness.HERE / "decode_simulation.cpp")
+def compile_ops(folder, simulation):
+    """The ops' library, which launches ``simulation``; from one source, as torch's headers take long."""
+    sources = (harness.HERE / "host_cuda/decode_ops.cpp", ROOT / "csrc/cuda/multi_lora_linear.cpp")
     includes = [f"-I{harness.HERE / 'host_cuda'}"]
-    includes += [part for folder in cpp_extension.include_paths() for part in ("-isystem", folder)]
-    links = [
-        part for folder in cpp_extension.library_paths() for part in (f"-L{folder}", f"-Wl,-rpath,{folder}")
+    includes += [part for path in cpp_extension.include_paths() for part in ("-isystem", path)]
+    paths = [*cpp_extension.library_paths(), str(simulation)]
+    links = [part for path in paths for part in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    command = [harness.COMPILER, *harness.FLAGS, "-O1", *includes, "-fPIC", "-shared", "-x", "c++", "-"]
+    command += [
+        "-o",
+        str(folder / "decode_ops.so"),
+        *links,
+        f"-l:{harness.SIMULATION}",
+        "-ltorch_cpu",
+        "-lc10",
     ]
-    command = [harness.COMPILER, *harness.FLAGS, "-O1", *includes, *map(str, files)]
-    command += [str(root / "csrc/cuda/multi_lora_linear.cpp"), "-fPIC", "-shared"]
-    command += ["-o", str(folder / "decode_ops.so")]
-    done = subprocess.run([*command, *links, "-ltorch_cpu", "-lc10"], capture_output=True, text=True)
+    text = "".join(f'#include "{source}"\n' for source in sources)
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
 def library(made_once):
     """The ops' library; loaded, it gives the CUDA ops a kernel for CPU tensors."""
-    path = made_once("decode_ops", compile_ops) / "decode_ops.so"
-    torch.ops.load_library(path)
-    return ctypes.CDLL(str(path))
+    simulation = made_once("decode_simulation", harness.compile_simulation)
+    folder = made_once("decode_ops", functools.partial(compile_ops, simulation=simulation))
+    torch.ops.load_library(folder / "decode_ops.so")
+    return ctypes.CDLL(str(folder / "decode_ops.so"))
 
 
 @pytest.fixture(params=(True, False), ids=("cluster", "two_launches"))
