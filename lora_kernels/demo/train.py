@@ -187,18 +187,16 @@ def compare_steps(path: str, batch: Batch, repeats: int, seconds: float) -> dict
     begin = time.perf_counter()
     while len(times["forward"]) <= repeats:
         for name, model in (("PEFT", peft), ("lora-kernels", fused)):
-            times[name].append(_milliseconds(lambda m=model: pooled(m, batch).square().sum().backward()))
+            start = time.perf_counter()
+            pooled(model, batch).square().sum().backward()
+            times[name].append(1e3 * (time.perf_counter() - start))
+        start = time.perf_counter()
         with torch.no_grad():
-            times["forward"].append(_milliseconds(lambda: pooled(fused, batch)))
+            pooled(fused, batch)
+        times["forward"].append(1e3 * (time.perf_counter() - start))
         if len(times["forward"]) > 3 and time.perf_counter() - begin > seconds:
             break
     return {name: values[1:] for name, values in times.items()}  # the first round warms up
-
-
-def _milliseconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return 1e3 * (time.perf_counter() - start)
 
 
 def quantiles(times: list[float]) -> tuple[float, float, float]:
