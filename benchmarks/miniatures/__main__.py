@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from .. import report
-from . import SEEDS, keys, outcome, table
+from . import SEEDS, Outcome, keys, outcome, table
 
 RESULT = Path(__file__).parents[1] / "results" / "methods.md"
 HEAD = """# What the methods promise, shown small
@@ -31,18 +31,23 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         print(f"--only: expected some of {', '.join(keys())}, got {', '.join(unknown)}", file=sys.stderr)
         return 2
-    outcomes = []
+    command = shlex.join(["python", "-m", "benchmarks.miniatures", *given])
+    under = report.conditions("cpu", command, len(SEEDS))
+    outcomes: list[Outcome] = []
     for key in only or keys():
         print(f"{key} …", file=sys.stderr)
         outcomes.append(outcome(key))
-    under = report.conditions(
-        "cpu", shlex.join(["python", "-m", "benchmarks.miniatures", *given]), len(SEEDS)
-    )
-    text = "\n".join([HEAD, report.taken_under(under), "", *table(outcomes)]) + "\n"
-    if not only:
-        RESULT.write_text(text, encoding="utf-8")
-    print(text, end="")
+        if not only:  # each time, so that a run which is cut off has left something
+            RESULT.write_text(page(outcomes, under), encoding="utf-8")
+    print(page(outcomes, under), end="")
     return int(any(one.error for one in outcomes))
+
+
+def page(outcomes: list[Outcome], under: report.Conditions) -> str:
+    """The table, and who is not in it."""
+    missing = sorted({*keys()} - {one.key for one in outcomes})
+    rest = [f"\nNot run: {', '.join(f'`{key}`' for key in missing)}."] if missing else []
+    return "\n".join([HEAD, report.taken_under(under), "", *table(outcomes), *rest]) + "\n"
 
 
 if __name__ == "__main__":

@@ -11,15 +11,19 @@ from torch import nn
 
 from lora_kernels.adapters import METHODS, LoRAConfig
 from lora_kernels.nn import LoRAEmbedding, apply_lora, lora_layers, merge_adapters, remove_lora
+from lora_kernels.testing.method_cases import case
 
 ROWS, DIM, RANK = 20, 12, 4
 TOKENS = torch.tensor([[1, 7, 7, 0], [3, 19, 2, 7]])
-METHOD = pytest.mark.parametrize("method", sorted(METHODS))
+# Those that an embedding takes, and that have one ΔW.
+TAKEN = [name for name, one in METHODS.items() if not one.reads_x and one.mergeable]
+METHOD = pytest.mark.parametrize("method", sorted(TAKEN))
 
 
 def new_layer(method="lora", *, dtype=torch.float64, **options):
     torch.manual_seed(0)
-    layer = LoRAEmbedding(ROWS, DIM, r=RANK, lora_alpha=6, method=method, dtype=dtype, **options)
+    given = {"r": RANK, "lora_alpha": 6, **case(method).options, **options}
+    layer = LoRAEmbedding(ROWS, DIM, method=method, dtype=dtype, **given)
     shake(layer)
     return layer
 
@@ -52,6 +56,12 @@ def test_values_and_gradients_are_those_of_the_dense_embedding(method):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("method", sorted(name for name, one in METHODS.items() if one.reads_x))
+def test_what_reads_its_input_is_refused(method):
+    with pytest.raises(ValueError, match=f"method: {method} reads its input and sits on linears alone"):
+        new_layer(method)
+
+
 @METHOD
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_and_unmerge(method, dtype):
@@ -71,7 +81,8 @@ def test_merge_and_unmerge(method, dtype):
 @METHOD
 def test_starts_at_the_base(method):
     torch.manual_seed(0)
-    layer = LoRAEmbedding(ROWS, DIM, r=RANK, method=method, dtype=torch.float64)
+    given = {"r": RANK, **case(method).options}
+    layer = LoRAEmbedding(ROWS, DIM, method=method, dtype=torch.float64, **given)
     error = (layer(TOKENS) - F.embedding(TOKENS, layer.weight)).abs().max()
     assert error == 0 if METHODS[method].zero_start else error < 1e-2
     layer.adapters["default"].reset_parameters(layer.weight.T)

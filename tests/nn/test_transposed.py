@@ -11,8 +11,16 @@ from torch import nn
 
 from lora_kernels import LoRAConfig, LoRALinear, apply_lora, quantize_base
 from lora_kernels.adapters import METHODS
-from lora_kernels.nn import disable_adapters, lora_layers, merge_adapters, remove_lora, unmerge_adapters
+from lora_kernels.nn import (
+    disable_adapters,
+    lora_layers,
+    merge_adapters,
+    remove_lora,
+    side_inputs,
+    unmerge_adapters,
+)
 from lora_kernels.nn.apply import layer_types
+from lora_kernels.testing.method_cases import IN, OUT, RANK, case
 
 transformers = pytest.importorskip("transformers")
 from transformers.pytorch_utils import Conv1D  # noqa: E402
@@ -37,23 +45,29 @@ def shake(*layers):
 
 def twin(layer, config):
     """A LoRALinear of the same function."""
-    linear = nn.Linear(24, 11).to(layer.weight.dtype)
+    linear = nn.Linear(*layer.weight.shape).to(layer.weight.dtype)
     linear.weight.data, linear.bias.data = layer.weight.data.T.clone(), layer.bias.data.clone()
     return LoRALinear.from_linear(linear, config)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_values_and_gradients_are_those_of_the_linear(method):
-    config = LoRAConfig(r=3, lora_alpha=6, method=method, lora_dropout=0.3)
-    _, layer = new_layer(method=method, lora_dropout=0.3)
+    config = LoRAConfig(
+        **{"r": RANK, "lora_alpha": 6, "lora_dropout": 0.3, **case(method).options}, method=method
+    )
+    base = Conv1D(OUT, IN).double()
+    layer = LoRATransposedLinear.from_conv1d(base, config)
     other, found = twin(layer, config), []
     other.load_state_dict({k: v for k, v in layer.state_dict().items() if k != "weight"}, strict=False)
+    other.weight.data = layer.weight.data.T.clone()  # a start may have taken something out of it once more
     shake(layer, other)
     for one in (layer, other):
-        x = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(2, 5, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         x.requires_grad_()
+        side = case(method).side(x)
         torch.manual_seed(2)
-        y = one(x)
+        with side_inputs(one, **side):
+            y = one(x)
         y.square().sum().backward()
         found.append([y, x.grad, *(p.grad for p in one.adapters.parameters() if p.requires_grad)])
     assert len(found[0]) == len(found[1]) > 2
