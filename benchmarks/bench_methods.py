@@ -141,7 +141,6 @@ def _peft_configs(case: Case) -> dict[str, Callable[[], Any]]:
     return {
         LORA: lambda: peft.LoraConfig(**lora),
         "dora": lambda: peft.LoraConfig(**lora, use_dora=True),
-        "vera": lambda: peft.VeraConfig(r=r, **common),
         "vblora": lambda: peft.VBLoRAConfig(r=r, num_vectors=256, vector_length=64, topk=2, **common),
         "miss": lambda: peft.MissConfig(r=r, **common),
         "fourierft": lambda: peft.FourierFTConfig(n_frequency=1000, **common),
@@ -149,12 +148,12 @@ def _peft_configs(case: Case) -> dict[str, Callable[[], Any]]:
 
 
 def _in_peft(problem: Problem, method: str) -> Runner:
-    from peft import inject_adapter_in_model
+    from peft import get_peft_model
 
     config = _peft_configs(problem.case)[method]()
-    model = inject_adapter_in_model(config, nn.ModuleDict({"linear": problem.linear()}))
-    layer = model["linear"].to(problem.case.device).train()
-    return Runner(layer, _trained(layer))
+    model = get_peft_model(nn.ModuleDict({"linear": problem.linear()}), config)
+    layer = model.base_model.model["linear"].to(problem.case.device).train()
+    return Runner(layer, tuple(p for p in model.parameters() if p.requires_grad))
 
 
 def _peft_missing(case: Case, mode: str) -> str | None:
