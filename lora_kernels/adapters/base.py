@@ -102,7 +102,8 @@ class Adapter(nn.Module):
         if isinstance(tensor, nn.Parameter):  # shared
             self.register_parameter(name, tensor)
         elif tensor.is_floating_point():
-            self.register_parameter(name, nn.Parameter(tensor.to(device=site.device, dtype=site.dtype)))
+            own = _compact(tensor.to(device=site.device, dtype=site.dtype))
+            self.register_parameter(name, nn.Parameter(own))
         else:
             self.register_buffer(name, tensor.to(device=site.device))
 
@@ -166,6 +167,12 @@ class Adapter(nn.Module):
     def extra_repr(self) -> str:
         """Rank, scaling and dropout."""
         return f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}"
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The tensor by itself: a slice of an SVD would keep all of it in memory."""
+    held = tensor.untyped_storage().nbytes()
+    return tensor.clone(memory_format=torch.contiguous_format) if held > tensor.nbytes else tensor
 
 
 class _Methods(Mapping[str, type[Adapter]]):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..nn.adapter_layer import AdapterLayer
 from ..nn.pairs import Pair
 from ..nn.quantized import QuantizedLoRALinear
 from ..ops.dequantize import dequantize
@@ -31,6 +32,24 @@ def generator(seed: int) -> torch.Generator:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
     return torch.Generator().manual_seed(seed)
+
+
+def active_of(model: nn.Module, method: str) -> dict[str, Any]:
+    """The active adapters of ``method``, by the name of their layer.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = {
+        name: layer.adapters[key]
+        for name, layer in model.named_modules()
+        if isinstance(layer, AdapterLayer)
+        for key in layer.active
+        if layer.adapters[key].method == method
+    }
+    if not found:
+        raise ValueError(f"model: expected adapters of LoRAConfig(method={method!r}), got none")
+    return found
 
 
 def mergeable_pairs(model: nn.Module) -> list[Pair]:

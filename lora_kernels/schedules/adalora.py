@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..adapters.low_rank.adalora import AdaLoRA as Adapter
-from ..nn.adapter_layer import AdapterLayer
 from ..optim._common import check_count, check_number
+from ._common import active_of
 from .base import Schedule
 
 
@@ -62,7 +61,7 @@ class AdaLoRA(Schedule):
             raise ValueError(
                 f"total_steps: expected more than tinit + tfinal = {tinit + tfinal}, got {total_steps}"
             )
-        self.adapters = _adapters(model)
+        self.adapters = active_of(model, self.key)
         self.initial = sum(len(one.lora_E) for one in self.adapters.values())
         self.target = target_r * len(self.adapters)
         if self.target > self.initial:
@@ -125,21 +124,10 @@ class AdaLoRA(Schedule):
         return e[:, 0] + (a.mean(1) + b.mean(0))
 
 
-def _adapters(model: nn.Module) -> dict[str, Adapter]:
-    found = {}
-    for name, layer in model.named_modules():
-        for key in layer.active if isinstance(layer, AdapterLayer) else ():
-            if isinstance(layer.adapters[key], Adapter):
-                found[name] = layer.adapters[key]
-    if not found:
-        raise ValueError("model: expected adapters of LoRAConfig(method='adalora'), got none")
-    return found
-
-
 def adalora_penalty(model: nn.Module) -> Tensor:
     """The mean over all A and B of ‖A Aᵀ - I‖ and ‖Bᵀ B - I‖, PEFT's; it takes half of it into the loss."""
     norms = []
-    for one in _adapters(model).values():
+    for one in active_of(model, AdaLoRA.key).values():
         unit = torch.eye(len(one.lora_E), device=one.lora_A.device, dtype=one.lora_A.dtype)
         norms += [(g - unit).norm() for g in (one.lora_A @ one.lora_A.T, one.lora_B.T @ one.lora_B)]
     return torch.stack(norms).mean()

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.low_rank.bilora import BiLoRA as Adapter
-from ..nn.adapter_layer import AdapterLayer
 from ..optim._common import check_number
+from ._common import active_of
 from .base import Schedule
 
 Loss = Callable[[], Tensor]
@@ -110,7 +109,7 @@ class BiLoRA(Schedule):
         super().__init__(model)
         check_number("radius", radius, above=True)
         check_number("lr", lr)
-        self.adapters = gated(model)
+        self.adapters = active_of(model, "bilora")
         self.loss, self.lower, self.upper, self.radius, self.unroll = loss, lower, upper, radius, unroll
         self.value_optimizer = torch.optim.Adam([one.values for one in self.adapters.values()], lr, betas)
         self._freeze()
@@ -143,26 +142,10 @@ class BiLoRA(Schedule):
             one.values.requires_grad_(False)
 
 
-def gated(model: nn.Module) -> dict[str, Adapter]:
-    """The active adapters of the method ``bilora``, by the name of their layer.
-
-    Raises:
-        ValueError: there are none.
-    """
-    found = {}
-    for name, layer in model.named_modules():
-        for key in layer.active if isinstance(layer, AdapterLayer) else ():
-            if isinstance(layer.adapters[key], Adapter):
-                found[name] = layer.adapters[key]
-    if not found:
-        raise ValueError("model: expected adapters of LoRAConfig(method='bilora'), got none")
-    return found
-
-
 def orthogonality(model: nn.Module) -> Tensor:
     """Σ ‖Bᵀ B - I‖² + ‖A Aᵀ - I‖² over the adapters of the method ``bilora``, for the lower loss."""
     total = []
-    for one in gated(model).values():
+    for one in active_of(model, "bilora").values():
         unit = torch.eye(one.r, device=one.lora_A.device, dtype=one.lora_A.dtype)
         sides = (one.lora_B.T @ one.lora_B, one.lora_A @ one.lora_A.T)
         total += [(side - unit).square().sum() for side in sides]

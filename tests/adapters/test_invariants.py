@@ -156,6 +156,12 @@ def test_deepcopy_is_apart(method):
 
 
 @every_method
+def test_no_tensor_keeps_a_larger_one_in_memory(method):
+    for name, tensor in new_layer(method).adapters.named_parameters():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
+
+
+@every_method
 def test_stacks_with_lora(method):
     layer = new_layer(method)
     layer.add_adapter("second", LoRAConfig(r=3, lora_alpha=1))

@@ -10,8 +10,9 @@ from optim_models import batch, loss, ours
 
 from lora_kernels import LoRAConfig, apply_lora
 from lora_kernels.schedules import AutoLoRA, BiLoRA, orthogonality
+from lora_kernels.schedules._common import active_of
 from lora_kernels.schedules.autolora_rank import select_rank
-from lora_kernels.schedules.bilora import gated, hypergradient
+from lora_kernels.schedules.bilora import hypergradient
 
 
 def toy():
@@ -54,7 +55,7 @@ def model(kind="softmax"):
 
 def test_values_step_and_nothing_else_does():
     made = model()
-    for one in gated(made).values():  # B = 0 has no gradient for them
+    for one in active_of(made, "bilora").values():  # B = 0 has no gradient for them
         one.lora_B.data.normal_()
     batches = itertools.cycle([0, 1])
     schedule = BiLoRA(made, lambda seed: loss(made, seed), batches, itertools.cycle([2, 3]))
@@ -68,7 +69,7 @@ def test_values_step_and_nothing_else_does():
 def test_orthogonality_is_its_formula():
     made = model()
     want = 0.0
-    for one in gated(made).values():
+    for one in active_of(made, "bilora").values():
         unit = torch.eye(4, dtype=torch.float64)
         want += (one.lora_B.T @ one.lora_B - unit).square().sum()
         want += (one.lora_A @ one.lora_A.T - unit).square().sum()
@@ -81,8 +82,8 @@ def test_ranks_by_both_rules():
     assert select_rank(torch.ones(4)) == 4
     made = model()
     search = AutoLoRA(made, lambda seed: loss(made, seed), itertools.cycle([0]), itertools.cycle([1]))
-    assert all((one.gate() == 0.25).all() for one in gated(made).values())
-    gated(made)["wide"].values.data.copy_(values)
+    assert all((one.gate() == 0.25).all() for one in active_of(made, "bilora").values())
+    active_of(made, "bilora")["wide"].values.data.copy_(values)
     assert search.ranks() == {"wide": 1, "tall": 4, "square": 4}
     found = ours(rank_pattern=search.rank_pattern("raw"))
     assert found.wide.adapters["default"].r == 2
