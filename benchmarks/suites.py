@@ -54,6 +54,7 @@ MODULES = (
     "bench_multi_lora_linear",
     "bench_quantized_linear",
     "bench_optimizers",
+    "bench_schedules",
     "bench_methods",
 )
 DEFAULT, TRAINING, SERVING = "default", "training", "serving"

@@ -127,43 +127,60 @@ class Flora(Optimizer):
             update = _with_momentum(update, state, group, place)
         if group["weight_decay"]:
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        rms = parameter.to(wide).square().mean().sqrt().clamp_(min=group["eps"][1])
-        parameter.sub_(update * rms * group["lr"])
+        rms = _mean_square(parameter.to(wide)).sqrt_().clamp_(min=group["eps"][1])
+        if parameter.dtype == wide:
+            parameter.addcmul_(update, rms, value=-group["lr"])
+        else:
+            parameter.sub_(update * rms * group["lr"])
 
 
 def _normalised(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """G / √V̂, shortened to the largest RMS."""
-    beta2 = 1 - state["step"] ** -0.8
-    square = gradient.square().add_(group["eps"][0])
+    """G / √V̂, shortened to the largest RMS; a tensor of its own."""
+    beta2, least = 1 - state["step"] ** -0.8, group["eps"][0]
     if gradient.dim() < 2:
+        square = gradient.square().add_(least)
         average = state.setdefault("exp_avg_sq", torch.zeros_like(square))
         update = gradient * average.lerp_(square, 1 - beta2).rsqrt()
-    else:
-        rows = state.setdefault("exp_avg_sq_row", square.new_zeros(square.shape[:-1]))
-        columns = state.setdefault("exp_avg_sq_col", square.new_zeros(*square.shape[:-2], square.shape[-1]))
-        rows.lerp_(square.mean(-1), 1 - beta2)
-        columns.lerp_(square.mean(-2), 1 - beta2)
-        by_row = (rows / rows.mean(-1, keepdim=True)).rsqrt_()
-        update = gradient * by_row[..., None] * columns.rsqrt()[..., None, :]
-    return update.div_((update.square().mean().sqrt() / group["clip"]).clamp_(min=1.0))
+        return update.mul_(_shortening(_mean_square(update), group))
+    rows, columns = _mean_square(gradient, -1).add_(least), _mean_square(gradient, -2).add_(least)
+    rows = state.setdefault("exp_avg_sq_row", torch.zeros_like(rows)).lerp_(rows, 1 - beta2)
+    columns = state.setdefault("exp_avg_sq_col", torch.zeros_like(columns)).lerp_(columns, 1 - beta2)
+    by_row = (rows / rows.mean(-1, keepdim=True)).rsqrt_()
+    update = gradient * columns.rsqrt()[..., None, :]
+    # Of what the rows' factor will make of it: both factors then go over it at once.
+    size = (_mean_square(update, -1) * by_row.square()).mean()
+    return update.mul_((by_row * _shortening(size, group))[..., None])
+
+
+def _mean_square(tensor: Tensor, *dim: int) -> Tensor:
+    """The mean of the squares, without a tensor of them."""
+    count = tensor.shape[dim[0]] if dim else tensor.numel()
+    return torch.linalg.vector_norm(tensor, dim=dim or None).square_().div_(count)
+
+
+def _shortening(mean_square: Tensor, group: dict[str, Any]) -> Tensor:
+    """What an update of that mean square is multiplied by."""
+    return (mean_square.sqrt() / group["clip"]).clamp_(min=1.0).reciprocal_()
 
 
 def _with_momentum(update: Tensor, state: dict[str, Any], group: dict[str, Any], place: int) -> Tensor:
-    """(1-β) U + β M; M, as it is kept, then takes its part of U."""
+    """(1-β) U + β M, in the place of U where M is a sketch; M, as it is kept, then takes its part of U."""
     beta, shape = group["beta1"], update.shape
     if not _sketched(shape, group["rank"]):
         average = state.setdefault("exp_avg", torch.zeros_like(update))
-        return average.lerp_(update, 1 - beta).clone()
+        return average.lerp_(update, 1 - beta)
     cycle = (state["step"] - 1) // group["kappa"]
     now = _projection(update, group, place, cycle)
+    own = compress(update, now)
     if "exp_avg" not in state:
-        state["exp_avg"] = torch.zeros_like(compress(update, now))
+        state["exp_avg"] = torch.zeros_like(own)
     elif cycle != (state["step"] - 2) // group["kappa"]:
         former = decompress(state["exp_avg"], _projection(update, group, place, cycle - 1), shape)
         state["exp_avg"] = compress(former, now)
     average = state["exp_avg"]
-    result = decompress(average, now, shape).mul_(beta).add_(update, alpha=1 - beta)
-    average.lerp_(compress(update, now), 1 - beta)
+    sides = (average, now) if _over_columns(shape) else (now.T, average)
+    result = update.addmm_(*sides, beta=1 - beta, alpha=beta)
+    average.lerp_(own, 1 - beta)
     return result
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -157,9 +158,7 @@ class _Site:
         if self.gradient is None:
             return
         gradient, self.gradient = self.gradient.to(trained.dtype), None
-        u, _, vh = torch.linalg.svd(gradient, full_matrices=False)
-        r = self.pair.rank
-        self.vectors.copy_(vh[:r] if self.right else u[:, :r])
+        self.vectors.copy_(leading_vectors(gradient, self.pair.rank, self.right))
         projected = gradient @ self.vectors.T if self.right else self.vectors.T @ gradient
         trained.grad = projected.mul_(self.pair.scaling)
         self.arm(False)
@@ -174,6 +173,24 @@ class _Site:
         if decay:
             weight.mul_(1 - decay)
         self.trained.zero_()
+
+
+def leading_vectors(matrix: Tensor, r: int, right: bool) -> Tensor:
+    """The first r singular vectors: right ones as rows ``[r, in]``, or left ones as columns ``[out, r]``
+
+    Of float32 and narrower from the Gram matrix of the shorter side in float64: as exact as a decomposition
+    of the matrix in its own dtype, and in less than half of its time.
+    """
+    if matrix.dtype == torch.float64:
+        u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+        return vh[:r] if right else u[:, :r]
+    wide = matrix.double() if right else matrix.double().T
+    if wide.shape[0] >= wide.shape[1]:
+        found = torch.linalg.eigh(wide.T @ wide).eigenvectors[:, -r:].flip(1)
+    else:
+        found = wide.T @ torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -r:].flip(1)
+        found = F.normalize(found, dim=0)
+    return found.T if right else found
 
 
 def _check(pair: Pair, layers: list[nn.Module]) -> None:

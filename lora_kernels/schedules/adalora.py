@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..optim._common import check_count, check_number
+from ..optim._common import alike, check_count, check_number
 from ._common import active_of
 from .base import Schedule
 
@@ -102,15 +102,19 @@ class AdaLoRA(Schedule):
         return [(f"{key}.{name}", getattr(one, name)) for key, one in self.adapters.items() for name in names]
 
     def _follow(self) -> None:
-        beta1, beta2 = self.betas
-        for name, p in self._params():
+        params = self._params()
+        grads: list[Tensor] = []
+        for name, p in params:
             if p.grad is None:
                 raise ValueError(f"model: {name}: expected a gradient (step before zero_grad), got None")
-        for name, p in self._params():
-            assert p.grad is not None
-            now = (p * p.grad).abs()
-            self.mean[name] = beta1 * self.mean[name] + (1 - beta1) * now
-            self.spread[name] = beta2 * self.spread[name] + (1 - beta2) * (now - self.mean[name]).abs()
+            grads.append(p.grad)
+        mean, spread = ([kept[name] for name, _ in params] for kept in (self.mean, self.spread))
+        now = torch._foreach_mul([p for _, p in params], grads)
+        torch._foreach_abs_(now)
+        torch._foreach_lerp_(mean, now, 1 - self.betas[0])
+        torch._foreach_sub_(now, mean)
+        torch._foreach_abs_(now)
+        torch._foreach_lerp_(spread, now, 1 - self.betas[1])
 
     def _allocate(self, budget: int) -> None:
         scores = {name: self._score(name) for name in self.adapters}
@@ -126,8 +130,12 @@ class AdaLoRA(Schedule):
 
 def adalora_penalty(model: nn.Module) -> Tensor:
     """The mean over all A and B of ‖A Aᵀ - I‖ and ‖Bᵀ B - I‖, PEFT's; it takes half of it into the loss."""
+    adapters = active_of(model, AdaLoRA.key).values()
+    # One beside the other [r, n], so that those of a shape are one product.
+    factors = [one.lora_A for one in adapters] + [one.lora_B.T for one in adapters]
     norms = []
-    for one in active_of(model, AdaLoRA.key).values():
-        unit = torch.eye(len(one.lora_E), device=one.lora_A.device, dtype=one.lora_A.dtype)
-        norms += [(g - unit).norm() for g in (one.lora_A @ one.lora_A.T, one.lora_B.T @ one.lora_B)]
-    return torch.stack(norms).mean()
+    for places in alike(factors, [factor.shape for factor in factors]):
+        some = torch.stack([factors[i] for i in places])
+        unit = torch.eye(some.shape[1], device=some.device, dtype=some.dtype)
+        norms.append((some @ some.mT - unit).norm(dim=(1, 2)))
+    return torch.cat(norms).mean()

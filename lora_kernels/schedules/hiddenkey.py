@@ -24,8 +24,36 @@ def dropkey_mask(batch: int, heads: int, keys: int, p: float, rng: torch.Generat
 
 def bidirectional_kl(p: Tensor, q: Tensor) -> Tensor:
     """½ (KL(P‖Q) + KL(Q‖P)) of the softmax of logits over their last dimension, a mean over the others."""
-    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-    return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean()
+    value: Tensor = _BidirectionalKL.apply(p, q)
+    return value
+
+
+class _BidirectionalKL(torch.autograd.Function):
+    """The gradient of ½ Σ (P - Q) (log P - log Q) is ½ (P (log P - log Q - KL(P‖Q)) + P - Q) in p's logits"""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, q: Tensor) -> Tensor:
+        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+        gap = log_p - log_q
+        share_p, share_q = log_p.exp_(), log_q.exp_()
+        change = share_p - share_q
+        rows = max(p.numel() // max(p.shape[-1], 1), 1)
+        value = 0.5 * torch.linalg.vecdot(change, gap).sum() / rows
+        ctx.save_for_backward(share_p, share_q, gap)
+        ctx.factor = 0.5 / rows
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        share_p, share_q, gap = ctx.saved_tensors
+        change = share_p - share_q
+        sides = []
+        for share, sign, needed in zip((share_p, share_q), (1, -1), ctx.needs_input_grad, strict=True):
+            divergence = sign * torch.linalg.vecdot(share, gap)[..., None]
+            side = (sign * gap - divergence).mul_(share).add_(change, alpha=sign) if needed else None
+            sides.append(None if side is None else side.mul_(ctx.factor * dy))
+        return sides[0], sides[1]
 
 
 class HiddenKey:

@@ -62,14 +62,20 @@ class RoseLoRA(Schedule):
     def act(self, step: int) -> None:
         """Follows the importance and zeroes what matters least."""
         trained = {name: (p, dim) for name, (p, dim) in self.factors.items() if p.requires_grad}
+        grads: list[Tensor] = []
         for name, (p, _) in trained.items():
             if p.grad is None:
                 raise ValueError(f"model: {name}: expected a gradient (step before zero_grad), got None")
-        beta = self.beta if step > 1 else 0.0
-        for name, (p, dim) in trained.items():
-            assert p.grad is not None
-            self.importance[name] = beta * self.importance[name] + (1 - beta) * (p * p.grad).abs()
-            keep_important_(p, self.importance[name], self.density_at(step), dim)
+            grads.append(p.grad)
+        if not trained:
+            return
+        now = torch._foreach_mul([p for p, _ in trained.values()], grads)
+        torch._foreach_abs_(now)
+        own = [self.importance[name] for name in trained]
+        torch._foreach_lerp_(own, now, 1 - self.beta if step > 1 else 1.0)
+        density = self.density_at(step)
+        for (p, dim), importance in zip(trained.values(), own, strict=True):
+            keep_important_(p, importance, density, dim)
 
 
 @torch.no_grad()

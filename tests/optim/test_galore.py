@@ -10,6 +10,7 @@ from torch import nn
 from lora_kernels import LoRAConfig, apply_lora
 from lora_kernels.nn import remove_lora
 from lora_kernels.optim import GaLoreAdamW
+from lora_kernels.optim.galore import leading_vectors
 
 LR, GAP, SCALE, DECAY, RANK = 2e-2, 3, 0.7, 0.05, 4
 TARGETS = ("wide", "tall", "square")
@@ -224,3 +225,24 @@ def test_two_active_adapters_are_refused():
     set_adapter(model, ["default", "second"])
     with pytest.raises(ValueError, match="wide: expected one active adapter, got several"):
         GaLoreAdamW(model)
+
+
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
+def test_leading_vectors_span_what_the_decomposition_does(shape, right):
+    """As near to those of float64 as a decomposition in float32, up to twice its error."""
+    sizes = torch.linspace(0, -3, min(shape), dtype=torch.float64)
+    u, v = (torch.linalg.qr(torch.randn(n, len(sizes), dtype=torch.float64)).Q for n in shape)
+    matrix = (u * 10**sizes @ v.T).float()
+
+    def projection(found):
+        found = found.double()
+        return found.T @ found if right else found @ found.T
+
+    _, _, vh = torch.linalg.svd(matrix.double() if right else matrix.T.double())
+    want = projection(vh[:4] if right else vh[:4].T)
+    eager_u, _, eager_vh = torch.linalg.svd(matrix, full_matrices=False)
+    eager = (projection(eager_vh[:4] if right else eager_u[:, :4]) - want).norm()
+    got = leading_vectors(matrix, 4, right)
+    assert got.shape == ((4, shape[1]) if right else (shape[0], 4))
+    assert (projection(got) - want).norm() <= 2 * eager
