@@ -584,6 +584,15 @@ REGISTER = (
         "step",
         "schedules.autolora_rank",
     ),
+    # Composition and merging.
+    Method(
+        "merging",
+        "PEFT's `add_weighted_adapter`: cat, SVD, TIES, DARE, …",
+        "2306.01708",
+        (),
+        "company",
+        "compose.weighted",
+    ),
     # Federated.
     Method(
         "fedlora_pfl",
