@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .ops.dequantize import dequantize
     from .ops.lora_linear_group import lora_linear_group
     from .ops.lora_mlp import LoRAProjection, lora_mlp
+    from .ops.multi_lora_fusion import multi_lora_fusion
     from .ops.multi_lora_linear import (
         AdapterSlices,
         AdapterStack,
@@ -51,6 +52,7 @@ _LAZY = {
     "load_adapter": "integrations.checkpoint",
     "lora_linear_group": "ops.lora_linear_group",
     "lora_mlp": "ops.lora_mlp",
+    "multi_lora_fusion": "ops.multi_lora_fusion",
     "multi_lora_linear": "ops.multi_lora_linear",
     "multi_lora_linear_slices": "ops.multi_lora_linear",
     "plan_batch": "ops.batch_plan",
@@ -85,6 +87,7 @@ __all__ = [
     "lora_linear",
     "lora_linear_group",
     "lora_mlp",
+    "multi_lora_fusion",
     "multi_lora_linear",
     "multi_lora_linear_slices",
     "plan_batch",

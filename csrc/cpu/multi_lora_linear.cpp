@@ -137,6 +137,35 @@ Tensor expand_slots(const Tensor& vectors, const Tensor& pages, const Batch& bat
   return out;
 }
 
+// Columns of one task of a product that adds up each row's slots: few, so that all threads have
+// some and the rows' part of them stays in the cache while one adapter after the other adds to it.
+constexpr int64_t kSharedColumns = 256;
+
+// out[row] = sum over the row's slots of what expand_slots() gives, which is not formed.
+Tensor expand_rows(const Tensor& vectors, const Tensor& pages, const Batch& batch) {
+  if (batch.slots_per_row == 1) return expand_slots(vectors, pages, batch);
+  const int64_t cols = pages.size(1);
+  Tensor out = at::zeros({batch.slots / batch.slots_per_row, cols}, vectors.options());
+  std::vector<Piece> pieces;
+  for (int64_t first = 0; first < cols; first += kSharedColumns) {
+    pieces.push_back({0, 0, batch.adapters, first, std::min(first + kSharedColumns, cols)});
+  }
+  in_math(vectors.scalar_type(), [&](auto math) {
+    using Math = decltype(math);
+    const Target to = {out.mutable_data_ptr<Math>(), storage_of(out.scalar_type()), cols};
+    for_each_piece(pieces, [&](const Piece& p) {
+      Math sums[kTile * kSharedColumns];
+      for (int64_t a = p.first_adapter; a < p.last_adapter; ++a) {
+        const Mix<Math> what = {vectors.const_data_ptr<Math>(), vectors.stride(0), batch.rank(a),
+                                sums, 0};
+        mix_add(batch.rows<Math>(a, vectors, batch.slots_per_row),
+                pages_of(pages, batch.own_pages(a)), what, {p.first, p.last}, to);
+      }
+    });
+  });
+  return out;
+}
+
 // Gradient of `like`: page r of an adapter is the sum over its slots of vectors[slot, r]
 // rows[slot].
 Tensor grad_pages(const Tensor& vectors, const Tensor& rows, int64_t per_row, const Tensor& like,
@@ -256,9 +285,9 @@ std::tuple<Tensor, Tensor> multi_lora_linear(const Tensor& x, const Tensor& a_pa
   const Input in = branch_input(x, mask, batch);
   Tensor h = shrink_rows(in.rows, in.per_row, readable(a_pages, math), batch, max_rank);
   if (has(keep_scale)) h.mul_(column(*keep_scale, h));
-  const Tensor delta = expand_slots(h * column(coef, h), readable(b_pages, math), batch);
+  const Tensor delta = expand_rows(h * column(coef, h), readable(b_pages, math), batch);
   const Tensor kept = keep_h ? h.to(x.scalar_type()) : at::empty({0, max_rank}, x.options());
-  return {over_slots(delta, batch).to(x.scalar_type()), kept};
+  return {delta.to(x.scalar_type()), kept};
 }
 
 std::vector<Tensor> multi_lora_linear_backward(
@@ -279,9 +308,11 @@ std::vector<Tensor> multi_lora_linear_backward(
   }
   std::vector<Tensor> grads;
   if (needs_x) {
-    Tensor dx = expand_slots(dh, readable(a_pages, math), batch);
-    if (has(mask)) dx = dropped(dx, *mask);
-    grads.push_back(over_slots(dx, batch).to(dy.scalar_type()));
+    const Tensor pages_a = readable(a_pages, math);
+    const Tensor dx = has(mask)
+                          ? over_slots(dropped(expand_slots(dh, pages_a, batch), *mask), batch)
+                          : expand_rows(dh, pages_a, batch);
+    grads.push_back(dx.to(dy.scalar_type()));
   }
   if (needs_a) {
     const Input in = branch_input(*x, mask, batch);

@@ -169,9 +169,9 @@ def multi_lora_linear(
     nothing. With ``batch_invariant`` both hold, under ``auto`` too.
 
     Shapes: x ``[..., K]``, weight ``[N, K]`` or ``None`` (the delta alone), adapter_ids ``[...]`` as x's
-    rows, or x's first dimension (one a sample), or ``[..., k]`` with weights of the same shape; y
-    ``[..., N]``. Pages may have another floating dtype than x. Under autocast x, weight and bias are cast to
-    autocast's dtype.
+    rows, or x's first dimension (one a sample), or either with ``k`` after it and weights of the same shape;
+    y ``[..., N]``. Pages may have another floating dtype than x. Under autocast x, weight and bias are cast
+    to autocast's dtype.
 
     Args:
         x: the input.
@@ -194,8 +194,8 @@ def multi_lora_linear(
         # Outside the Function, so that autograd casts the gradients back.
         dtype = compute_dtype(x)
         x, weight, bias = (cast(t, dtype) for t in (x, weight, bias))
-    _check(x, weight, adapters, adapter_ids, weights, bias)
-    ids = _per_row(adapter_ids, x, weights is not None)
+    check(x, weight, adapters, adapter_ids, weights, bias)
+    ids, weights = _per_row(adapter_ids, weights, x)
     plan = _plan_of(ids, len(adapters), plan)
     drops = training and dropout_ps is not None
     trained = (x, weight, bias, adapters.a_pages, adapters.b_pages, adapters.scalings, weights)
@@ -255,12 +255,12 @@ def add_multi_lora_(
     slices = AdapterSlices((adapters,), None) if isinstance(adapters, AdapterStack) else adapters
     if not isinstance(slices, AdapterSlices):
         raise TypeError(f"adapters: expected AdapterStack or AdapterSlices, got {type(adapters).__name__}")
-    _check(x, None, slices.stacks[0], adapter_ids, weights, None)
+    check(x, None, slices.stacks[0], adapter_ids, weights, None)
     _check_target(y, x, sum(slices.widths))
     pages = [t for s in slices.stacks for t in (s.a_pages, s.b_pages, s.scalings)]
     if _needs_grad(y, x, weights, *pages):
         raise RuntimeError("add_multi_lora_: it has no gradient; use multi_lora_linear, or torch.no_grad()")
-    ids = _per_row(adapter_ids, x, weights is not None)
+    ids, weights = _per_row(adapter_ids, weights, x)
     _add(y, x, slices, weights, _plan_of(ids, len(slices), plan), False)
     return y
 
@@ -305,9 +305,9 @@ def multi_lora_linear_slices(
         if len(many) != len(slices.stacks):
             raise ValueError(f"{name}: expected {len(slices.stacks)}, got {len(many)}")
     for stack, weight, bias in zip(slices.stacks, base_weights, biases, strict=True):
-        _check(x, weight, stack, adapter_ids, weights, bias)
-    ids = _per_row(adapter_ids, x, weights is not None)
-    plan = _plan_of(ids, len(slices), plan)
+        check(x, weight, stack, adapter_ids, weights, bias)
+    adapter_ids, weights = _per_row(adapter_ids, weights, x)
+    plan = _plan_of(adapter_ids, len(slices), plan)
     parts = [t for s in slices.stacks for t in (s.a_pages, s.b_pages, s.scalings)]
     if (training and dropout_ps is not None) or _needs_grad(x, weights, *base_weights, *biases, *parts):
         options: dict[str, Any] = {"dropout_ps": dropout_ps, "plan": plan, "training": training}
@@ -396,12 +396,19 @@ def _coefficients(adapters: AdapterStack, weights: Tensor | None, plan: BatchPla
     return coef if weights is None else coef * weights.reshape(-1).to(coef.dtype)
 
 
-def _per_row(ids: Tensor, x: Tensor, many: bool) -> Tensor:
-    """The ids as one a slot."""
-    lead = x.shape[:-1]
-    if many or ids.shape == lead:
-        return ids
-    return ids.view(-1, *(1,) * (len(lead) - 1)).expand(lead)
+def _per_row(ids: Tensor, weights: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Ids and weights as one a slot, where they were given for each sample."""
+    if weights is None:
+        return spread_rows(ids, x, 0), None
+    return spread_rows(ids, x, 1), spread_rows(weights, x, 1)
+
+
+def spread_rows(values: Tensor, x: Tensor, after: int) -> Tensor:
+    """What is given for each row of x, or for each sample, for each row; ``after`` dimensions follow."""
+    lead, own = x.shape[:-1], values.shape[values.dim() - after :]
+    if values.shape[: values.dim() - after] == lead:
+        return values
+    return values.reshape(-1, *(1,) * (len(lead) - 1), *own).expand(*lead, *own)
 
 
 def _slot_ps(dropout_ps: Tensor | Sequence[float], count: int, plan: BatchPlan) -> Tensor | None:
@@ -417,7 +424,7 @@ def _slot_ps(dropout_ps: Tensor | Sequence[float], count: int, plan: BatchPlan) 
     return torch.cat([ps, ps.new_zeros(1)]).to(plan.ids.device)[plan.ids]
 
 
-def _check(
+def check(
     x: Tensor,
     weight: Tensor | None,
     adapters: AdapterStack,
@@ -463,8 +470,8 @@ def _check_ids(x: Tensor, ids: Tensor, weights: Tensor | None, count: int) -> No
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"adapter_ids: expected a Tensor of integers, got {got}")
     lead = tuple(x.shape[:-1])
-    if weights is not None and (weights.shape != ids.shape or tuple(ids.shape[:-1]) != lead):
-        want = f"{(*lead, 'k')} for both"
+    if weights is not None and (weights.shape != ids.shape or tuple(ids.shape[:-1]) not in (lead, lead[:1])):
+        want = f"{(*lead, 'k')} or {(*lead[:1], 'k')} for both"
         raise ValueError(f"weights: expected {want}, got {tuple(weights.shape)} and {tuple(ids.shape)}")
     if weights is None and tuple(ids.shape) not in (lead, lead[:1]):
         raise ValueError(f"adapter_ids: expected shape {lead} or {lead[:1]}, got {tuple(ids.shape)}")
