@@ -334,6 +334,22 @@ REGISTER = (
         "adapters.structured.compacter",
     ),
     Method(
+        "loha",
+        "LoHa: the elementwise product of two LoRAs",
+        "2309.14859",
+        (),
+        "structure",
+        "adapters.structured.loha",
+    ),
+    Method(
+        "lokr",
+        "LoKr: a Kronecker product, its larger factor of low rank",
+        "2309.14859",
+        (),
+        "structure",
+        "adapters.structured.lokr",
+    ),
+    Method(
         "smt", "SMT: chosen blocks of W train", "2405.15525", (65,), "structure", "adapters.structured.smt"
     ),
     Method(

@@ -40,6 +40,7 @@ def _vlora(x: Tensor) -> dict[str, Any]:
 # A method that needs none has no line here.
 CASES: dict[str, MethodCase] = {
     "fourierft": MethodCase({"method_options": {"n_frequency": 40, "scaling": 5.0}}, wide=lambda width: {}),
+    "loha": MethodCase({"r": 1}, wide=lambda width: {}),
     "compacter": MethodCase({"method_options": {"n": 2}}, wide=lambda width: {}),
     "smt": MethodCase(
         {"method_options": {"block": 2, "blocks": [(0, 3), (2, 3), (4, 0)]}},

@@ -28,6 +28,7 @@ UNSERVED = {
     "mora": "a square of full rank",
     "quanta": "a chain of gates",
     "fourierft": "as many terms as those of its case",
+    "lokr": "a Kronecker product",
     "smt": "blocks of W",
     "neft": "rows of W",
 }
