@@ -122,13 +122,36 @@ LK_INLINE bool has_chunks(const QuantizedMatrix& w) {
   return w.block % (kChunk<F> / 2) == 0;
 }
 
-// The chunk of elements from i on.
+// A block and how many of its elements are to come: walked along, since a division for each chunk
+// would take longer than the chunk.
+struct Place {
+  int64_t block, left;
+};
+
+LK_INLINE Place place_of(const QuantizedMatrix& w, int64_t i) {
+  // Numbers of 32 bits divide in a third of the time on many a processor.
+  const bool few = (i | w.block) >> 32 == 0;
+  const int64_t block =
+      few ? static_cast<uint32_t>(i) / static_cast<uint32_t>(w.block) : i / w.block;
+  return {block, (block + 1) * w.block - i};
+}
+
+LK_INLINE void advance(const QuantizedMatrix& w, Place& place, int64_t count) {
+  place.left -= count;
+  if (place.left > 0) return;
+  ++place.block;
+  place.left = w.block;
+}
+
+// The chunk of elements from i on, which is at `place`.
 template <Format F>
-LK_INLINE void decode_chunk(const QuantizedMatrix& w, int64_t i, float* out) {
+LK_INLINE void decode_chunk(const QuantizedMatrix& w, int64_t i, Place& place, float* out) {
   constexpr float kUnit = F == Format::kInt8 ? kInt8Unit : 1.0f;
-  const int64_t block = i / w.block, next = (i + kChunk<F> / 2) / w.block;
+  const int64_t block = place.block;
   const Floats first = Floats{} + scale_at(w, block) * kUnit;
-  const Floats second = next == block ? first : Floats{} + scale_at(w, next) * kUnit;
+  advance(w, place, kChunk<F> / 2);
+  const Floats second = place.block == block ? first : Floats{} + scale_at(w, place.block) * kUnit;
+  advance(w, place, kChunk<F> / 2);
   constexpr int64_t kPerByte = F == Format::kNf4 ? 2 : 1;
   // The same place of the rows that are decoded together next.
   __builtin_prefetch(w.codes + (i + kRowsAtOnce * w.cols) / kPerByte);
@@ -157,7 +180,8 @@ LK_INLINE void decode_range(const QuantizedMatrix& w, int64_t begin, int64_t end
   const int64_t chunks = has_chunks<F>(w) ? (end - start) / kChunk<F> : 0;
   const int64_t stop = start + chunks * kChunk<F>;
   decode_one_by_one<F>(w, begin, start, out);
-  for (int64_t i = start; i < stop; i += kChunk<F>) decode_chunk<F>(w, i, out + i - begin);
+  Place place = place_of(w, start);
+  for (int64_t i = start; i < stop; i += kChunk<F>) decode_chunk<F>(w, i, place, out + i - begin);
   decode_one_by_one<F>(w, stop, end, out + stop - begin);
 }
 
