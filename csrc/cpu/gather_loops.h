@@ -77,9 +77,15 @@ LK_INLINE void with_counts(int64_t tall, int64_t wide, Run run) {
   return run(Tall{}, Wide{});
 }
 
+// A division takes as long as a few hundred products, and most batches have a slot a row.
+template <typename Math>
+LK_INLINE int64_t row_number(const Rows<Math>& rows, int64_t i) {
+  return rows.slots_per_row == 1 ? rows.slots[i] : rows.slots[i] / rows.slots_per_row;
+}
+
 template <typename Math>
 LK_INLINE const Math* row_of(const Rows<Math>& rows, int64_t i) {
-  return rows.data + rows.slots[i] / rows.slots_per_row * rows.stride;
+  return rows.data + row_number(rows, i) * rows.stride;
 }
 
 template <int R, int P, typename Math, typename Stored>
@@ -179,7 +185,7 @@ LK_INLINE void mix_add_typed(const Rows<Math>& slots, const Pages& pages, const 
     typed<Math>(to.data, to.storage, [&](const auto* base) LK_LAMBDA {
       using Element = std::remove_const_t<std::remove_pointer_t<decltype(base)>>;
       for (int64_t j = 0; j < height; ++j) {
-        const int64_t row = slots.slots[m + j] / slots.slots_per_row;
+        const int64_t row = row_number(slots, m + j);
         add_to(const_cast<Element*>(base) + row * to.stride + columns.begin, out(j), width);
       }
     });
