@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..adapters import METHODS
+from ..adapters import METHODS, LoRAConfig
 from ..init import GIVEN
 from ..nn import owned
 from ..nn.apply import (
@@ -36,6 +36,7 @@ from ..nn.wrappers import plain_key, plain_names, unwrapped
 from .checkpoint_config import CONFIG, config_text, read_start
 from .checkpoint_fit import Slot, fitted, value_of, whole
 from .checkpoint_keys import PREFIX, factor_key, factor_shape, owned_key, renamed
+from .layouts import foreign_file, read_foreign
 from .starts import doubled, split
 
 WEIGHTS = "adapter_model.safetensors"
@@ -148,41 +149,50 @@ def load_adapter(
     adapter_name: str = "default",
     *,
     key_mapping: Mapping[str, str] | None = None,
+    layout: str = "auto",
+    part: str | None = None,
 ) -> nn.Module:
-    """Reads an adapter that PEFT or :func:`save_adapter` wrote; never unpickles.
+    """Reads an adapter that PEFT, :func:`save_adapter`, kohya, LyCORIS or diffusers wrote; never unpickles.
 
     A model without that adapter is adapted first, as :func:`apply_lora` does; one that has it takes over all
     that the files say, rank, alpha and targets included. Base tensors beside the adapter (of embeddings that
     were resized) become the adapter's own, like ``modules_to_save``: they act while it is active. Everything
     is checked before anything changes: after an error the model is as it was.
 
+    Of kohya's and LyCORIS' files LoRA and LoCon (also with ``dora_scale`` by output), LoHa and LoKr become
+    ``lora``, ``dora``, ``loha`` and ``lokr``, on convolutions too; a Tucker core is multiplied into the
+    factor beside it, which changes no ΔW. A layer without alpha has a scale of 1.
+
     Args:
         model: a plain model, or one with adapters; wrapped by ``torch.compile``, DDP or FSDP or not.
-        directory: the folder with both files.
+        directory: the folder with both of PEFT's files or with diffusers' ``pytorch_lora_weights``, or a
+            safetensors file of another layout.
         adapter_name: the name the adapter gets, or has.
         key_mapping: expression -> replacement for the names of the file without ``base_model.model.``, where
             the model has other ones now; the first that is found in a name counts. By default the mapping
             that Transformers gives its models.
+        layout: ``"peft"``, ``"kohya"`` (LyCORIS too), ``"diffusers"``, or ``"auto"`` for what is there.
+        part: of a file for several models, which: ``"lora_unet"``, ``"lora_te"``, … or ``"unet"``,
+            ``"text_encoder"``, ….
 
     Returns:
         ``model`` itself.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged or in another program's layout, sets an option that is not supported, or
-            does not fit the model.
+        ValueError: a file is damaged, has keys that are not known, which are named, sets an option that is
+            not supported, or does not fit the model.
         RuntimeError: a layer is merged of which the adapter has to be replaced.
     """
-    folder = _folder(directory)
-    quantized = any(isinstance(module, _QUANTIZED) for module in model.modules())
-    config, taken = read_start(folder / CONFIG, quantized)
-    tensors = renamed(read_weights(folder), model, key_mapping, folder / WEIGHTS)
-    form = METHODS[config.method].peft_form
-    tensors = tensors if form is None or form.decode is None else form.decode(tensors, config)
-    tensors, starts = split(tensors) if taken else (tensors, {})
-    statistics = {name.removeprefix(PREFIX): start for name, start in starts.items()}
+    source = foreign_file(Path(directory), layout)
+    statistics: dict[str, dict[str, Tensor]] = {}
+    if source is not None:
+        config, tensors = read_foreign(source, model, layout, part, key_mapping)
+    else:
+        source = _folder(directory) / WEIGHTS
+        config, tensors, statistics = _read(source.parent, model, key_mapping)
     plan = plan_adapter(model, config, draw=False, statistics=statistics)
-    plan, slots = fitted(model, plan, tensors, folder / WEIGHTS)
+    plan, slots = fitted(model, plan, tensors, source)
     values = [value_of(slot, tensors) for slot in slots]
     there = _same_tensors(model, plan, slots, adapter_name)
     _fill_all([slot.target for slot in slots] if there is None else there, values)
@@ -194,6 +204,19 @@ def load_adapter(
         fuse = not lora_configs(model) or is_combined(model)
         install(model, config, adapter_name, plan, fuse=fuse)
     return model
+
+
+def _read(
+    folder: Path, model: nn.Module, key_mapping: Mapping[str, str] | None
+) -> tuple[LoRAConfig, dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Config, tensors and what the starts took out of W, of PEFT's folder."""
+    quantized = any(isinstance(module, _QUANTIZED) for module in model.modules())
+    config, taken = read_start(folder / CONFIG, quantized)
+    tensors = renamed(read_weights(folder), model, key_mapping, folder / WEIGHTS)
+    form = METHODS[config.method].peft_form
+    tensors = tensors if form is None or form.decode is None else form.decode(tensors, config)
+    tensors, starts = split(tensors) if taken else (tensors, {})
+    return config, tensors, {name.removeprefix(PREFIX): start for name, start in starts.items()}
 
 
 def _same_tensors(model: nn.Module, plan: Plan, slots: list[Slot], adapter_name: str) -> list[Tensor] | None:
@@ -237,21 +260,11 @@ def _fill(target: Any, value: Tensor) -> None:
 def _folder(directory: str | os.PathLike[str]) -> Path:
     folder = Path(directory)
     if folder.is_file():
-        what = f"the file {folder}{_first_key(folder)}"
-        raise ValueError(f"directory: expected a folder with {CONFIG} and {WEIGHTS}, got {what}")
+        raise ValueError(
+            f"directory: expected a folder with {CONFIG} and {WEIGHTS}, or a safetensors file of kohya's or"
+            f" diffusers' layout, got the file {folder}"
+        )
     return folder
-
-
-def _first_key(path: Path) -> str:
-    """What the layout of a file looks like."""
-    try:
-        with safe_open(path, "pt") as file:
-            keys = sorted(file.keys())
-    except (SafetensorError, OSError):
-        return ""
-    if not keys or keys[0].startswith(PREFIX):
-        return ""
-    return f" in another program's layout ({keys[0]!r}), which has to be converted first"
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -105,6 +105,15 @@ def _read_json(path: Path, inits: tuple[Any, ...]) -> dict[str, Any]:
         raise ValueError(
             f"{path}: expected a JSON object, got a file that does not parse ({error})"
         ) from error
+    return _known_options(values, path, inits)
+
+
+def config_of(values: Any, source: Path) -> LoRAConfig:
+    """The config that PEFT's options stand for, wherever they were written down."""
+    return _config_from(_known_options(values, source, _HARMLESS_INITS), source)
+
+
+def _known_options(values: Any, path: Path, inits: tuple[Any, ...]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
     form = _form_of(values)

@@ -71,7 +71,7 @@ def renamed(
         TypeError: ``mapping`` is none.
         ValueError: a key is not of PEFT's layout, an expression is none, or two keys become one.
     """
-    rules = _rules(mapping, model)
+    rules = mapping_rules(mapping, model)
     keys = {key: plain_key(key.removeprefix("module.")) for key in tensors}
     foreign = sorted(key for key, plain in keys.items() if not plain.startswith(PREFIX))
     if foreign and len(foreign) == len(keys):
@@ -84,14 +84,15 @@ def renamed(
         names = {key: name.removeprefix("module.") for key, name in names.items()}
     found = {}
     for key, tensor in tensors.items():
-        name = key if key in foreign else PREFIX + _mapped(names[key], rules)
+        name = key if key in foreign else PREFIX + mapped_name(names[key], rules)
         if name in found:
             raise ValueError(f"{source}: expected each tensor once, got two of {name!r}")
         found[name] = tensor
     return found
 
 
-def _rules(mapping: Mapping[str, str] | None, model: nn.Module) -> dict[re.Pattern[str], str]:
+def mapping_rules(mapping: Mapping[str, str] | None, model: nn.Module) -> dict[re.Pattern[str], str]:
+    """A key mapping, or the one that the model brings, ready to be used."""
     if mapping is None:
         mapping = getattr(unwrapped(model), "_checkpoint_conversion_mapping", None) or {}
     if not isinstance(mapping, Mapping):
@@ -106,7 +107,8 @@ def _rules(mapping: Mapping[str, str] | None, model: nn.Module) -> dict[re.Patte
         ) from None
 
 
-def _mapped(name: str, rules: dict[re.Pattern[str], str]) -> str:
+def mapped_name(name: str, rules: dict[re.Pattern[str], str]) -> str:
+    """A name with the first expression that is found in it replaced."""
     for expression, replacement in rules.items():
         changed, count = expression.subn(replacement, name)
         if count:
