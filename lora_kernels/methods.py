@@ -170,6 +170,31 @@ REGISTER = (
         "structure",
         "adapters.low_rank.adalora",
     ),
+    Method(
+        "alora_alloc",
+        "ALoRA, with `schedules.ALoRAAllocator`: ranks move to where they matter",
+        "2403.16187",
+        (36,),
+        "structure",
+        "adapters.low_rank.alora_alloc",
+    ),
+    Method(
+        "blora",
+        "Bayesian-LoRA, with `schedules.BLoRA`: gates over bits and ranks",
+        "2406.13046",
+        (32,),
+        "structure",
+        "adapters.low_rank.blora",
+    ),
+    Method(
+        "advlora",
+        "AdvLoRA: a trained scale, with `schedules.advlora_loss`",
+        "2404.13425",
+        (17, 58),
+        "structure",
+        "adapters.low_rank.advlora",
+        verified=False,
+    ),
     # Structures whose factors are shared, generated or chosen.
     Method(
         "vblora",
@@ -413,6 +438,15 @@ REGISTER = (
     Method(
         "asym", "Asymmetry: A random, orthonormal and frozen; or B", "2402.16842", (27,), "start", "init.asym"
     ),
+    Method(
+        "clusters",
+        "AdvLoRA's start: clusters of the rows of W",
+        "2404.13425",
+        (17, 58),
+        "start",
+        "init.clusters",
+        verified=False,
+    ),
     Method("loftq", "LoftQ: factors that make up for quantising W", "2310.08659", (), "start", "init.loftq"),
     Method("eva", "EVA: principal components of a layer's inputs", "2410.07170", (), "start", "init.eva"),
     Method(
@@ -424,6 +458,14 @@ REGISTER = (
         "init.corda",
     ),
     Method("lora_ga", "LoRA-GA: singular vectors of W's gradient", "2407.05000", (), "start", "init.lora_ga"),
+    Method(
+        "expressive_power",
+        "Expressive power (`expressive`): factors that make a frozen net another one",
+        "2310.17513",
+        (77,),
+        "start",
+        "init.expressive",
+    ),
     # Optimisers.
     Method("lora_plus", "LoRA+: B learns faster than A", "2402.12354", (63,), "step", "optim.lora_plus"),
     Method(
@@ -509,6 +551,15 @@ REGISTER = (
         "schedules.autolora_robust",
     ),
     Method(
+        "advlora_loss",
+        "AdvLoRA's loss: samples and the worst ones near them",
+        "2404.13425",
+        (17, 58),
+        "step",
+        "schedules.advlora",
+        verified=False,
+    ),
+    Method(
         "lampat",
         "LAMPAT: adapters learn under the worst small change of embeddings",
         "2401.04348",
@@ -576,6 +627,14 @@ REGISTER = (
         verified=False,
     ),
     Method(
+        "lonas_search",
+        "LoNAS's search: sub-networks by NSGA-II",
+        "",
+        (60,),
+        "step",
+        "schedules.lonas_search",
+    ),
+    Method(
         "prilora",
         "PRILoRA: ranks rise with depth, A pruned by what it reads",
         "2401.11316",
@@ -608,6 +667,24 @@ REGISTER = (
         (),
         "company",
         "compose.weighted",
+    ),
+    # Compression.
+    Method(
+        "lorap",
+        "LoRAP: attention of low rank, feed-forward layers of fewer neurons",
+        "2404.09695",
+        (26,),
+        "step",
+        "compress.lorap",
+    ),
+    Method(
+        "tensor_rank_reduction",
+        "Rank reduction: W trains beside the decomposition that it becomes",
+        "",
+        (79,),
+        "step",
+        "schedules.tensor_rank_reduction",
+        verified=False,
     ),
     # Federated.
     Method(

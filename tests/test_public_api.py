@@ -22,7 +22,7 @@ LAYERS = (
     ("kernels",),
     ("ops",),
     ("adapters", "init"),
-    ("nn", "optim", "serving", "stats", "testing"),
+    ("nn", "optim", "serving", "stats", "testing", "compress"),
     ("schedules", "compose"),
     ("integrations", "tuning", "tuning_cpu"),
     ("demo",),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_kernels.nn import LoRALinear
 
@@ -54,3 +54,23 @@ def left(moved: Tensor, change: Tensor) -> float:
 def rank_of(matrix: Tensor, least: float = 0.1) -> float:
     """How many singular values are above ``least``."""
     return float(torch.linalg.matrix_rank(matrix.double(), atol=least))
+
+
+class Beside(nn.Module):
+    """Linears side by side."""
+
+    def __init__(self, width: int, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        for name in names:
+            self.add_module(name, nn.Linear(width, width, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All outputs."""
+        return torch.stack([self.get_submodule(name)(x) for name in self.names])
+
+    @torch.no_grad()
+    def after(self, x: Tensor, changes: Sequence[Tensor]) -> Tensor:
+        """All outputs of W + its change."""
+        linears: list[Any] = [self.get_submodule(name) for name in self.names]
+        return torch.stack([x @ (one.weight + c).T for one, c in zip(linears, changes, strict=True)])

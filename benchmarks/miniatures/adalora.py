@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from lora_kernels import LoRAConfig, apply_lora
 from lora_kernels.schedules import AdaLoRA, adalora_penalty
+
+from ._toys import Beside
 
 CLAIM = "of 8 ranks over two layers whose changes have rank 6 and 2, at least 5 go to the first"
 WIDTH, STEPS = 16, 400
 
 
-class _Two(nn.Module):
-    """Two linears side by side."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Both outputs."""
-        return torch.stack([self.one(x), self.two(x)])
-
-
 def run(seed: int) -> dict[str, float]:
     """The ranks of both layers after training, and the loss to that at the start."""
     torch.manual_seed(seed)
-    model = _Two()
+    model = Beside(WIDTH, ("one", "two"))
     x = torch.randn(64, WIDTH)
     changes = [torch.randn(WIDTH, k) @ torch.randn(k, WIDTH) / k**0.5 for k in (6, 2)]
-    want = torch.stack([x @ (m.weight + c).T for m, c in zip((model.one, model.two), changes, strict=True)])
-    want = want.detach()
+    want = model.after(x, changes)
     apply_lora(model, LoRAConfig(r=8, lora_alpha=8, target_modules=["one", "two"], method="adalora"))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-2)
     schedule = AdaLoRA(model, STEPS, target_r=4, tinit=100, tfinal=100)

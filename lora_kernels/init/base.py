@@ -38,6 +38,8 @@ class Initialiser(NamedTuple):
     takes: bool
     # Keys of its options in `method_options`.
     options: frozenset[str]
+    # Where its statistic comes from, where that is not `calibrate`.
+    hint: str | None = None
 
 
 INITIALISERS: dict[str, Initialiser] = {}
@@ -47,12 +49,17 @@ _NITER = re.compile(r"pissa_niter_[1-9][0-9]*")
 
 
 def register(
-    name: str, *, needs: str | None = None, takes: bool = False, options: Iterable[str] = ()
+    name: str,
+    *,
+    needs: str | None = None,
+    takes: bool = False,
+    options: Iterable[str] = (),
+    hint: str | None = None,
 ) -> Callable[[Callable[[Site], Drawn]], Callable[[Site], Drawn]]:
     """Decorator: makes a function known as ``LoRAConfig(init_lora_weights=name)``."""
 
     def add(draw: Callable[[Site], Drawn]) -> Callable[[Site], Drawn]:
-        INITIALISERS[name] = Initialiser(name, draw, needs, takes, frozenset(options))
+        INITIALISERS[name] = Initialiser(name, draw, needs, takes, frozenset(options), hint)
         return draw
 
     return add
@@ -106,10 +113,11 @@ def _given(site: Site) -> Drawn:
 
 def _missing(one: Initialiser, site: Site) -> str:
     where = site.name or "this layer"
-    call = f"statistics = lora_kernels.calibrate(model, batches, ({one.needs!r},))"
+    call = f"gather it by statistics = lora_kernels.calibrate(model, batches, ({one.needs!r},))"
+    hint = one.hint or f"{call} before the adapters are there"
     return (
-        f"init_lora_weights: {one.name!r} needs the statistic {one.needs!r} of {where}; gather it by {call}"
-        " before the adapters are there, and pass it on as apply_lora(model, config, statistics=statistics)"
+        f"init_lora_weights: {one.name!r} needs the statistic {one.needs!r} of {where}; {hint}, and pass"
+        " it on as apply_lora(model, config, statistics=statistics)"
     )
 
 

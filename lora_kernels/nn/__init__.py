@@ -28,6 +28,7 @@ from .groups import group_layers, layer_groups, ungroup_layers
 from .linear import LoRALinear
 from .lofit import lofit_heads
 from .lors import LORSLinear, LORSMixing
+from .low_rank import LowRankLinear
 from .memvp import MemVPFFN, MemVPMemory, apply_memvp
 from .mixed import mixed_adapters, train_adapters
 from .mixture import LoRAMixtureLinear
@@ -54,6 +55,7 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "LoRAMixtureLinear",
+    "LowRankLinear",
     "MemVPFFN",
     "MemVPMemory",
     "MultiTaskLinear",

@@ -41,9 +41,7 @@ def elastic(model: nn.Module, slices: Mapping[str, Slice]) -> Iterator[None]:
             size that it has not, or a quantised weight that would be narrowed.
         RuntimeError: a layer is merged.
     """
-    layers = lora_layers(model)
-    for name, one in slices.items():
-        _check(name, layers.get(name), one)
+    layers = check_slices(model, slices)
     for name, one in slices.items():
         layers[name].__dict__["forward"] = partial(_forward, layers[name], one)
     try:
@@ -51,6 +49,14 @@ def elastic(model: nn.Module, slices: Mapping[str, Slice]) -> Iterator[None]:
     finally:
         for name in slices:
             del layers[name].__dict__["forward"]
+
+
+def check_slices(model: nn.Module, slices: Mapping[str, Slice]) -> dict[str, Any]:
+    """The layers of the model, where the slices fit them; :func:`elastic` says what is raised."""
+    layers = lora_layers(model)
+    for name, one in slices.items():
+        _check(name, layers.get(name), one)
+    return layers
 
 
 def _check(name: str, layer: AdapterLayer | None, one: Slice) -> None:

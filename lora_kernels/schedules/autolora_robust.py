@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.apply import disable_adapters
 from ..optim._common import check_number, pairs_of
+from ._attack import ascend
 
 CHECKS = (0, 16, 24, 28, 36, 40, 42, 44, 46, 48, 50)
 
@@ -103,13 +103,8 @@ def pgd(
     start: float = 1e-3,
 ) -> Tensor:
     """x' ← clip(x' + η sign ∇ CE(f(x'), y)) into the ball of ``radius`` around x and into ``bounds``."""
-    attacked = x + start * torch.randn_like(x)
-    for _ in range(steps):
-        attacked = attacked.detach().requires_grad_(True)
-        (grad,) = torch.autograd.grad(F.cross_entropy(forward(attacked), labels), attacked)
-        moved = attacked.detach() + step * grad.sign()
-        attacked = torch.min(torch.max(moved, x - radius), x + radius).clamp(*bounds)
-    return attacked.detach()
+    limits: dict[str, Any] = {"radius": radius, "step": step, "steps": steps, "bounds": bounds}
+    return ascend(lambda z: F.cross_entropy(forward(z), labels), x, **limits, start=start)
 
 
 class MinAutoLR:

@@ -16,11 +16,17 @@ from ..nn.pairs import Pair
 from ..optim._common import pairs_of
 from ._common import check_unmerged
 
+_FACTORS = {"lora_A": 0, "lora_B": 1}
 # Method -> its tensors of a rank's length, and which dimension that is.
 _TENSORS = {
-    "lora": {"lora_A": 0, "lora_B": 1},
-    "sora": {"lora_A": 0, "lora_B": 1, "gate": 0},
-    "adalora": {"lora_A": 0, "lora_B": 1, "lora_E": 0},
+    "lora": _FACTORS,
+    "advlora": _FACTORS,
+    "dylora": _FACTORS,
+    "lonas": _FACTORS,
+    "sora": {**_FACTORS, "gate": 0},
+    "adalora": {**_FACTORS, "lora_E": 0},
+    "alora_alloc": {**_FACTORS, "alive": 0},
+    "blora": {**_FACTORS, "lora_E": 0, "rank_gates": 0},
 }
 
 
@@ -28,10 +34,11 @@ _TENSORS = {
 def compact(model: nn.Module) -> dict[str, int]:
     """A ← A[alive], B ← B[:, alive] for the ranks that contribute; s as it was, the output the same
 
-    A rank is dead where its row of A, its column of B or its gate is zero; one stays where all are. For
-    adapters of ``lora``, ``sora`` and ``adalora``, and of PEFT's LoRA. The parameters stay the same objects,
-    of other shapes: call it once training is done, optimisers know the old ones. Configs get the new ranks,
-    so that the adapter can be saved.
+    A rank is dead where its row of A, its column of B or its gate is zero, and where an elastic method does
+    not use it at this moment; one stays where all are. For adapters of ``lora``, ``advlora``, ``sora``,
+    ``adalora``, ``alora_alloc``, ``blora``, ``dylora`` and ``lonas``, and of PEFT's LoRA. The parameters
+    stay the same objects, of other shapes: call it once training is done, optimisers know the old ones.
+    Configs get the new ranks, so that the adapter can be saved.
 
     Returns:
         Name of each layer -> its rank.
@@ -53,18 +60,26 @@ def _alive(pair: Pair) -> Tensor:
     """The places of the ranks that contribute."""
     if pair.lora_a.dim() != 2:
         raise ValueError(f"model: {pair.name}: expected a matrix, got the factors of a convolution")
-    living = pair.lora_a.any(1) & pair.lora_b.any(0)
     if isinstance(pair.layer, AdapterLayer):
-        adapter: Any = pair.layer.adapters[pair.adapter]
-        if adapter.method not in _TENSORS:
-            want = ", ".join(_TENSORS)
-            raise ValueError(f"model: {pair.name}: expected one of {want}, got {adapter.method}")
-        for name in set(_TENSORS[adapter.method]) - {"lora_A", "lora_B"}:
-            living &= getattr(adapter, name).flatten().bool()
+        living = _in_use(pair, pair.layer.adapters[pair.adapter])
     elif not pair.plain:
         raise ValueError(f"model: {pair.name}: expected plain LoRA, got a variant")
+    else:
+        living = pair.lora_a.any(1) & pair.lora_b.any(0)
     kept = living.nonzero().flatten()
     return kept if kept.numel() else kept.new_zeros(1)
+
+
+def _in_use(pair: Pair, adapter: Any) -> Tensor:
+    """Which ranks of one of our adapters contribute, as it is evaluated."""
+    if adapter.method not in _TENSORS:
+        raise ValueError(f"model: {pair.name}: expected one of {', '.join(_TENSORS)}, got {adapter.method}")
+    training, adapter.training = adapter.training, False
+    update = adapter.lower()
+    adapter.training = training
+    used = update.lora_a.any(1) & update.lora_b.any(0)
+    used = used if update.gate is None else used & update.gate.bool()
+    return torch.nn.functional.pad(used, (0, pair.rank - len(used)))
 
 
 def _shrink(model: nn.Module, pair: Pair, kept: Tensor) -> None:
@@ -81,10 +96,21 @@ def _shrink(model: nn.Module, pair: Pair, kept: Tensor) -> None:
         alpha, config = adapter.lora_alpha, configs.get(pair.adapter)
         if config is not None:
             _note(config, pair.name, rank, alpha)
+        if hasattr(adapter, "set_rank"):
+            _settle(adapter, config)
         return
     _take(pair.lora_a, kept, 0)
     _take(pair.lora_b, kept, 1)
     _shrink_peft(model, pair, rank)
+
+
+def _settle(adapter: Any, *configs: Any) -> None:
+    """An elastic adapter uses the ranks that are left, and no choice of more is on record."""
+    adapter.set_rank(adapter.r)
+    for config in (adapter.config, *(one for one in configs if one is not None)):
+        config.method_options = {k: v for k, v in config.method_options.items() if k != "ranks"}
+    if hasattr(adapter, "ranks"):
+        adapter.ranks = tuple(rank for rank in adapter.ranks if rank <= adapter.r)
 
 
 def _shrink_peft(model: Any, pair: Pair, rank: int) -> None:

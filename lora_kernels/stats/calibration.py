@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from ..adapters import LoRAConfig
 from ..nn.adapter_layer import AdapterLayer
 from ..nn.apply import _linear_types, find_sites
-from .gather import Covariance, Gatherer, Gradient, Spread
+from .gather import Covariance, Gatherer, Gradient, Spread, Squares
 
 COLLECTED: dict[str, type[Gatherer]] = {
     "covariance": Covariance,
     "activation_svd": Spread,
     "gradient": Gradient,
+    "squares": Squares,
 }
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -43,6 +44,7 @@ def calibrate(
     * ``activation_svd`` ``[k, in]`` (EVA): S Vᵀ of the centred inputs of all tokens that count, by a batch's
       ``attention_mask`` and its ``labels`` (-100 does not); with it ``activation_energy``, the sum of all S².
     * ``gradient`` ``[out, in]`` (LoRA-GA): the mean over the batches of ∂loss/∂W.
+    * ``squares`` ``[in]`` (LoRAP): (1/n) Σ x² of each input over all tokens that count, n samples.
 
     Sums are float32 (or float64 for a float64 model). A gradient goes into its sum as soon as it is there, so
     one of them is in memory at a time; a product XᵀX is computed once for linears that read the same x. The
@@ -72,7 +74,7 @@ def calibrate(
     if any(isinstance(layer, AdapterLayer) for layer in layers.values()):
         raise ValueError("model: expected one without adapters (calibrate before apply_lora), got one with")
     gatherers = [COLLECTED[name](layers) for name in names]
-    run = forward or _call
+    run = forward or call_model
     done = 0
     with contextlib.ExitStack() as scope:
         learns = "gradient" in names
@@ -111,7 +113,8 @@ def _checked(model: nn.Module, collect: Iterable[str]) -> list[str]:
     return names
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """The model on a batch, by keywords where that is a mapping."""
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 

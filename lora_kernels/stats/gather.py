@@ -110,8 +110,8 @@ class Covariance(_OfInputs):
         return {"covariance": total[0] / total[1]}
 
 
-class Spread(_OfInputs):
-    """Singular vectors of the centred inputs, from means and centred products that add up exactly."""
+class _OfTokens(_OfInputs):
+    """A sum over the tokens that count."""
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__(layers)
@@ -121,10 +121,31 @@ class Spread(_OfInputs):
         super().begin(batch)
         self.mask = _counted(batch)
 
-    def part(self, x: Tensor) -> tuple[int, Tensor, Tensor]:
+    def rows(self, x: Tensor) -> Tensor:
+        """x of the tokens that count ``[tokens, in]``."""
         mask = self.mask
-        rows = x[mask.to(x.device)] if mask is not None and x.shape[:-1] == mask.shape else x.flatten(0, -2)
-        rows = _wide(rows)
+        counts = mask is not None and x.shape[:-1] == mask.shape
+        return _wide(x[mask.to(x.device)] if counts else x.flatten(0, -2))
+
+
+class Squares(_OfTokens):
+    """(1/n) Σ x² of each input, over n samples."""
+
+    def part(self, x: Tensor) -> tuple[Tensor, int]:
+        return self.rows(x).square().sum(0), len(x) if x.dim() > 2 else 1
+
+    def plus(self, total: Any, part: Any) -> Any:
+        return part if total is None else (total[0] + part[0], total[1] + part[1])
+
+    def result(self, total: Any, rank: int | None) -> dict[str, Tensor]:
+        return {"squares": total[0] / total[1]}
+
+
+class Spread(_OfTokens):
+    """Singular vectors of the centred inputs, from means and centred products that add up exactly."""
+
+    def part(self, x: Tensor) -> tuple[int, Tensor, Tensor]:
+        rows = self.rows(x)
         mean = rows.mean(0) if len(rows) else rows.new_zeros(rows.shape[1])
         centred = rows - mean
         return len(rows), mean, centred.T @ centred

@@ -17,7 +17,7 @@ from lora_kernels.init import INITIALISERS
 from lora_kernels.nn import remove_lora, set_adapter
 
 TARGETS = ["up", "down"]
-TAKING = ["olora", "pissa", "pissa_niter_2", "milora", "corda", "lora_ga"]
+TAKING = ["olora", "clusters", "pissa", "pissa_niter_2", "milora", "corda", "lora_ga"]
 QUIET = ["gaussian", "orthogonal", "asym", "mica", "eva"]
 
 
@@ -60,7 +60,7 @@ X = torch.randn(3, 12, generator=torch.Generator().manual_seed(8))
 
 
 def test_every_initialiser_is_here():
-    inner = {"_true", "_false", "_niter", "loftq"}
+    inner = {"_true", "_false", "_niter", "loftq", "expressive"}
     assert {*TAKING, *QUIET} - {"pissa_niter_2"} == set(INITIALISERS) - inner
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
-from optim_models import loss, ours
+from optim_models import loss, net, ours
 
 from lora_kernels import schedules
 
@@ -42,6 +42,11 @@ CASES = {
         lambda: fresh(method="adalora"),
         lambda m, o: schedules.AdaLoRA(m, 8, target_r=2, tinit=1, tfinal=2),
     ),
+    "alora_alloc": (
+        lambda: fresh(method="alora_alloc"),
+        lambda m, o: schedules.ALoRAAllocator(m, lambda: loss(m, 70), o, first=2, every=2, rounds=2),
+    ),
+    "blora": (lambda: fresh(method="blora"), lambda m, o: schedules.BLoRA(m, warmup=2)),
     "autolora_rank": (softmax, lambda m, o: bilevel(schedules.AutoLoRA, m)),
     "bilora": (softmax, lambda m, o: bilevel(schedules.BiLoRA, m)),
     "delta_lora": (
@@ -66,7 +71,11 @@ CASES = {
     ),
     "prilora": (fresh, lambda m, o: schedules.PRILoRA(m, every=2, ratio=0.4)),
     "roselora": (fresh, lambda m, o: schedules.RoseLoRA(m, density=0.3, t_i=1, t_f=5)),
+    "tensor_rank_reduction": (
+        lambda: net(torch.float32),
+        lambda m, o: schedules.RankReducer(m, every=2, eps=0.1),
+    ),
     "relora": (fresh, lambda m, o: schedules.ReLoRA(m, o, every=2, ratio=0.5)),
 }
 # Those that also act on weights of their own accord.
-WITHOUT_ADAPTERS = ("lisa",)
+WITHOUT_ADAPTERS = ("lisa", "tensor_rank_reduction")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optim_models import batch, net, ours
+from optim_models import batch, loss, net, ours
 from optim_models import peft as peft_model
 
 from lora_kernels import accelerate, load_adapter, save_adapter
 from lora_kernels.nn import apply_lora, lora_pairs
 from lora_kernels.schedules import compact
+from lora_kernels.schedules.compact import _TENSORS
 
 
 @torch.no_grad()
@@ -45,6 +46,59 @@ def test_a_gate_counts():
     torch.testing.assert_close(model(batch()), y, rtol=1e-12, atol=1e-12)
 
 
+def zeroed(name, places):
+    def cut(adapter):
+        getattr(adapter, name).data[places] = 0
+
+    return cut
+
+
+def few_bits(adapter):
+    adapter.rank_gates.data[2:] = -4.0
+    adapter.bit_gates.data[:, 2:] = -4.0
+    adapter.noise = torch.rand(12 + 3, dtype=torch.float64)
+
+
+# Method -> what an allocation or a pruning leaves behind, and the rank that contributes.
+CUT = {
+    "lora": (zeroed("lora_A", [0, 2]), 2),
+    "advlora": (zeroed("lora_A", [0, 2]), 2),
+    "sora": (zeroed("gate", [1]), 3),
+    "adalora": (zeroed("lora_E", [1, 2]), 2),
+    "alora_alloc": (lambda one: None, 2),
+    "blora": (few_bits, 2),
+    "dylora": (lambda one: one.set_rank(3), 3),
+    "lonas": (lambda one: one.set_rank(2), 2),
+}
+
+
+@pytest.mark.parametrize("method", CUT)
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=["lora", "rslora"])
+def test_after_every_allocation(method, options, tmp_path):
+    cut, rank = CUT[method]
+    model = ours(method=method, **options).eval()
+    for layer in (model.wide, model.tall, model.square):
+        adapter = layer.adapters["default"]
+        with torch.no_grad():
+            for name in ("lora_A", "lora_B"):
+                getattr(adapter, name).normal_(std=0.1)
+        cut(adapter)
+    with torch.no_grad():
+        y = model(batch())
+    assert set(compact(model).values()) == {rank}
+    torch.testing.assert_close(model(batch()), y, rtol=1e-9, atol=1e-9)
+    assert model.wide.adapters["default"].lora_A.shape == (rank, 12)
+    save_adapter(model, tmp_path)
+    other = load_adapter(net(), tmp_path).eval()
+    torch.testing.assert_close(other(batch()), y, rtol=1e-6, atol=1e-6)
+    loss(model.train()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_every_method_that_shrinks_is_tried():
+    assert set(CUT) == set(_TENSORS)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_on_a_peft_model(fused, tmp_path):
     peft = pytest.importorskip("peft")
@@ -64,8 +118,8 @@ def test_on_a_peft_model(fused, tmp_path):
 def test_bad_input_changes_nothing():
     with pytest.raises(ValueError, match="model: expected a model with LoRA layers"):
         compact(net())
-    model = ours(method="dylora")
-    with pytest.raises(ValueError, match="model: wide: expected one of lora, sora, adalora, got dylora"):
+    model = ours(method="moslora", init_lora_weights=True)
+    with pytest.raises(ValueError, match=r"model: wide: expected one of lora, .*, lonas, .*, got moslora"):
         compact(model)
     merged = ours()
     prune(merged)

@@ -1,0 +1,132 @@
+"""Rank reduction: a model trains beside the decomposed one that it is to become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..compress.decompose import decomposable, decomposed, numbers_of, parts_of, whole_ranks
+from ..compress.factors import put
+from ..optim._common import check_count, check_number
+from .base import Schedule
+
+
+class RankReducer(Schedule):
+    """L(W) + (λ/2) Σ ‖W - TD_R(W)‖²; every epoch TD_R is taken anew, and R falls while it loses little
+
+    Dual-model training with adaptive rank reduction (TNNLS 2023, "Deep Learning Model Compression With Rank
+    Reduction in Tensor Decomposition"), in a reading of its abstract: the paper was not to be had. TD is the
+    truncated SVD of a linear and Tucker-2 of a convolution without groups; ranks start whole. In each epoch
+    each rank falls by the factor ``rate`` for as long as ‖W - TD‖² ≤ ε ‖W‖² (or, with ``evaluate``, for as
+    long as the decomposed model scores within ``tolerance`` of the model), and no rank ever rises. Add
+    :meth:`penalty` to the loss, call :meth:`step` after each step, and :meth:`export` in the end.
+
+    Args:
+        model: a plain model; all its linears and convolutions are decomposed but for those left out.
+        every: steps of an epoch.
+        lam: λ.
+        eps: ε.
+        rate: c in (0, 1), by which ranks fall; by at least one.
+        exclude: dotted names of layers to leave out.
+        evaluate: a score of the model as it is, higher being better, in place of ε.
+        tolerance: by how much the decomposed model may score less.
+
+    Raises:
+        TypeError: of a wrong type.
+        ValueError: a number is out of range, or there is nothing to decompose.
+    """
+
+    key = "tensor_rank_reduction"
+    saved = ("ranks", "targets")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        every: int,
+        lam: float = 1e-3,
+        eps: float = 0.05,
+        rate: float = 0.9,
+        exclude: tuple[str, ...] = (),
+        evaluate: Callable[[], float] | None = None,
+        tolerance: float = 0.0,
+    ) -> None:
+        super().__init__(model)
+        check_count("every", every)
+        check_number("lam", lam)
+        check_number("eps", eps)
+        check_number("rate", rate, 0.0, 1.0, above=True)
+        check_number("tolerance", tolerance)
+        self.layers = decomposable(model, exclude)
+        self.every, self.lam, self.eps, self.rate = every, lam, eps, rate
+        self.evaluate, self.tolerance = evaluate, tolerance
+        self.ranks = {name: whole_ranks(layer.weight) for name, layer in self.layers.items()}
+        self.targets: dict[str, Tensor] = {}
+        self._decompose()
+
+    def penalty(self) -> Tensor:
+        """(λ/2) Σ ‖W - TD_R(W)‖², TD_R of the last epoch and without gradient."""
+        gaps = [(one.weight - self.targets[name]).square().sum() for name, one in self.layers.items()]
+        return 0.5 * self.lam * torch.stack(gaps).sum()
+
+    def act(self, step: int) -> None:
+        """The end of an epoch, where it is one."""
+        if step % self.every == 0:
+            lower = self._lower_by_score if self.evaluate else self._lower_by_error
+            lower()
+            self._decompose()
+
+    @torch.no_grad()
+    def _decompose(self) -> None:
+        """TD_R of the weights as they are."""
+        self.targets = {n: decomposed(layer.weight, self.ranks[n]) for n, layer in self.layers.items()}
+
+    @torch.no_grad()
+    def export(self) -> nn.Module:
+        """The decomposed model, in place: two factors for a linear, three convolutions for a convolution.
+
+        A layer whose parts would be more numbers than it has stays as it is.
+        """
+        for name, layer in self.layers.items():
+            ranks, weight = self.ranks[name], layer.weight
+            if numbers_of(weight, ranks) < weight.numel():
+                put(self.model, name, parts_of(layer, ranks))
+        return self.model
+
+    def _lower_by_error(self) -> None:
+        for name, layer in self.layers.items():
+            limit = self.eps * layer.weight.square().sum()
+            while (lower := self._fallen(self.ranks[name])) != self.ranks[name]:
+                gap = (layer.weight - decomposed(layer.weight, lower)).square().sum()
+                if gap > limit:
+                    break
+                self.ranks[name] = lower
+
+    def _lower_by_score(self) -> None:
+        """One fall of all ranks, taken back layer by layer where the score suffers."""
+        assert self.evaluate is not None
+        least = float(self.evaluate()) - self.tolerance
+        for name in self.layers:
+            before, self.ranks[name] = self.ranks[name], self._fallen(self.ranks[name])
+            with self._as_decomposed():
+                score = float(self.evaluate())
+            if score < least:
+                self.ranks[name] = before
+
+    def _fallen(self, ranks: list[int]) -> list[int]:
+        return [max(1, min(rank - 1, int(self.rate * rank))) for rank in ranks]
+
+    @contextmanager
+    def _as_decomposed(self) -> Iterator[None]:
+        """Inside the block the weights are TD_R of themselves."""
+        before = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+        try:
+            for name, layer in self.layers.items():
+                layer.weight.copy_(decomposed(layer.weight, self.ranks[name]))
+            yield
+        finally:
+            for name, layer in self.layers.items():
+                layer.weight.copy_(before[name])
