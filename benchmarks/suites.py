@@ -55,6 +55,7 @@ MODULES = (
     "bench_quantized_linear",
     "bench_optimizers",
     "bench_schedules",
+    "bench_starts",
     "bench_methods",
 )
 DEFAULT, TRAINING, SERVING = "default", "training", "serving"
