@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import runpy
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("peft")
+
+from lora_kernels import methods
 
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.name != "tiny.py")
@@ -30,3 +34,50 @@ def test_example(path, monkeypatch, capsys, tmp_path):
 
 def test_there_are_examples():
     assert EXAMPLES
+
+
+def words(text):
+    """The names and the strings of a program."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+        elif isinstance(node, (ast.ImportFrom, ast.Import)):
+            found.update(alias.name for alias in node.names)
+    return found
+
+
+def names_of(method):
+    """What an example of a method has one of: its start's name, or what its module defines for it."""
+    if method.kind == "start":
+        return {method.key}
+    module = importlib.import_module(f"lora_kernels.{method.home}")
+    own = {
+        name: one
+        for name, one in vars(module).items()
+        if not name.startswith("_")
+        and (inspect.isclass(one) or inspect.isfunction(one))
+        and one.__module__ == module.__name__
+    }
+    shared = any(other.home == method.home for other in methods.REGISTER if other is not method)
+    keyed = {name for name, one in own.items() if getattr(one, "key", None) == method.key}
+    return keyed or ({method.key} if shared else {*own})
+
+
+WITH_EXAMPLES = ("start", "step", "company", "knowledge")
+
+
+@pytest.mark.parametrize(
+    "method", [one for one in methods.REGISTER if one.kind in WITH_EXAMPLES], ids=lambda one: one.key
+)
+def test_every_method_has_an_example(method):
+    used = set().union(*(words(path.read_text(encoding="utf-8")) for path in EXAMPLES))
+    assert names_of(method) & used
+
+
+def test_a_method_without_an_example_is_found_out():
+    method = next(one for one in methods.REGISTER if one.key == "flasc")
+    others = [path for path in EXAMPLES if path.stem != "flasc"]
+    assert not names_of(method) & set().union(*(words(path.read_text(encoding="utf-8")) for path in others))
