@@ -21,7 +21,7 @@ LAYERS = (
     ("reference",),
     ("kernels",),
     ("ops",),
-    ("adapters", "init"),
+    ("adapters", "init", "routing"),
     ("nn", "optim", "serving", "stats", "testing", "compress"),
     ("schedules", "compose"),
     ("integrations", "tuning", "tuning_cpu"),

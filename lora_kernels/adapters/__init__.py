@@ -13,7 +13,7 @@ from .lora_xs import LoRAXS
 from .peft_form import PeftForm
 from .site import Site, Start
 from .sora import SoRA
-from .update import Added, Branched, Dense, Input, LowRank, Update, apply_update, merge_update, stack
+from .update import Added, Branched, Dense, Input, LowRank, Routed, Update, apply_update, merge_update, stack
 
 __all__ = [
     "METHODS",
@@ -31,6 +31,7 @@ __all__ = [
     "LoRAXS",
     "LowRank",
     "PeftForm",
+    "Routed",
     "Site",
     "SoRA",
     "Start",

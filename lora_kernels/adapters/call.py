@@ -24,6 +24,10 @@ class Call(dict[str, Any]):
             f" lora_kernels.nn.side_inputs(model, {key}=...)"
         )
 
+    def note(self, key: str, at: str, value: Any) -> None:
+        """Keeps what a layer found on its way, for whoever opened the block; without a block nobody asks."""
+        self.setdefault(key, {})[at] = value
+
     def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function`` with these side inputs whenever it runs: what to give to ``checkpoint``."""
 
@@ -35,6 +39,9 @@ class Call(dict[str, Any]):
 
 
 class _Nothing(Call):
+    def note(self, key: str, at: str, value: Any) -> None:
+        return None
+
     def __setitem__(self, key: str, value: Any) -> None:
         raise ValueError(
             f"call: {key!r} can be written inside lora_kernels.nn.side_inputs(model) alone, which is not open"

@@ -14,6 +14,8 @@ from ..ops._dispatch import direct
 from ..ops.branched_linear import Branch, branched_linear
 from ..ops.dora_linear import fused_dora, output_scale
 from ..ops.lora_linear import fused, scaling_as_gate
+from ..ops.multi_lora_fusion import multi_lora_fusion
+from ..ops.multi_lora_linear import AdapterStack, multi_lora_linear
 from ..ops.quantized_linear import quantized_linear
 from ..quant.weight import QuantizedWeight
 
@@ -77,7 +79,22 @@ class Input(NamedTuple):
     x: Tensor
 
 
-Update = LowRank | Dense | Added | Branched | Input
+class Routed(NamedTuple):
+    """x Wᵀ + the experts that each row or sample of x uses: many adapters in one batch."""
+
+    # The experts, each with its scale.
+    experts: AdapterStack
+    # Which of them: [..., k], or [samples, k]; -1 for none.
+    ids: Tensor
+    # How much of each, of the same shape.
+    weights: Tensor
+    # Whether the factors are averaged before they are multiplied, and not what they make of x.
+    fusion: bool = False
+    # Whether all of y is the same whoever else is in the batch, the base product too.
+    batch_invariant: bool = False
+
+
+Update = LowRank | Dense | Added | Branched | Input | Routed
 
 
 def apply_update(
@@ -104,6 +121,8 @@ def apply_update(
         return _low_rank(x, weight, bias, update, dropout_p)
     if type(update) is Branched:
         return branched_linear(x, weight, bias, *update)
+    if type(update) is Routed:
+        return _routed(x, weight, bias, update, dropout_p)
     if type(update) is Dense:
         dropped = F.dropout(x, dropout_p) if dropout_p else x
         if dropped is x and isinstance(weight, Tensor):
@@ -114,6 +133,17 @@ def apply_update(
             raise ValueError("weight: expected one for a method that changes what the base reads, got None")
         return _base(update.x, weight, bias)  # type: ignore[return-value]
     return _plus(_base(x, weight, bias), update.y)  # type: ignore[union-attr]
+
+
+def _routed(x: Tensor, weight: Any, bias: Tensor | None, update: Routed, p: float) -> Tensor:
+    if isinstance(weight, QuantizedWeight):
+        return _plus(_base(x, weight, bias), _routed(x, None, None, update, p))
+    experts, ids, weights, fusion, same = update
+    args = (x, weight, experts, ids, weights, bias)
+    if fusion:
+        return multi_lora_fusion(*args, dropout_p=p, batch_invariant=same)
+    ps = [p] * len(experts) if p else None
+    return multi_lora_linear(*args, dropout_ps=ps, batch_invariant=same)
 
 
 def _base(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor | None:

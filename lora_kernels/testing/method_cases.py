@@ -37,6 +37,16 @@ def _vlora(x: Tensor) -> dict[str, Any]:
     return {"vlora_A": {name: torch.randn(s, generator=generator).to(x) for name, s in shapes.items()}}
 
 
+def _experts(**options: Any) -> dict[str, Any]:
+    return {"method_options": {"experts": 3, **options}}
+
+
+def _expert_weights(x: Tensor) -> dict[str, Any]:
+    """Weights of three experts for each sample of x, the same each time."""
+    weights = torch.rand(x.shape[0], 3, generator=torch.Generator().manual_seed(0))
+    return {"expert_weights": weights.to(x)}
+
+
 # A method that needs none has no line here.
 CASES: dict[str, MethodCase] = {
     "fourierft": MethodCase({"method_options": {"n_frequency": 40, "scaling": 5.0}}, wide=lambda width: {}),
@@ -60,6 +70,13 @@ CASES: dict[str, MethodCase] = {
     "ir_qlora": MethodCase({"r": 2}, wide=lambda width: {}),
     "vblora": MethodCase({"method_options": {"num_vectors": 6, "vector_length": 2}}, wide=lambda width: {}),
     "rst_lora": MethodCase(side=lambda x: {"token_scale": 1 + x.detach()[..., 0].abs()}),
+    "mixlora": MethodCase(_experts()),
+    "loramoe": MethodCase(_experts()),
+    "sira": MethodCase(_experts(top_k=2, expert_dropout=0.0)),
+    "moa": MethodCase(_experts()),
+    "saml": MethodCase(_experts(), side=_expert_weights),
+    "xlora": MethodCase(_experts(), side=_expert_weights),
+    "ramole": MethodCase(_experts(router_rank=2)),
     "ta_lora": MethodCase(side=lambda x: {"task": torch.arange(len(x)) % 3}),
 }
 

@@ -32,9 +32,10 @@ def run(layer: torch.nn.Module, x: torch.Tensor, method: str) -> torch.Tensor:
 
 
 def shake(layer: torch.nn.Module) -> torch.nn.Module:
-    """Random values for all that trains, as after some steps: zeros would hide errors."""
+    """Random values for all that trains, as after some steps, and for what it started from zeros: they would
+    hide errors."""
     with torch.no_grad():
-        for parameter in layer.parameters():
-            if parameter.requires_grad:
+        for name, parameter in layer.named_parameters():
+            if parameter.requires_grad or ("adapters." in name and not parameter.any()):
                 parameter.normal_()
     return layer

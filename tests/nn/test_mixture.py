@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_kernels import use_backend
-from lora_kernels.nn import LoRALinear, LoRAMixtureLinear
+from lora_kernels.nn import LoRALinear, LoRAMixtureLinear, side_inputs
 from lora_kernels.reference.dropout import dropout_mask, keep_of, row_dropout_mask
+from lora_kernels.routing import balance_loss
 from lora_kernels.testing import assert_close
 
 IN, OUT = 19, 13
@@ -21,32 +22,32 @@ def mixture(dtype=torch.float32, **options):
     torch.manual_seed(3)
     options = {"num_experts": 5, "r": 3, "lora_alpha": 4, **options}
     layer = LoRAMixtureLinear(IN, OUT, dtype=dtype, **options)
-    nn.init.normal_(layer.lora_B, std=0.4)
+    nn.init.normal_(layer.experts.lora_B, std=0.4)
     return layer
 
 
 def leaves(layer, x, dtype):
     """x, W, b, A, B and R as leaves of ``dtype`` (the router at least in fp32)."""
     router = torch.float64 if dtype == torch.float64 else torch.float32
-    tensors = (x, layer.weight, layer.bias, layer.lora_A, layer.lora_B)
+    tensors = (x, layer.weight, layer.bias, layer.experts.lora_A, layer.experts.lora_B)
     parts = [t.detach().to(dtype, copy=True).requires_grad_() for t in tensors]
-    return [*parts, layer.router.weight.detach().to(router, copy=True).requires_grad_()]
+    return [*parts, layer.experts.router.detach().to(router, copy=True).requires_grad_()]
 
 
 def router_weights(layer, probs):
     """w of every expert, zero where it is not chosen."""
-    top = probs.topk(layer.top_k, -1).indices
+    top = probs.topk(layer.experts.top_k, -1).indices
     chosen = torch.zeros_like(probs).scatter(-1, top, 1.0) * probs
-    return chosen / chosen.sum(-1, keepdim=True) if layer.norm_topk_prob else chosen
+    return chosen / chosen.sum(-1, keepdim=True) if layer.experts.norm_topk_prob else chosen
 
 
 def dense(layer, x, weight, bias, lora_a, lora_b, router, drop=lambda x, j: x):
     """The mixture as its equation has it: every expert on every row, one after the other."""
     w = router_weights(layer, F.linear(x.to(router.dtype), router).softmax(-1)).to(x.dtype)
-    y, r = F.linear(x, weight, bias), layer.r
-    for j in range(layer.num_experts):
+    y, r = F.linear(x, weight, bias), layer.experts.r
+    for j in range(layer.experts.experts):
         part = slice(j * r, (j + 1) * r)
-        y = y + w[..., j, None] * (layer.scaling * drop(x, j) @ lora_a[part].T @ lora_b[:, part].T)
+        y = y + w[..., j, None] * (layer.experts.scaling * drop(x, j) @ lora_a[part].T @ lora_b[:, part].T)
     return y
 
 
@@ -56,7 +57,7 @@ def results(layer, x, dy):
     layer.zero_grad()
     y = layer(x)
     y.backward(dy)
-    return [y.detach(), x.grad, layer.lora_A.grad, layer.lora_B.grad, layer.router.weight.grad]
+    return [y.detach(), x.grad, layer.experts.lora_A.grad, layer.experts.lora_B.grad, layer.experts.router.grad]
 
 
 def eager(layer, x, dy, dtype, **options):
@@ -82,7 +83,7 @@ def test_y_and_every_gradient(any_backend, backend, top_k):
     x, dy = torch.randn(2, 7, IN), torch.randn(2, 7, OUT)
     with use_backend(backend):
         check(layer, x, dy)
-    assert layer.router.weight.grad.abs().max() > 1e-3
+    assert layer.experts.router.grad.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -90,7 +91,7 @@ def test_y_and_every_gradient(any_backend, backend, top_k):
 def test_dtypes(dtype, top_k):
     layer = mixture(dtype, top_k=top_k)
     whole = torch.promote_types(dtype, torch.float32)
-    assert layer.lora_A.dtype == layer.router.weight.dtype == whole
+    assert layer.experts.lora_A.dtype == layer.experts.router.dtype == whole
     x, dy = torch.randn(9, IN, dtype=dtype), torch.randn(9, OUT, dtype=dtype)
     assert layer(x).dtype == dtype
     check(layer, x, dy)
@@ -126,7 +127,7 @@ def test_dropout_of_the_backward_is_that_of_the_forward(top_k):
         keep = keep_of(dropout_mask(seed, rows, IN, p), IN)[:, None].expand(rows, 5, IN)
     else:
         slots = keep_of(row_dropout_mask(seed, torch.full((rows * top_k,), p), IN), IN)
-        top = F.linear(x, layer.router.weight).topk(top_k, -1).indices
+        top = F.linear(x, layer.experts.router).topk(top_k, -1).indices
         keep = torch.zeros(rows, 5, IN, dtype=torch.bool)
         keep.scatter_(1, top[..., None].expand(rows, top_k, IN), slots.view(rows, top_k, IN))
     assert keep.any() and not keep.all()
@@ -151,7 +152,7 @@ def test_under_autocast_the_router_stays_in_fp32(top_k):
     half.load_state_dict(layer.state_dict())
     torch.testing.assert_close(y, half(x.bfloat16()), rtol=0, atol=0)
     y.float().sum().backward()
-    assert layer.router.weight.grad.dtype == layer.lora_B.grad.dtype == torch.float32
+    assert layer.experts.router.grad.dtype == layer.experts.lora_B.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
@@ -162,7 +163,7 @@ def test_a_fresh_mixture_is_its_base(top_k):
     x = torch.randn(6, IN)
     torch.testing.assert_close(layer(x), linear(x))
     trained = {name for name, p in layer.named_parameters() if p.requires_grad}
-    assert trained == {"lora_A", "lora_B", "router.weight"}
+    assert trained == {f"adapters.default.{name}" for name in ("lora_A", "lora_B", "router")}
     assert set(dict(layer.named_parameters())) == trained | {"weight", "bias"}
 
 
@@ -173,40 +174,41 @@ def test_one_expert_is_a_lora_linear():
     with torch.no_grad():
         single.weight.copy_(layer.weight)
         single.bias.copy_(layer.bias)
-        adapter.lora_A.copy_(layer.lora_A)
-        adapter.lora_B.copy_(layer.lora_B)
+        adapter.lora_A.copy_(layer.experts.lora_A)
+        adapter.lora_B.copy_(layer.experts.lora_B)
     x = torch.randn(6, IN)
     torch.testing.assert_close(layer(x), single(x))
 
 
+def balance(layer, x):
+    with side_inputs(layer) as call:
+        layer(x)
+    return balance_loss(call)
+
+
 def test_balance_loss():
-    """Its value by hand, its gradient by what it does, and that no copy carries its graph."""
+    """Its value by hand, its gradient by what it does, and that copies work after it."""
     layer = mixture(top_k=2)
     x = torch.randn(3, 50, IN) + 1.0
-    layer(x)
-    probs = F.linear(x, layer.router.weight).softmax(-1).view(150, 5)
+    first = balance(layer, x)
+    probs = F.linear(x, layer.experts.router).softmax(-1).view(150, 5)
     counts = torch.bincount(probs.topk(2, -1).indices.flatten(), minlength=5)
     expected = 5 * (counts / 300 * probs.mean(0)).sum()
-    torch.testing.assert_close(layer.balance_loss, expected)
-    optimiser = torch.optim.SGD(layer.router.parameters(), lr=0.5)
+    torch.testing.assert_close(first, expected)
+    optimiser = torch.optim.SGD([layer.experts.router], lr=0.5)
     for _ in range(40):
-        layer(x)
         optimiser.zero_grad()
-        layer.balance_loss.backward()
+        balance(layer, x).backward()
         optimiser.step()
-    layer(x)
     after = torch.bincount(
-        F.linear(x, layer.router.weight).view(150, 5).topk(2, -1).indices.flatten(), minlength=5
+        F.linear(x, layer.experts.router).view(150, 5).topk(2, -1).indices.flatten(), minlength=5
     )
-    assert layer.balance_loss < expected and after.double().std() < counts.double().std()
+    assert balance(layer, x) < expected and after.double().std() < counts.double().std()
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert other.balance_loss is None
         assert torch.equal(other(x), layer(x))
-    layer.eval()(x)
-    assert layer.balance_loss is None
-    whole = mixture()
-    whole(x)
-    assert whole.balance_loss == 1
+    torch.testing.assert_close(balance(mixture(), x), torch.ones(()))
+    with side_inputs(layer) as call, pytest.raises(ValueError, match="call: expected one whose layers had a"):
+        balance_loss(call)
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
@@ -234,10 +236,10 @@ def test_it_learns_what_its_router_has_to_tell_apart(top_k):
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"num_experts": 0}, ValueError, "num_experts: expected at least 1, got 0"),
-        ({"num_experts": 2.0}, TypeError, "num_experts: expected an int, got float"),
+        ({"num_experts": 0}, ValueError, "experts: expected at least 1, got 0"),
+        ({"num_experts": 2.0}, TypeError, "experts: expected an int, got float"),
         ({"top_k": 6}, ValueError, "top_k: expected 1 to 5, got 6"),
-        ({"top_k": 0}, ValueError, "top_k: expected 1 to 5, got 0"),
+        ({"top_k": 0}, ValueError, "top_k: expected at least 1, got 0"),
         ({"top_k": True}, TypeError, "top_k: expected an int, got bool"),
         ({"r": 0}, ValueError, "r: "),
         ({"lora_dropout": 1.0}, ValueError, "lora_dropout: expected 0 <= lora_dropout < 1"),
@@ -262,5 +264,5 @@ def test_bad_input():
         layer = mixture(top_k=top_k)
         with pytest.raises(ValueError, match=r"x: expected last dimension 19 \(in_features\)"):
             layer(torch.randn(3, IN + 1))
-        with pytest.raises(TypeError, match=r"weight: expected torch.float16 \(x's\)"):
+        with pytest.raises(TypeError, match=r"x: expected torch.float32 \(the weight's\)"):
             layer(torch.randn(3, IN).half())

@@ -157,7 +157,7 @@ def over_quantised(p):
 
 def mixture(p, top_k=None):
     layer = LoRAMixtureLinear(K, N, 3, top_k, r=R, lora_dropout=p)
-    nn.init.normal_(layer.lora_B)
+    nn.init.normal_(layer.experts.lora_B)
     return of_layer(layer)
 
 

@@ -1,0 +1,36 @@
+"""The loss that keeps the load of the experts even."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..adapters import Call
+from .base import Seen, seen
+
+
+def balance_loss(call: Call) -> Tensor:
+    """Σ over layers of E · Σ_j f_j P_j, f_j the share of choices that fell on expert j, P_j the mean of its w
+
+    with w = softmax of all scores: 1 a layer where the load is even, and differentiable (Switch Transformer,
+    Fedus et al., 2021, arXiv 2101.03961; MixLoRA and SiRA take it). Add a small multiple to the loss. Where
+    all experts are in use it is 1.
+
+    Args:
+        call: of the :func:`lora_kernels.nn.side_inputs` in which the model ran.
+
+    Raises:
+        ValueError: no router ran in the block.
+    """
+    return torch.stack([_of_layer(one) for one in seen(call).values()]).sum()
+
+
+def _of_layer(one: Seen) -> Tensor:
+    weights = one.scores.softmax(-1)
+    experts = weights.shape[-1]
+    mean = weights.reshape(-1, experts).sum(0) / max(1, weights.numel() // experts)
+    if one.ids is None:
+        return mean.sum()
+    chosen = one.ids.reshape(-1, 1) == torch.arange(experts, device=mean.device)
+    share = chosen.sum(0).to(mean.dtype) / max(1, len(chosen))
+    return experts * (share * mean).sum()
