@@ -738,6 +738,14 @@ REGISTER = (
         "routing.saml",
     ),
     Method(
+        "arrow",
+        "Arrow: trained experts, routed by their main directions",
+        "2405.11157",
+        (),
+        "structure",
+        "routing.arrow",
+    ),
+    Method(
         "ramole",
         "RAMoLE: retrieved experts, weighed by what they add",
         "2406.16989",

@@ -24,6 +24,7 @@ from .compacter import CompacterAdapter, PHMLinear, insert_compacter
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .elastic import Slice, elastic
 from .embedding import LoRAEmbedding
+from .experts import fill_experts
 from .groups import group_layers, layer_groups, ungroup_layers
 from .linear import LoRALinear
 from .lofit import lofit_heads
@@ -74,6 +75,7 @@ __all__ = [
     "delete_adapter",
     "disable_adapters",
     "elastic",
+    "fill_experts",
     "fuse_mlps",
     "fused_mlps",
     "group_layers",

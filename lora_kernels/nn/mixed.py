@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, LoRAConfig
-from ..ops.batch_plan import plan_batch
-from ..ops.multi_lora_linear import multi_lora_linear, stack_adapters
+from ..ops.batch_plan import BatchPlan, plan_batch
+from ..ops.multi_lora_fusion import multi_lora_fusion
+from ..ops.multi_lora_linear import AdapterStack, multi_lora_linear, stack_adapters
 from . import owned
 from .apply import apply_lora, lora_layers, set_adapter
 from .linear import LoRALinear
@@ -53,11 +54,16 @@ def train_adapters(model: nn.Module, configs: Mapping[str, LoRAConfig]) -> dict[
 @contextlib.contextmanager
 def mixed_adapters(
     model: nn.Module,
-    adapter_names: Sequence[str],
+    adapter_names: Sequence[str] | Sequence[Sequence[str]],
     repeats: Collection[int] = (),
     batch_dim: int | None = None,
+    weights: Tensor | None = None,
+    fusion: bool = False,
 ) -> Iterator[None]:
     """Inside the ``with`` block, sample i of every batch uses ``adapter_names[i]``, and no other adapter.
+
+    With weights it uses several, ``adapter_names[i][j]`` with ``weights[i, j]``: their sum, or with
+    ``fusion`` one adapter whose factors are the weighted sums of theirs (:func:`multi_lora_fusion`).
 
     For training: the gradient of each adapter is what its samples give, as if it were alone; one that no
     sample uses gets zeros. The backward pass may come after the block, also where a Transformers model
@@ -72,22 +78,27 @@ def mixed_adapters(
 
     Args:
         model: one whose adapters :func:`apply_lora` or :func:`train_adapters` put there.
-        adapter_names: one a sample, ``"__base__"`` for none.
+        adapter_names: one a sample, or a list of as many for each, ``"__base__"`` for none.
         repeats: how many rows next to each other may belong to one sample in a layer's input, besides one:
             the tokens of sequences that the model flattens to ``[samples · tokens, features]``.
         batch_dim: which dimension of every layer's input is the samples; no trial then.
+        weights: ``[samples, k]``, where there are several a sample; differentiable.
+        fusion: whether factors are averaged before they are multiplied; dropout has one mask then.
 
     Raises:
         TypeError: ``repeats`` or ``batch_dim`` are no ints.
-        ValueError: no layer has an adapter of that name; a layer that is no linear, or a method that scales
-            its output (DoRA), is asked for; or nothing tells which rows of an input are which sample's.
+        ValueError: ``weights`` are not one for each name; no layer has an adapter of that name; a layer that
+            is no linear, or a method that scales its output (DoRA), is asked for; or nothing tells which
+            rows of an input are which sample's.
         RuntimeError: a layer is merged.
     """
-    names = list(adapter_names)
-    samples = Samples.said(names, repeats, batch_dim)
+    used = _checked_names(adapter_names, weights, fusion)
+    # With weights no two samples are alike, whatever their names.
+    names = adapter_names if weights is None else [str(i) for i in range(len(weights))]
+    samples = Samples.said(names, repeats, batch_dim)  # type: ignore[arg-type]
     layers = lora_layers(model)
     known = {name for layer in layers.values() for name in layer.adapters}
-    for name in names:
+    for name in used:
         if name != BASE and name not in known:
             raise ValueError(f"adapter_names: expected {', '.join(sorted(known))} or {BASE}, got {name!r}")
     for name in sorted(owned.acting(model)):
@@ -99,7 +110,7 @@ def mixed_adapters(
                 f"model: {place}: expected a LoRALinear, got {layer.base_type.__name__} with adapters"
             )
     shown = vars(model).get(_SHOWN, {})
-    batch = _Batch(samples, shown)
+    batch = _Batch(samples, shown, used, weights, fusion)
     changes: list[_Change] = [
         (layer, "forward", partial(_forward, layer, batch, place)) for place, layer in layers.items()
     ]
@@ -113,11 +124,37 @@ def mixed_adapters(
         yield
 
 
+def _checked_names(names: Sequence[Any], weights: Tensor | None, fusion: bool) -> list[str]:
+    """The names one after the other: one a sample, or as many of each as there are weights."""
+    if weights is None:
+        if fusion or not all(isinstance(name, str) for name in names):
+            raise ValueError("weights: expected one for each of several adapters a sample, got None")
+        return list(names)
+    counts = sorted({1 if isinstance(one, str) else len(one) for one in names})
+    shape = tuple(weights.shape) if isinstance(weights, Tensor) else None
+    if any(isinstance(one, str) for one in names) or len(counts) > 1 or shape != (len(names), *counts):
+        got = f"shape {shape}" if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(
+            f"weights: expected one for each adapter of {len(names)} samples that have"
+            f" {' or '.join(map(str, counts)) or 'no'}, got {got}"
+        )
+    return [one for name in names for one in name]
+
+
 class _Batch:
     """The samples of the batch in flight, where the layers have them, and the plans that layers share."""
 
-    def __init__(self, samples: Samples, shown: dict[str, frozenset[int]]) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        shown: dict[str, frozenset[int]],
+        used: list[str],
+        weights: Tensor | None,
+        fusion: bool,
+    ) -> None:
         self.samples, self.shown = samples, shown
+        # The names, sample after sample, as many of each as it has weights.
+        self.used, self.weights, self.fusion = used, weights, fusion
         self.plans: dict[tuple[object, ...], Any] = {}
         self.trial: Trial | None = None
 
@@ -180,27 +217,68 @@ def _run_changed(changes: list[_Change], function: Callable, *args: Any, **kwarg
 
 def _forward(layer: Any, batch: _Batch, at: str, x: Tensor) -> Tensor:
     """The layer on a batch whose samples use their names; layers alike in adapters and rows share a plan."""
-    lead, names = tuple(x.shape[:-1]), batch.samples.names
+    lead = tuple(x.shape[:-1])
     if batch.trial is not None:
         batch.trial.see(at, x, lead)
         return layer._base(x, layer._own_weight)
-    dim, each = batch.samples.dimension(lead, batch.shown.get(at), at)
-    present = [name for name in dict.fromkeys([*names, *layer.adapters]) if name in layer.adapters]
-    key = (dim, each, lead, x.device, *present)
-    if key not in batch.plans:
-        place = {name: i for i, name in enumerate(present)}
-        ids = torch.tensor([place.get(name, -1) for name in names], device=x.device)
-        rows = row_ids(ids.repeat_interleave(each), lead, dim)
-        batch.plans[key] = (rows, plan_batch(rows, len(present)))
-    rows, plan = batch.plans[key]
+    place = batch.samples.dimension(lead, batch.shown.get(at), at)
+    others = (name for name, adapter in layer.adapters.items() if adapter.plain)
+    present = [name for name in dict.fromkeys([*batch.used, *others]) if name in layer.adapters]
     lora_as, lora_bs, scalings = zip(*(_factors(layer.adapters[name]) for name in present), strict=True)
-    stack = stack_adapters(lora_as, lora_bs, scalings)
-    ps = [layer.adapters[name].lora_dropout for name in present]
-    options: dict[str, Any] = {"dropout_ps": ps if any(ps) else None, "training": layer.training}
+    wide = torch.promote_types(x.dtype, torch.float32)
+    stack = stack_adapters(lora_as, lora_bs, torch.tensor(scalings, dtype=wide, device=x.device))
+    ps = [layer.adapters[name].lora_dropout if layer.training else 0.0 for name in present]
     weight = layer._own_weight
     if isinstance(weight, Tensor):
-        return multi_lora_linear(x, weight, stack, rows, bias=layer.bias, plan=plan, **options)
-    return layer._base(x, weight) + multi_lora_linear(x, None, stack, rows, plan=plan, **options)
+        return _mixed(batch, x, place, present, (weight, layer.bias), stack, ps)
+    return layer._base(x, weight) + _mixed(batch, x, place, present, (None, None), stack, ps)
+
+
+def _mixed(
+    batch: _Batch,
+    x: Tensor,
+    place: tuple[int, int],
+    present: list[str],
+    base: tuple[Tensor | None, Tensor | None],
+    stack: AdapterStack,
+    ps: list[float],
+) -> Tensor:
+    """One call of the op; ``place`` is where the samples are, and how many places are one's."""
+    ids, rows, plan = _planned(batch, x, place, present)
+    lead, shares = tuple(x.shape[:-1]), batch.weights
+    shares = shares if shares is None else shares.to(x.device)
+    spread = shares if shares is None else _spread(shares, lead, place)
+    if not batch.fusion:
+        drops = ps if any(ps) else None
+        return multi_lora_linear(x, base[0], stack, rows, spread, base[1], dropout_ps=drops, plan=plan)
+    if len(set(ps)) > 1:
+        raise ValueError(f"fusion: expected adapters of one lora_dropout, got {sorted(set(ps))}")
+    assert shares is not None and spread is not None
+    ids, own = (ids, shares) if place == (0, 1) else (rows, spread)
+    return multi_lora_fusion(x, base[0], stack, ids, own, base[1], dropout_p=ps[0])
+
+
+def _planned(
+    batch: _Batch, x: Tensor, place: tuple[int, int], present: list[str]
+) -> tuple[Tensor, Tensor, BatchPlan]:
+    """The adapters of each sample and of each row by number, and the rows' plan."""
+    lead = tuple(x.shape[:-1])
+    key = (place, lead, x.device, *present)
+    if key not in batch.plans:
+        numbers = {name: i for i, name in enumerate(present)}
+        ids = torch.tensor([numbers.get(name, -1) for name in batch.used], device=x.device)
+        if batch.weights is not None:
+            ids = ids.view(batch.weights.shape)
+        rows = _spread(ids, lead, place)
+        batch.plans[key] = (ids, rows, plan_batch(rows, len(present)))
+    found: tuple[Tensor, Tensor, BatchPlan] = batch.plans[key]
+    return found
+
+
+def _spread(values: Tensor, lead: tuple[int, ...], place: tuple[int, int]) -> Tensor:
+    """What each row has, from what each sample has."""
+    dim, each = place
+    return row_ids(values.repeat_interleave(each, 0), lead, dim)
 
 
 def _factors(adapter: Adapter) -> tuple[Tensor, Tensor, float]:

@@ -94,8 +94,9 @@ class Samples(NamedTuple):
 
 
 def row_ids(ids: Tensor, lead: Lead, dim: int) -> Tensor:
-    """One id for each row of an input, from one for each place along ``dim``."""
-    return ids.view(-1, *[1] * (len(lead) - dim - 1)).expand(lead)
+    """What each row of an input has, ids or more, from what each place along ``dim`` has."""
+    own = ids.shape[1:]
+    return ids.view(-1, *[1] * (len(lead) - dim - 1), *own).expand(*lead, *own)
 
 
 class Trial:

@@ -101,14 +101,14 @@ def fuse_adapters(adapters: AdapterStack, ids: Tensor, weights: Tensor) -> Adapt
     shares = used.new_zeros(samples, len(present)).scatter_add(1, places.clamp(0, len(present) - 1), used)
     pages, live = _pages_of(adapters, present, rank)
     scaled = shares * adapters.scalings[present].to(dtype)
-    factors = (
+    a, b = (
         _sum_factors(share, data[pages] * live[:, None].to(data.dtype), rank)
         for share, data in ((shares, adapters.a_pages), (scaled, adapters.b_pages))
     )
     first = torch.arange(0, samples * rank, rank, dtype=torch.int32, device=ids.device)
     spans = torch.stack([first, torch.full_like(first, rank)], 1)
     own = torch.arange(samples * rank, dtype=torch.int32, device=ids.device)
-    return AdapterStack(*factors, own, spans, adapters.scalings.new_ones(samples), rank)
+    return AdapterStack(a, b, own, spans, adapters.scalings.new_ones(samples), rank)
 
 
 def _pages_of(adapters: AdapterStack, present: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .arrow import Arrow
 from .balance import balance_loss
 from .base import Experts, Router, Routes, Seen, seen
 from .lora_retriever import AdapterIndex, Retrieved
@@ -15,6 +16,7 @@ from .sira import SiRA
 __all__ = [
     "SAML",
     "AdapterIndex",
+    "Arrow",
     "Experts",
     "LoRAMoE",
     "MixLoRA",

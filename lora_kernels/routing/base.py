@@ -76,6 +76,9 @@ class Experts(Adapter):
         """The router's tensors by name; none of one that comes with the call."""
         return {}
 
+    def filled(self) -> None:
+        """Called when experts that were trained elsewhere were put here."""
+
     def route(self, x: Tensor, call: Call) -> Routes:
         """What makes a layer's :class:`Router` of it."""
         raise NotImplementedError(f"{type(self).__name__}: route")

@@ -76,6 +76,7 @@ CASES: dict[str, MethodCase] = {
     "moa": MethodCase(_experts()),
     "saml": MethodCase(_experts(), side=_expert_weights),
     "xlora": MethodCase(_experts(), side=_expert_weights),
+    "arrow": MethodCase(_experts(top_k=2)),
     "ramole": MethodCase(_experts(router_rank=2)),
     "ta_lora": MethodCase(side=lambda x: {"task": torch.arange(len(x)) % 3}),
 }

@@ -57,7 +57,13 @@ def results(layer, x, dy):
     layer.zero_grad()
     y = layer(x)
     y.backward(dy)
-    return [y.detach(), x.grad, layer.experts.lora_A.grad, layer.experts.lora_B.grad, layer.experts.router.grad]
+    return [
+        y.detach(),
+        x.grad,
+        layer.experts.lora_A.grad,
+        layer.experts.lora_B.grad,
+        layer.experts.router.grad,
+    ]
 
 
 def eager(layer, x, dy, dtype, **options):
