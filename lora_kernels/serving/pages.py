@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,8 @@ class PageTable:
 
     def take(self, slot: int, rank: int) -> None:
         """Gives ``rank`` pages to ``slot``; the caller knows that they are there."""
-        self._owned[slot] = [self._free.pop() for _ in range(rank)]
+        # In order, so that pages that are next to each other are one block.
+        self._owned[slot] = sorted(self._free.pop() for _ in range(rank))
 
     def give_back(self, slot: int) -> None:
         """Frees the pages of ``slot``."""
@@ -59,6 +62,31 @@ class PageTable:
         self.pages[slot * self.max_rank :][: len(owned)] = index
         self.spans[slot, 1] = len(owned)
         self.scalings[slot] = scaling
+
+    def overwrite(self, slot: int, lora_a: Tensor, lora_b: Tensor, scaling: float | None) -> None:
+        """Puts another A ``[r, in]`` and B ``[out, r]`` of the same rank into the pages of ``slot``.
+
+        No list of pages changes, and without a ``scaling`` no scale.
+        """
+        for pages, rows in self._blocks(slot):
+            self.a_pages[pages].copy_(lora_a[rows], non_blocking=True)
+            self.b_pages[pages].T.copy_(lora_b[:, rows], non_blocking=True)
+        if scaling is not None:
+            self.scalings[slot] = scaling
+
+    def read(self, slot: int, lora_a: Tensor, b_columns: Tensor) -> None:
+        """Copies the adapter of ``slot`` out, as :meth:`write` takes it."""
+        for pages, rows in self._blocks(slot):
+            lora_a[rows].copy_(self.a_pages[pages])
+            b_columns[rows].copy_(self.b_pages[pages])
+
+    def _blocks(self, slot: int) -> Iterator[tuple[slice, slice]]:
+        """The pages of ``slot`` as runs, and the ranks that lie there."""
+        owned, first = self._owned[slot], 0
+        for i in range(1, len(owned) + 1):
+            if i == len(owned) or owned[i] != owned[i - 1] + 1:
+                yield slice(owned[first], owned[i - 1] + 1), slice(first, i)
+                first = i
 
     def clear(self, slot: int) -> None:
         """Makes ``slot`` an adapter of rank 0: one that leaves this linear alone."""

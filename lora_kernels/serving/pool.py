@@ -34,6 +34,8 @@ class _Adapter:
     users: int = 0
     pinned: bool = False
     ready: torch.cuda.Event | None = field(default=None, repr=False)
+    # Whether the pages have what the blob has not yet.
+    stale: bool = False
 
     @property
     def size(self) -> Counter[str | None]:
@@ -151,6 +153,7 @@ class AdapterPool:
             self._lock.wait_for(lambda: not self._known(name).users, timeout)
             old = self._known(name)
             self._must_be_idle(name, old)
+            self._keep(old)  # should the write fail
             if old.slot is not None and old.parts == fresh.parts:
                 self._write(old, fresh.blob, fresh.scalings)
                 fresh.slot, fresh.ready, old.slot = old.slot, old.ready, None
@@ -158,6 +161,43 @@ class AdapterPool:
             fresh.pinned = old.pinned
             self._adapters[name] = fresh
             self._lock.notify_all()
+
+    def refresh(
+        self,
+        name: str,
+        factors: Mapping[str, Factors],
+        scaling: float | Mapping[str, float] = 1.0,
+        *,
+        timeout: float = 0.0,
+    ) -> None:
+        """:meth:`update` after every training step: one copy, from where the tensors are to the pages.
+
+        ``pool.refresh(name, *lower_adapter(model, "policy"))``: whoever uses the adapter next, a sampler with
+        this pool, computes with the new values; no other adapter's pages are touched. Of an adapter on the
+        device that keeps its ranks the host's copy is made only when it has to leave; any other one is
+        updated. On a GPU the copy waits for what the caller's stream has launched.
+
+        Args:
+            name: an adapter that is registered.
+            factors: as :meth:`register`.
+            scaling: as :meth:`register`.
+            timeout: seconds to wait for its users to leave.
+
+        Raises:
+            ValueError: as :meth:`register`; or the adapter is not known. It is then as it was.
+            PoolFullError: it is in use.
+        """
+        parts = self._parts(factors)
+        each = _for_each(factors, scaling)
+        with self._lock:
+            self._lock.wait_for(lambda: not self._known(name).users, timeout)
+            adapter = self._known(name)
+            self._must_be_idle(name, adapter)
+            if adapter.slot is not None and adapter.parts == parts:
+                self._overwrite(adapter, factors, each)
+                self._lock.notify_all()
+                return
+        self.update(name, factors, each, timeout=timeout)
 
     def remove(self, name: str) -> None:
         """Forgets an adapter.
@@ -169,6 +209,7 @@ class AdapterPool:
         with self._lock:
             adapter = self._known(name)
             self._must_be_idle(name, adapter)
+            adapter.stale = False
             self._evict(adapter)
             del self._adapters[name]
             self._lock.notify_all()
@@ -230,19 +271,24 @@ class AdapterPool:
         """The adapter as one blob, once everything was checked."""
         if not isinstance(name, str) or not name:
             raise ValueError(f"name: expected a name, got {name!r}")
-        parts, flat, first = {}, [], 0
-        for linear, (lora_a, lora_b) in factors.items():
-            self._check(linear, lora_a, lora_b)
-            parts[linear] = (first, lora_a.shape[0])
-            flat += [lora_a.detach().reshape(-1), lora_b.detach().T.reshape(-1)]
-            first += lora_a.numel() + lora_b.numel()
+        parts = self._parts(factors)
+        pairs = factors.values()
+        flat = [t for a, b in pairs for t in (a.detach().reshape(-1), b.detach().T.reshape(-1))]
         blob = (
             torch.cat([t.to("cpu", self.dtype) for t in flat]) if flat else torch.empty(0, dtype=self.dtype)
         )
         if self._side is not None:
             blob = blob.pin_memory()
-        each = {linear: scaling[linear] if isinstance(scaling, Mapping) else scaling for linear in factors}
-        return _Adapter(blob, parts, each)
+        return _Adapter(blob, parts, _for_each(factors, scaling))
+
+    def _parts(self, factors: Mapping[str, Factors]) -> dict[str, tuple[int, int]]:
+        """Where each linear's part lies in a blob, and its rank, once everything was checked."""
+        parts, first = {}, 0
+        for linear, (lora_a, lora_b) in factors.items():
+            self._check(linear, lora_a, lora_b)
+            parts[linear] = (first, lora_a.shape[0])
+            first += lora_a.numel() + lora_b.numel()
+        return parts
 
     def _check(self, linear: str, lora_a: Tensor, lora_b: Tensor) -> None:
         if linear not in self.linears:
@@ -335,10 +381,50 @@ class AdapterPool:
     def _evict(self, adapter: _Adapter) -> None:
         if adapter.slot is None:
             return
+        self._keep(adapter)
         for linear in adapter.parts:
             self._tables[linear].give_back(adapter.slot)
         self._free_slots.append(adapter.slot)
         adapter.slot, adapter.ready = None, None
+
+    def _keep(self, adapter: _Adapter) -> None:
+        """Copies to the host what only the pages have."""
+        if adapter.slot is None or not adapter.stale:
+            return
+        if adapter.ready is not None:
+            adapter.ready.synchronize()
+        for linear, (first, rank) in adapter.parts.items():
+            lora_a, b_columns = self._views(adapter.blob, linear, first, rank)
+            self._tables[linear].read(adapter.slot, lora_a, b_columns)
+        adapter.stale = False
+
+    @torch.no_grad()
+    def _overwrite(
+        self, adapter: _Adapter, factors: Mapping[str, Factors], scalings: dict[str, float]
+    ) -> None:
+        """Copies tensors straight into the adapter's own pages; after an error it leaves them."""
+        assert adapter.slot is not None
+        if self._side is not None:
+            self._side.wait_stream(torch.cuda.current_stream(self.device))
+        try:
+            with self._on_side_stream():
+                for linear, (lora_a, lora_b) in factors.items():
+                    other = scalings[linear] if scalings[linear] != adapter.scalings[linear] else None
+                    self._tables[linear].overwrite(adapter.slot, lora_a.detach(), lora_b.detach(), other)
+                if self._side is not None:
+                    adapter.ready = torch.cuda.Event()
+                    adapter.ready.record(self._side)
+        except BaseException:
+            adapter.stale = False
+            self._evict(adapter)
+            raise
+        adapter.scalings, adapter.stale = scalings, True
+
+    def _views(self, blob: Tensor, linear: str, first: int, rank: int) -> tuple[Tensor, Tensor]:
+        """A and Bᵀ of a linear in a blob."""
+        cols, out = self.linears[linear]
+        middle, last = first + rank * cols, first + rank * (cols + out)
+        return blob[first:middle].view(rank, cols), blob[middle:last].view(rank, out)
 
     def _upload(self, adapter: _Adapter) -> None:
         """Gives the adapter a slot and pages and fills them; after an error they are free again."""
@@ -357,6 +443,7 @@ class AdapterPool:
                     adapter.ready = torch.cuda.Event()
                     adapter.ready.record(self._side)
         except BaseException:
+            adapter.stale = False
             self._evict(adapter)
             raise
 
@@ -368,9 +455,7 @@ class AdapterPool:
             if name not in parts:
                 table.clear(slot)
         for linear, (first, rank) in parts.items():
-            cols, out = self.linears[linear]
-            middle, last = first + rank * cols, first + rank * (cols + out)
-            lora_a, b_columns = blob[first:middle].view(rank, cols), blob[middle:last].view(rank, out)
+            lora_a, b_columns = self._views(blob, linear, first, rank)
             self._tables[linear].write(slot, lora_a, b_columns, scalings[linear])
 
     def _on_side_stream(self) -> contextlib.AbstractContextManager:
@@ -390,3 +475,8 @@ class AdapterPool:
         for adapter in held:
             if adapter.ready is not None:
                 torch.cuda.current_stream(self.device).wait_event(adapter.ready)
+
+
+def _for_each(factors: Mapping[str, Factors], scaling: float | Mapping[str, float]) -> dict[str, float]:
+    """The scale of each linear."""
+    return {linear: scaling[linear] if isinstance(scaling, Mapping) else scaling for linear in factors}

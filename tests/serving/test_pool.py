@@ -188,6 +188,62 @@ def test_update_writes_into_the_adapters_own_pages():
     assert torch.equal(again, y[:1])
 
 
+def test_refresh_is_one_copy_into_the_adapters_own_pages_that_eviction_keeps():
+    pool = pool_of(3, slots=2)
+    pool.prefetch(["a0", "a1"])
+    pool.remove("a0")  # its pages lie beside those that stay
+    pool.register("a0", factors(0, rank_of(0)), scaling=1)
+    pool.prefetch(["a1", "a0"])
+    before = state_of(pool), {name: table.a_pages.clone() for name, table in pool._tables.items()}
+    blob = pool._adapters["a1"].blob.clone()
+    x, slot = torch.randn(4, COLS), pool._adapters["a1"].slot
+    for step in range(3):
+        trained = {
+            name: (torch.nn.Parameter(a + step), torch.nn.Parameter(b - step))
+            for name, (a, b) in factors(9, rank_of(1)).items()
+        }
+        pool.refresh("a1", trained, scaling=0.5 + step)
+        assert state_of(pool)[0] == before[0][0]
+        assert_right(pool, ["a0"])
+        with pool.use(["a1"]) as slots:
+            y = multi_lora_linear(x, None, pool.stack("q"), torch.tensor(slots * 4))
+        assert_rows(y, x, partial(delta, pair=[t.detach() for t in trained["q"]], scaling=0.5 + step))
+    assert torch.equal(pool._adapters["a1"].blob, blob)  # the host has not been asked yet
+    for name, table in pool._tables.items():
+        others = torch.ones(len(table.a_pages), dtype=torch.bool)
+        others[table._owned[slot]] = False
+        assert torch.equal(table.a_pages[others], before[1][name][others])
+    pool.prefetch(["a2", "a0"])
+    assert "a1" not in pool.resident
+    with pool.use(["a1"]) as slots:
+        again = multi_lora_linear(x, None, pool.stack("q"), torch.tensor(slots * 4))
+    assert torch.equal(again, y)
+
+
+def test_refresh_of_what_is_elsewhere_in_use_or_bad(monkeypatch):
+    pool, x = pool_of(3), torch.randn(1, COLS)
+    pool.refresh("a1", factors(2, rank_of(2)), scaling=3)  # on the host alone, and of another rank
+    with pool.use(["a1"]) as slots:
+        y = multi_lora_linear(x, None, pool.stack("q"), torch.tensor(slots))
+        with pytest.raises(PoolFullError, match="in use"):
+            pool.refresh("a1", factors(2, rank_of(2)))
+    assert_rows(y, x, partial(expected, "a2"))
+    pool.prefetch(["a0"])
+    for bad in ({"nope": factors(0, 1)["q"]}, {"q": factors(0, 1)["k"]}):
+        with pytest.raises(ValueError, match="factors: "):
+            pool.refresh("a0", bad)
+    assert_right(pool, ["a0"])
+    fresh = factors(0, rank_of(0))
+    pool.refresh("a0", {name: (a * 2, b) for name, (a, b) in fresh.items()}, scaling=0.5)
+    break_write(monkeypatch, 1, Cancelled)
+    with pytest.raises(Cancelled):
+        pool.update("a0", factors(7, rank_of(0)))
+    monkeypatch.undo()
+    assert_right(pool, ["a0"])  # twice A and half the scale
+    with pytest.raises(ValueError, match="name: expected a registered adapter, got 'b'"):
+        pool.refresh("b", fresh)
+
+
 @pytest.mark.parametrize("fail_at", [1, 2])
 def test_an_update_that_fails_half_way_leaves_the_old_adapter(monkeypatch, fail_at):
     pool = pool_of(3)
