@@ -222,6 +222,30 @@ def _lampat(scene: Scene) -> Step:
     return step
 
 
+ASCENTS = 1
+
+
+def _advlora(scene: Scene) -> Step:
+    model = scene.adapted("advlora", init_lora_weights="clusters")
+    embeddings = model.get_input_embeddings()(scene.tokens).detach()
+
+    def loss(e: Tensor) -> Tensor:
+        found: Tensor = model(inputs_embeds=e, labels=scene.tokens).loss
+        return found
+
+    options: dict[str, Any] = {"steps": ASCENTS, "bounds": None, "radius": 1e-2}
+    return training(scene, model, loss=lambda: schedules.advlora_loss(loss, embeddings, **options))
+
+
+def _reducer(phase: tuple[str, float], every: int) -> Recipe:
+    def step(scene: Scene) -> Step:
+        model = scene.llama()
+        reducer = schedules.RankReducer(model, every=every, eps=0.1)
+        return training(scene, model, None, reducer, lambda: scene.loss(model) + reducer.penalty())
+
+    return Recipe("tensor_rank_reduction", *phase, step, lambda scene: training(scene, scene.llama()))
+
+
 class _Tagger(nn.Module):
     """A class for each sequence from its embedded tokens."""
 
@@ -373,8 +397,23 @@ RECIPES: tuple[Recipe, ...] = (
     _scheduled("roselora", ACTING, lambda m, o, s: _rose(m, 0)),
     _delta_lora(QUIET),
     _delta_lora(ACTING),
+    _scheduled(
+        "alora_alloc",
+        QUIET,
+        lambda m, o, s: schedules.ALoRAAllocator(m, lambda: s.loss(m), o, first=NEVER),
+        _of("alora_alloc"),
+    ),
+    _scheduled("blora", QUIET, lambda m, o, s: schedules.BLoRA(m, warmup=NEVER), _of("blora")),
+    _scheduled("blora", ACTING, lambda m, o, s: schedules.BLoRA(m), _of("blora")),
+    _reducer(QUIET, NEVER),
+    _reducer(ACTING, 1),
+    *_in_passes("advlora_loss", 2 + ASCENTS, _advlora, _of("advlora", init_lora_weights="clusters")),
     *_in_passes("bilora", 4, _bilevel("bilora"), _softmax),
     *_in_passes("autolora_rank", 5, _bilevel("autolora_rank"), _softmax),
 )
 # Of the register's steps those without a step of training of their own, and why.
-WITHOUT_STEP = {"rank_adaptor": "a search over whole trainings"}
+WITHOUT_STEP = {
+    "rank_adaptor": "a search over whole trainings",
+    "lonas_search": "a search after training",
+    "lorap": "a compression before training",
+}

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("peft")
 
 from lora_kernels import methods
+from lora_kernels.init import INITIALISERS
 
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.name != "tiny.py")
@@ -51,9 +52,10 @@ def words(text):
 
 def names_of(method):
     """What an example of a method has one of: its start's name, or what its module defines for it."""
-    if method.kind == "start":
-        return {method.key}
     module = importlib.import_module(f"lora_kernels.{method.home}")
+    if method.kind == "start":
+        drawn = {name for name, one in INITIALISERS.items() if one.draw.__module__ == module.__name__}
+        return {name for name in drawn if not name.startswith("_")}
     own = {
         name: one
         for name, one in vars(module).items()
