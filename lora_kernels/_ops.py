@@ -125,6 +125,13 @@ SCHEMAS = {
     "glu_backward": (
         "(Tensor dproduct, Tensor gate, Tensor up, str activation) -> (Tensor dgate, Tensor dup)"
     ),
+    # out (+)= (T_G ... T_1) x for gates on the pairs of axes of x [M, *dims]; both padded or cut to Πdims.
+    "gate_chain": "(Tensor(a!) out, Tensor x, Tensor[] gates, int[] dims, bool add) -> ()",
+    # Fills the gates' gradients, all but those of no elements; x's is added to dx, or written there.
+    "gate_chain_backward": (
+        "(Tensor dy, Tensor x, Tensor[] gates, int[] dims, Tensor(a!)? dx, bool add, Tensor(b!)[] grads)"
+        " -> ()"
+    ),
 }
 # Ops that write into their arguments; csrc/ implements them too.
 IN_PLACE = {
@@ -180,7 +187,7 @@ CPP_OPS = (
     "quantized_lora_linear",
 )
 # Elementwise ops that PyTorch's own vectorised kernels do as well on a CPU.
-LEFT_TO_TORCH = ("glu", "glu_backward")
+LEFT_TO_TORCH = ("glu", "glu_backward", "gate_chain", "gate_chain_backward")
 # Ops that csrc/cuda implements, under the name `cuda_<op>`.
 CUDA_OPS = ("multi_lora_linear", "multi_lora_linear_add")
 # With the base product in the same launch: what an eager call on a card runs for a few rows.
@@ -321,6 +328,22 @@ def _fake_glu_backward(dproduct: Tensor, gate: Tensor, up: Tensor, activation: s
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
+def _fake_gate_chain(out: Tensor, x: Tensor, gates: Sequence[Tensor], dims: Sequence[int], add: bool) -> None:
+    return None
+
+
+def _fake_gate_chain_backward(
+    dy: Tensor,
+    x: Tensor,
+    gates: Sequence[Tensor],
+    dims: Sequence[int],
+    dx: Tensor | None,
+    add: bool,
+    grads: Sequence[Tensor],
+) -> None:
+    return None
+
+
 def _fake_invariant_linear(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
@@ -393,6 +416,8 @@ _FAKES: dict[str, Callable[..., object]] = {
     "quantized_lora_linear": _fake_quantized_lora_linear,
     "glu": _fake_glu,
     "glu_backward": _fake_glu_backward,
+    "gate_chain": _fake_gate_chain,
+    "gate_chain_backward": _fake_gate_chain_backward,
 }
 
 for _op, _schema in SCHEMAS.items():

@@ -20,6 +20,7 @@ from lora_kernels import (
     stack_adapters,
 )
 from lora_kernels.ops import _dispatch
+from lora_kernels.reference.gate_chain import pairs
 from lora_kernels.testing import TENSORS, LoraCase, lora_inputs
 
 CASES = {
@@ -53,6 +54,18 @@ def backward_args(case, needs):
     tensors = (torch.randn_like(x[:, :1]).expand(-1, case.out).contiguous(), branch, weight, lora_a, lora_b)
     rest = (h, gate, mask if case.dropout_p else None, case.scaling, case.dropout_p, x_lora is not None)
     return (*tensors, *rest, needs)
+
+
+def chain_args(dims=(3, 2, 2), rows=5, add=False):
+    sizes = [dims[i] * dims[j] for i, j in pairs(len(dims))]
+    gates = [torch.randn(size, size) for size in sizes]
+    return torch.randn(rows, 13), torch.randn(rows, 11), gates, list(dims), add
+
+
+def chain_backward_args(dx=True, needs=(True, True, True), rows=5):
+    dy, x, gates, dims, _ = chain_args(rows=rows)
+    grads = [torch.zeros_like(g) if n else g.new_empty(0) for g, n in zip(gates, needs, strict=True)]
+    return dy, x, gates, dims, torch.zeros_like(x) if dx else None, True, grads
 
 
 def glu_args(activation, dtype=torch.float32, rows=5):
@@ -201,6 +214,13 @@ SAMPLES = {
         **{name: (torch.randn(5, 7), *glu_args(name)) for name in _ops.ACTIVATIONS},
         "half": (torch.randn(7, 5).bfloat16().T, *glu_args("silu", torch.bfloat16)),
     },
+    "gate_chain": {"alone": chain_args(), "added": chain_args(add=True), "empty": chain_args(rows=0)},
+    "gate_chain_backward": {
+        "all": chain_backward_args(),
+        "some": chain_backward_args(needs=(False, True, False)),
+        "gates": chain_backward_args(dx=False),
+        "empty": chain_backward_args(rows=0),
+    },
     "row_dropout_mask": {"odd": (seed(), torch.tensor([0.1, 0.5, 0.9]), 13)},
     "multi_lora_linear": {"one": multi_args(), "two": multi_args(2), "masked": multi_args(2, True)},
     "multi_lora_linear_backward": {
@@ -230,6 +250,8 @@ IN_PLACE_SAMPLES = {
     "batch_plan": {"padded": plan_args(), "exact": plan_args(5)},
 }
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+# Ops that return nothing.
+FILLS = ("quantized_linear", "gate_chain", "gate_chain_backward")
 # A draw differs from call to call, so what compares two calls does not apply.
 RANDOM_TESTS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
@@ -281,7 +303,7 @@ def layout(tensor):
 
 @pytest.mark.parametrize("backend", ("reference", "cpp", "triton"))
 @pytest.mark.parametrize(
-    ("op", "args"), params([op for op in _ops.SCHEMAS if op not in ("dropout_seed", "quantized_linear")])
+    ("op", "args"), params([op for op in _ops.SCHEMAS if op not in ("dropout_seed", *FILLS)])
 )
 def test_fake_kernel_tells_shape_dtype_and_strides(op, args, backend):
     reason = _backend.unavailable(backend, "cpu", torch.float32, 4)

@@ -69,7 +69,8 @@ def _compile(args: argparse.Namespace) -> int:
 
 
 def _bytes(args: argparse.Namespace) -> int:
-    """Prints the byte counts of every strategy, both directions."""
+    """Prints the byte counts of every strategy, both directions, and of QuanTA's chain of gates."""
+    from ..adapters.structured.quanta import balanced
     from ..kernels import traffic
     from ..planner import STRATEGIES, Plan, Problem
     from .tune import parse_shape
@@ -89,6 +90,11 @@ def _bytes(args: argparse.Namespace) -> int:
             problem = Problem(op, *shapes[shape], rank, dtype, "sm_90", dropout=True)
             for launch in traffic.launches(problem, Plan(strategy)):
                 _print_bytes(args.json, shape, rank, op, strategy, launch)
+    for shape, sizes in shapes.items():
+        rows, cols, out = sizes
+        for launch in traffic.gate_chain(rows, cols, out, balanced(cols), (args.dtype or ["bf16"])[0]):
+            op = "gate_chain" if launch.name.endswith(" y") else "gate_chain_backward"
+            _print_bytes(args.json, shape, 0, op, "chain", launch)
     return 0
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -22,6 +23,7 @@ from . import (
     dequantize,
     dora_linear,
     dropout,
+    gate_chain,
     glu,
     invariant_linear,
     kext,
@@ -36,6 +38,9 @@ from .config import (
     DY_PASS_MAX_RANK,
     GemmTile,
     Tile,
+    chain_fits,
+    chain_groups,
+    chain_tile,
     dy_tile,
     forward_tile,
     group_forward_tile,
@@ -56,7 +61,7 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, 
 TARGETS = tuple(SHARED_LIMIT)
 RANKS = (16, 64, 128, 256, 512)
 # Left out where each kernel is compiled once: another variant of the same kernel does more.
-_LESSER = {"plain", "sliced", "padded", "nf4", "int8", "fp8", "silu", "gelu"}
+_LESSER = {"plain", "sliced", "padded", "nf4", "int8", "fp8", "silu", "gelu", "16-8-8-4"}
 _ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -86,6 +91,19 @@ class DySpec(Spec):
         lean = self.variant == "scaled" or card.startswith("gfx")
         tile = dy_tile(8192, 4096, self.rank, _ITEMSIZE[self.dtype], lean)
         return dataclasses.replace(self, tile=tile)
+
+
+class ChainSpec(Spec):
+    """The gradients of a chain's gates: of more gates at once from sm_90 on, with fewer warps on AMD."""
+
+    def at(self, card: str) -> Spec:
+        dims = tuple(map(int, self.variant.split("-")))
+        sizes = [j * i for _, j, _, i, _ in gate_chain.views(dims, 1)]
+        groups = chain_groups(sizes, [True] * len(sizes), card in ("sm_90", "sm_100"))
+        first, last = groups[len(groups) // 2]
+        tile = chain_tile(8192, dims, _ITEMSIZE[self.dtype], True, card.startswith("gfx"))
+        constants = {**self.constants, "FIRST": first, "LAST": last}
+        return dataclasses.replace(self, tile=tile, constants=constants)
 
 
 class GemmSpec(Spec):
@@ -152,6 +170,7 @@ def _all_specs(dtypes: tuple[str, ...], ranks: tuple[int, ...]) -> Iterator[Spec
             yield from _quantized_specs(dtype, rank)
         yield from _elementwise_specs(dtype)
         yield from _batch_specs(dtype)
+        yield from _chain_specs(dtype)
     yield Spec("sum_parts", "", "fp32", 0, beta.sum_parts_kernel, {"BLOCK": 1024}, None, {"out_ptr": "*bf16"})
     pointers = {"mask_ptr": "*u8", "seed_ptr": "*i64", "limit_ptr": "*i64"}
     for variant in ("", "rows"):
@@ -280,6 +299,20 @@ def _batch_specs(dtype: str) -> Iterator[Spec]:
     types = {**integers, "given_ptr": "*i64", "ids_ptr": "*i64"}
     most = batch_plan.sizes(batch_plan.MAX_SLOTS, batch_plan.MAX_ADAPTERS - 2)
     yield Spec("batch_plan", "", dtype, 0, batch_plan.batch_plan_kernel, most, None, types)
+
+
+def _chain_specs(dtype: str) -> Iterator[Spec]:
+    """A chain of gates on tokens of 4096 places, and a launch for gradients of its gates."""
+    types = dict.fromkeys(("x_ptr", "dy_ptr", "out_ptr", "gate_ptrs"), f"*{dtype}") | {"part_ptr": "*fp32"}
+    itemsize = _ITEMSIZE[dtype]
+    for dims in ((8, 8, 8, 8), (16, 8, 8, 4)):
+        if not chain_fits(dims, itemsize):
+            continue
+        name, tile = "-".join(map(str, dims)), chain_tile(8192, dims, itemsize)
+        flags = {**gate_chain.constants(dims, tile, torch.bfloat16), "TRANSPOSE": False, "ADD": True}
+        yield Spec("gate_chain", name, dtype, 0, gate_chain.gate_chain_kernel, flags, tile, types)
+        flags = gate_chain.constants(dims, chain_tile(8192, dims, itemsize, backward=True), torch.bfloat16)
+        yield ChainSpec("gate_grads", name, dtype, 0, gate_chain.gate_grads_kernel, flags, None, types)
 
 
 def _group_specs(dtype: str, rank: int) -> Iterator[Spec]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -207,3 +207,59 @@ def quantized_tile(rows: int, rank: int, itemsize: int) -> QuantizedTile:
     """All rows of x in one tile, so that W is decoded once."""
     block_m = min(64, max(16, 1 << (rows - 1).bit_length()))
     return QuantizedTile(block_m, _narrow(128, itemsize), padded_rank(rank), 4, 2)
+
+
+# Bytes of a row of the widest gate, and of the longest token, that a program holds on chip.
+CHAIN_GATE = 256
+CHAIN_TOKEN = 16384
+
+
+def padded_axes(dims: Sequence[int]) -> tuple[int, ...]:
+    """Each a power of two, and of at least four: a pair then has the columns that tensor cores take."""
+    return tuple(max(4, 1 << (d - 1).bit_length()) for d in dims)
+
+
+def chain_fits(dims: Sequence[int], itemsize: int) -> bool:
+    """Whether a token of such axes and every gate stay on chip."""
+    pads = sorted(padded_axes(dims))
+    return max(math.prod(pads) / CHAIN_TOKEN, pads[-1] * pads[-2] / CHAIN_GATE) * itemsize <= 1
+
+
+def chain_tile(
+    rows: int, dims: Sequence[int], itemsize: int, backward: bool = False, amd: bool = False
+) -> Tile:
+    """For a chain of gates: ``block_m`` tokens of ``block_c`` places, the widest gate of ``block_r`` columns.
+
+    ``backward``: for the gates' gradients. AMD's threads have 512 registers where there are few of them.
+    """
+    pads = sorted(padded_axes(dims))
+    token, gate = math.prod(pads), pads[-1] * pads[-2]
+    elements = (4096 if backward else 16384) // (2 if itemsize == 4 else 1)
+    tokens = min(max(1, elements // token), 1 << max(0, rows - 1).bit_length())
+    tokens = max(tokens, 16 * gate // token)  # a product of 16 rows or more
+    return Tile(tokens, token, gate, num_warps=4 if backward and amd else 8, num_stages=2)
+
+
+def chain_chunks(rows: int, tile: Tile) -> tuple[int, int]:
+    """(chunks of tokens, tokens in each): one part of the gradients is written for each."""
+    steps = -(-rows // tile.block_m)
+    each = -(-steps // DY_PROGRAMS) * tile.block_m
+    return -(-rows // each), each
+
+
+def chain_groups(sizes: Sequence[int], needs: Sequence[bool], roomy: bool = True) -> list[tuple[int, int]]:
+    """The (first, last) gates whose gradients one launch sums.
+
+    ``roomy``: whether products take their operands from shared memory (sm_90 and later), and leave registers
+    for more sums.
+    """
+    room = 8192 if roomy else 4096
+    groups: list[list[int]] = []
+    for at in (at for at, needed in enumerate(needs) if needed):
+        group = groups[-1] if groups else []
+        fits = sum(sizes[k] ** 2 for k in (*group, at)) <= room
+        if group and group[-1] == at - 1 and fits:
+            group.append(at)
+        else:
+            groups.append([at])
+    return [(group[0], group[-1]) for group in groups]

@@ -7,15 +7,22 @@ is every byte that a program asks for, wherever it comes from. ``floor`` is each
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..planner import Plan, Problem
+from ..reference.gate_chain import pairs
 from .config import (
     DY_PASS_MAX_RANK,
     DY_PROGRAMS,
+    chain_chunks,
+    chain_fits,
+    chain_groups,
+    chain_tile,
     dy_tile,
     forward_tile,
     kext_tile,
+    padded_axes,
     replaced,
     row_chunks,
     single_tile,
@@ -128,6 +135,25 @@ def single(p: Problem, plan: Plan) -> Traffic:
 
 def _gemm_sizes(p: Problem) -> tuple[int, int]:
     return (p.out, p.cols) if p.op.endswith("backward") else (p.cols, p.out)
+
+
+def gate_chain(rows: int, cols: int, out: int, dims: Sequence[int], dtype: str) -> list[Traffic]:
+    """What a step of a chain of gates launches beside the base products, which add to what it writes."""
+    item, pads = ITEMSIZE[dtype], padded_axes(dims)
+    if not chain_fits(dims, item):  # the vendor's products between copies
+        return []
+    sizes = [pads[j] * pads[i] for i, j in pairs(len(dims))]
+    gates = sum(size * size for size in sizes) * item
+    x, y = rows * cols * item, rows * out * item
+    programs = _blocks(rows, chain_tile(rows, dims, item).block_m)
+    found = [_count(f"chain {name}", [(x, 1), (y, 1), (gates, programs)]) for name in ("y", "dX")]
+    chunks, _ = chain_chunks(rows, chain_tile(rows, dims, item, backward=True))
+    steps = _blocks(rows, chain_tile(rows, dims, item, backward=True).block_m)
+    for first, last in chain_groups(sizes, [True] * len(sizes)):
+        sums = sum(size * size for size in sizes[first : last + 1])
+        operands = [(x, 1), (y, 1), (gates, steps), (sums * item, 1)]
+        found.append(_count(f"grads {first}-{last}", operands, 4 * chunks * sums, launches=2))
+    return found
 
 
 def launches(p: Problem, plan: Plan) -> list[Traffic]:

@@ -41,7 +41,10 @@ _RANKS: dict[str, _Rank] = {
     "lora_linear_group": _WIDEST,
     "lora_linear_group_backward": _WIDEST,
 }
-_RANKLESS = ("invariant_linear", "glu", "glu_backward", "quantized_linear")
+_RANKLESS = (
+    *("invariant_linear", "glu", "glu_backward", "quantized_linear"),
+    *("gate_chain", "gate_chain_backward"),
+)
 # Masks and plans: any backend of the device will do, by a dtype that all take.
 _DTYPELESS = ("dropout_seed", "dropout_mask", "row_dropout_mask", "batch_plan")
 

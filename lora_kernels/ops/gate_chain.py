@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..reference import gate_chain as reference
+from . import _dispatch
 
 
 class GateChain(NamedTuple):
@@ -28,52 +28,33 @@ class GateChain(NamedTuple):
         return False
 
     @property
+    def writes(self) -> bool:
+        """Whether it fills new memory as well."""
+        return True
+
+    @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
         """(i, j) of each gate."""
-        return tuple(itertools.combinations(range(-1, -len(self.dims) - 1, -1), 2))
+        return tuple(reference.pairs(len(self.dims)))
 
     def size(self, pair: tuple[int, int]) -> int:
         """Rows of the gate on a pair."""
         return self.dims[pair[0]] * self.dims[pair[1]]
 
-    def add_(self, y: Tensor, x: Tensor, *gates: Tensor) -> tuple[Tensor, ...]:
-        """Adds it for rows x."""
-        h = self._open(x)
-        for pair, gate in zip(self.pairs, gates, strict=True):
-            h = self._back(self._flat(h, pair) @ gate.T, h, pair)
-        self._close_(y, h)
+    def add_(self, y: Tensor, x: Tensor, *gates: Tensor, write: bool = False) -> tuple[Tensor, ...]:
+        """Adds it for rows x; with ``write`` into memory that nobody has filled."""
+        given = (y, x, list(gates), list(self.dims), not write)
+        if _dispatch.functorch_active():  # which differentiates what is composed, and no op
+            reference.gate_chain(*given)
+        else:
+            _dispatch.call("gate_chain", *given)
         return (x, *gates)
 
-    def gradients(self, dy: Tensor, dx: Tensor | None, needs: Sequence[bool], *saved: Any) -> list[Any]:
+    def gradients(
+        self, dy: Tensor, dx: Tensor | None, needs: Sequence[bool], *saved: Any, write: bool = False
+    ) -> list[Any]:
         """Of each gate."""
         x, *gates = saved
-        inputs, h = [], self._open(x)
-        for pair, gate in zip(self.pairs, gates, strict=True):
-            inputs.append(self._flat(h, pair))
-            h = self._back(inputs[-1] @ gate.T, h, pair)
-        g, grads = self._open(dy), []
-        for pair, gate, flat, needed in reversed(list(zip(self.pairs, gates, inputs, needs, strict=True))):
-            part = self._flat(g, pair)
-            grads.append(part.T @ flat if needed else None)
-            g = self._back(part @ gate, g, pair)
-        if dx is not None:
-            self._close_(dx, g)
-        return grads[::-1]
-
-    def _open(self, x: Tensor) -> Tensor:
-        """[rows, *dims]."""
-        total = math.prod(self.dims)
-        return F.pad(x, (0, total - x.shape[1]))[:, :total].unflatten(1, self.dims)
-
-    def _close_(self, y: Tensor, h: Tensor) -> None:
-        width = min(y.shape[1], math.prod(self.dims))
-        y[:, :width] += h.flatten(1)[:, :width]
-
-    def _flat(self, h: Tensor, pair: tuple[int, int]) -> Tensor:
-        i, j = pair
-        return h.movedim((j, i), (-2, -1)).reshape(-1, self.size(pair))
-
-    def _back(self, flat: Tensor, like: Tensor, pair: tuple[int, int]) -> Tensor:
-        """In the order of ``like``, as a view: the next gate's order may be this one's."""
-        i, j = pair
-        return flat.view(like.movedim((j, i), (-2, -1)).shape).movedim((-2, -1), (j, i))
+        grads = [g.new_empty(g.shape if n else 0) for g, n in zip(gates, needs, strict=True)]
+        _dispatch.call("gate_chain_backward", dy, x, gates, list(self.dims), dx, not write, grads)
+        return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]

@@ -279,6 +279,7 @@ def test_inspect_prints_bytes(capsys):
         "branch_pass",
         "dy_pass",
         "kext",
+        "chain y",
     }
     assert all(row["memory"] >= row["floor"] > 0 for row in rows)
 

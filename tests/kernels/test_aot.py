@@ -22,6 +22,7 @@ GROUP = {"group_forward", "group_x_pass"}
 KEEP_BITS = {"split", "add_kept"}
 NO_MATMUL = {"sum_parts", "dropout_mask", "scale", "split", "add_kept", "batch_plan", "glu", "glu_backward"}
 SMALL = {"stacked_sum"}
+CHAIN = {"gate_chain", "gate_grads"}
 # Codes come as bytes and are looked up one by one.
 CODES = {"quantized", "dequantize"}
 
@@ -77,7 +78,7 @@ def _kernels(rank: int) -> set[str]:
     narrow |= {"single"} if rank <= 128 else set()
     codes = {16: CODES, 64: {"quantized"}}.get(rank, set())
     usual = {"forward", "dy_pass", "x_pass", "low_rank_norm", "invariant_linear"}
-    return {*usual, *narrow, *codes, *NO_MATMUL}
+    return {*usual, *narrow, *codes, *NO_MATMUL, *CHAIN}
 
 
 def _check_all(rows: list[dict]) -> None:

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lora_kernels.kernels import beta, traffic
+from lora_kernels.kernels import beta, gate_chain, traffic
 from lora_kernels.planner import Plan, Problem
 
 BACKWARD = Problem("lora_linear_backward", 8192, 4096, 4096, 16, "bf16", "sm_90", dropout=True)
@@ -64,3 +64,29 @@ def test_the_parts_counted_are_the_parts_allocated(rank, device, monkeypatch):
 def test_a_plan_changes_the_count():
     narrow = Plan("beta", {"dy": {"block_c": 128}})
     assert traffic.dy_pass(BACKWARD, narrow).memory > 1.2 * traffic.dy_pass(BACKWARD, BETA).memory
+
+
+def test_a_chain_of_gates_moves_a_few_passes():
+    """Composed a step moves 85 passes over one activation; what it reads and writes at the least is 4."""
+    one = 8192 * 4096 * 2
+    counted = traffic.gate_chain(8192, 4096, 4096, (8, 8, 8, 8), "bf16")
+    assert [c.name for c in counted] == ["chain y", "chain dX", "grads 0-1", "grads 2-3", "grads 4-5"]
+    assert all(c.ratio <= 1.2 for c in counted)
+    assert sum(c.memory for c in counted) <= 10.7 * one
+    assert all(c.requested <= 2.0 * c.memory for c in counted[:2])
+
+
+def test_the_parts_of_gates_counted_are_the_parts_allocated(device, monkeypatch):
+    summed, original = [], gate_chain.sum_parts
+
+    def spy(parts, dtype, scale):
+        summed.append(parts.nbytes)
+        return original(parts, dtype, scale)
+
+    monkeypatch.setattr(gate_chain, "sum_parts", spy)
+    dims, x = (4, 4, 4), torch.randn(70, 64, device=device)
+    gates = [torch.randn(16, 16, device=device) for _ in range(3)]
+    grads = [torch.empty_like(gate) for gate in gates]
+    gate_chain.gate_chain_backward(x, x, gates, dims, None, True, grads)
+    counted = [c for c in traffic.gate_chain(70, 64, 64, dims, "fp32") if "grads" in c.name]
+    assert [c.memory - c.floor for c in counted] == [2 * size for size in summed]

@@ -67,7 +67,7 @@ class QuanTA(Structured):
 
 
 def _dims(site: Site) -> tuple[int, ...]:
-    dims = site.option("dims", None) or _balanced(site.in_features)
+    dims = site.option("dims", None) or balanced(site.in_features)
     good = isinstance(dims, (list, tuple)) and len(dims) > 1
     good = good and all(isinstance(d, int) and d > 0 for d in dims)
     if not good or math.prod(dims) < site.in_features:
@@ -78,7 +78,7 @@ def _dims(site: Site) -> tuple[int, ...]:
     return tuple(dims)
 
 
-def _balanced(size: int) -> tuple[int, ...]:
+def balanced(size: int) -> tuple[int, ...]:
     """``size`` as a product of four, the largest prime always into the smallest factor."""
     dims, primes, p = [1] * _AXES, [], 2
     while size > 1:
