@@ -31,6 +31,8 @@ UNSERVED = {
     "lokr": "a Kronecker product",
     "smt": "blocks of W",
     "neft": "rows of W",
+    **dict.fromkeys(("mixlora", "loramoe", "sira", "arrow", "ramole"), "weights of each row"),
+    **dict.fromkeys(("moa", "saml", "xlora"), "weights of each sample"),
 }
 every_method = pytest.mark.parametrize("method", sorted(METHODS))
 served = pytest.mark.parametrize("method", sorted(set(METHODS) - set(UNSERVED)))
