@@ -34,6 +34,10 @@ class LoRAConfig:
             ``method_options``, and the statistics that some need into :func:`apply_lora`.
         rank_pattern: expression for the end of a dotted name -> r.
         alpha_pattern: expression for the end of a dotted name -> lora_alpha.
+        layers_to_transform: the numbers of the blocks whose linears are adapted, with a list of
+            ``target_modules``; by default all. A linear outside numbered blocks is then none of them.
+        layers_pattern: names of the list of blocks (``"layers"``), where the first number in a dotted name
+            is not the block's.
         use_dora: DoRA, the same as ``method="dora"``.
         method: which parametrisation of A and B; see ``lora_kernels.adapters.METHODS``.
         method_options: options of that method, and of the initialiser.
@@ -54,6 +58,8 @@ class LoRAConfig:
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
     use_dora: bool = False
     ensure_weight_tying: bool = False
     method: str = "lora"
@@ -80,8 +86,29 @@ class LoRAConfig:
         self.modules_to_save = _names("modules_to_save", self.modules_to_save)  # type: ignore[assignment]
         _check_pattern("rank_pattern", self.rank_pattern, _check_rank)
         _check_pattern("alpha_pattern", self.alpha_pattern, _check_number)
+        self._check_layers()
         self._settle_method()
         self._check_options()
+
+    def _check_layers(self) -> None:
+        """Numbers and names of blocks, which narrow a list of names and nothing else."""
+        numbers = self.layers_to_transform
+        if isinstance(numbers, Iterable) and not isinstance(numbers, str):
+            self.layers_to_transform = numbers = list(numbers)
+        for number in numbers if isinstance(numbers, list) else [0 if numbers is None else numbers]:
+            _check_index("layers_to_transform", number)
+        if isinstance(self.layers_pattern, str):
+            self.layers_pattern = [self.layers_pattern]
+        self.layers_pattern = _names("layers_pattern", self.layers_pattern)
+        for name in self.layers_pattern or ():
+            _check_expression("layers_pattern", name)
+        if self.layers_pattern and numbers is None:
+            raise ValueError("layers_pattern: expected it with layers_to_transform, got it alone")
+        if numbers is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                "layers_to_transform: expected None beside the target_modules"
+                f" {self.target_modules!r}, which say themselves which blocks are meant, got {numbers}"
+            )
 
     def _settle_method(self) -> None:
         """``use_dora`` and ``method`` say the same."""
@@ -111,6 +138,13 @@ def _check_rank(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name}: expected a rank of at least 1, got {value}")
+
+
+def _check_index(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected numbers of blocks, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name}: expected numbers of at least 0, got {value}")
 
 
 def _check_number(name: str, value: Any) -> None:

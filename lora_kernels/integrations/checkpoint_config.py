@@ -23,6 +23,8 @@ _FIELDS = (
     "modules_to_save",
     "rank_pattern",
     "alpha_pattern",
+    "layers_to_transform",
+    "layers_pattern",
     "use_dora",
     "ensure_weight_tying",
 )

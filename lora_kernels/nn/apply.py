@@ -438,7 +438,21 @@ def _targets(config: LoRAConfig, name: str, saved: Sequence[str]) -> bool:
         return False
     if any(name == one or name.startswith(f"{one}.") for one in saved):
         return False
-    return _is_all_linear(config) or _matches(config.target_modules, name)
+    return _is_all_linear(config) or (_matches(config.target_modules, name) and _in_layers(config, name))
+
+
+def _in_layers(config: LoRAConfig, name: str) -> bool:
+    """PEFT's rule: the first number in the name, or the one behind a name of ``layers_pattern``.
+
+    A linear whose whole dotted name is listed is meant whatever its number.
+    """
+    numbers = config.layers_to_transform
+    if numbers is None or numbers == [] or name in (config.target_modules or ()):
+        return True
+    patterns = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in config.layers_pattern or ()]
+    found = (re.match(pattern, name) for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."])
+    first = next((match for match in found if match), None)
+    return first is not None and int(first[1]) in ([numbers] if isinstance(numbers, int) else numbers)
 
 
 def _matches(names: list[str] | str | None, name: str) -> bool:

@@ -244,6 +244,10 @@ def test_dylora_ranks_are_uniform_and_checked():
         ({"rank_pattern": {"q": 0}}, ValueError, "rank_pattern"),
         ({"rank_pattern": {"(q": 1}}, ValueError, "rank_pattern"),
         ({"alpha_pattern": [1]}, TypeError, "alpha_pattern"),
+        ({"target_modules": ["q"], "layers_to_transform": "1"}, TypeError, "layers_to_transform"),
+        ({"target_modules": ["q"], "layers_to_transform": [-1]}, ValueError, "layers_to_transform"),
+        ({"target_modules": ".*q", "layers_to_transform": 1}, ValueError, "layers_to_transform"),
+        ({"target_modules": ["q"], "layers_pattern": ["h"]}, ValueError, "layers_pattern"),
         ({"method_options": {"frozen": True}}, ValueError, "method_options: lora takes none"),
     ],
 )

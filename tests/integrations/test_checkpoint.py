@@ -37,7 +37,9 @@ def saved(bert, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"use_rslora": True}, {"method": "lora_fa"}, {"use_dora": True}], ids=str
+    "options",
+    [{}, {"use_rslora": True}, {"method": "lora_fa"}, {"use_dora": True}, {"layers_to_transform": [1]}],
+    ids=str,
 )
 def test_peft_reads_what_we_write(bert, tokens, tmp_path, options):
     model = ours(bert, **options)
@@ -47,7 +49,15 @@ def test_peft_reads_what_we_write(bert, tokens, tmp_path, options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"use_rslora": True}, {"modules_to_save": ["LayerNorm"]}, {"use_dora": True}], ids=str
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"modules_to_save": ["LayerNorm"]},
+        {"use_dora": True},
+        {"layers_to_transform": 0, "layers_pattern": "layer"},
+    ],
+    ids=str,
 )
 def test_we_read_what_peft_writes(bert, tokens, tmp_path, options):
     peft = randomise(get_peft_model(bert(), LoraConfig(**OPTIONS, **options)).eval())

@@ -78,6 +78,14 @@ TARGETS = [
     ({"target_modules": ["q"]}, QS),  # not "seq", which only ends in the letter
     ({"target_modules": ("layers.1.q", "k")}, {"layers.1.q", *(f"layers.{i}.k" for i in range(3))}),
     ({"target_modules": {"q"}, "exclude_modules": ["layers.2.q"]}, QS - {"layers.2.q"}),
+    (
+        {"target_modules": ["q", "k"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
+        {f"layers.{i}.{n}" for i in (0, 2) for n in "qk"},
+    ),
+    (
+        {"target_modules": ["q", "seq"], "layers_to_transform": 1, "layers_pattern": ["h", "layers"]},
+        {"layers.1.q", "seq"},  # named whole
+    ),
     ({"target_modules": r"layers\.[01]\.(q|out)"}, {f"layers.{i}.{n}" for i in (0, 1) for n in ("q", "out")}),
     ({"target_modules": r".*q", "exclude_modules": r".*\.1\..*"}, {"layers.0.q", "layers.2.q", "seq"}),
     (
@@ -93,13 +101,24 @@ def test_targets(model, fields, want):
     assert set(lora_layers(model)) == want
 
 
-@pytest.mark.parametrize("fields,want", TARGETS[:3])
+@pytest.mark.parametrize("fields,want", TARGETS[:5])
 def test_targets_are_those_of_peft(model, fields, want):
     peft = pytest.importorskip("peft")
     fields = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, **fields)).base_model.model
     theirs = {n for n, m in wrapped.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     assert theirs == want
+
+
+@pytest.mark.parametrize("numbers", [1, [0, 2], []], ids=str)
+def test_numbers_of_blocks_are_peft_s_without_their_names(numbers):
+    peft = pytest.importorskip("peft")
+    fields = {"r": 2, "target_modules": ["q", "seq"], "layers_to_transform": numbers}
+    wrapped = peft.get_peft_model(nn.ModuleDict({"model": Model()}), peft.LoraConfig(**fields))
+    theirs = {
+        n for n, m in wrapped.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)
+    }
+    assert set(lora_layers(apply_lora(nn.ModuleDict({"model": Model()}), LoRAConfig(**fields)))) == theirs
 
 
 def test_all_linear_spares_the_output_embedding(model):
