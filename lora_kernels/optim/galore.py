@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ..nn.pairs import Pair
 from ._common import adamw_, check_adamw, check_count, check_number, evaluate, pairs_of, trainable
 
-PROJECTIONS = ("std", "reverse_std", "right", "left")
+PROJECTIONS = ("std", "reverse_std", "right", "left", "full")
 
 
 class GaLoreAdamW(Optimizer):
@@ -40,7 +40,8 @@ class GaLoreAdamW(Optimizer):
         weight_decay: λ, of W and all else, after the step.
         update_proj_gap: steps from one set of singular vectors to the next.
         scale: c.
-        proj_type: ``std`` (as above), ``reverse_std`` (the other side), ``right`` (Q) or ``left`` (P).
+        proj_type: ``std`` (as above), ``reverse_std`` (the other side), ``right`` (Q), ``left`` (P) or
+            ``full``: W ← W - η c · P N(Pᵀ G Qᵀ) Q, whose moments are ``[r, r]``; P is in this one's state.
         correct_bias: whether the moments are corrected for their start at zero.
 
     Raises:
@@ -70,14 +71,14 @@ class GaLoreAdamW(Optimizer):
         pairs = pairs_of(model)
         for pair in pairs:
             _check(pair, [other.layer for other in pairs])
-        sites = [_Site(pair, proj_type) for pair in pairs]
+        sites = [_BothSides(pair) if proj_type == "full" else _Site(pair, proj_type) for pair in pairs]
         factors = [factor for pair in pairs for factor in (pair.lora_a, pair.lora_b)]
-        groups: list[dict[str, Any]] = [{"params": [site.trained for site in sites]}]
+        groups: list[dict[str, Any]] = [{"params": [site.moved for site in sites]}]
         groups.append({"params": trainable(model, factors)})
         options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         options.update(update_proj_gap=update_proj_gap, scale=scale, correct_bias=correct_bias)
         super().__init__(groups, options)
-        self._sites = {id(site.trained): site for site in sites}
+        self._sites = {id(site.moved): site for site in sites}
         for site in sites:
             site.start()
         self._arm()
@@ -86,6 +87,8 @@ class GaLoreAdamW(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step; returns what ``closure`` gives."""
         loss = evaluate(closure)
+        for site in self._sites.values():
+            site.project()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             states = [self.state[p] for p in params]
@@ -93,17 +96,26 @@ class GaLoreAdamW(Optimizer):
             if not sites:
                 adamw_(params, [p.grad for p in params], states, group)
                 continue
-            grads = [site.trained.grad / site.pair.scaling for site in sites]
+            grads = [site.moved.grad / site.pair.scaling for site in sites]
             # The factors are zero: what AdamW makes of them is the step.
             adamw_(params, grads, states, {**group, "weight_decay": 0.0})
             for site in sites:
                 site.move_into_weight(group["scale"], group["lr"] * group["weight_decay"])
+                site.keep(self.state[site.moved])
         self._arm()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients, those of the factors too."""
+        super().zero_grad(set_to_none)
+        for site in self._sites.values():
+            site.trained.grad = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the moments back, and with them the step at which new vectors are due."""
         super().load_state_dict(state_dict)
+        for site in self._sites.values():
+            site.take_back(self.state.get(site.moved, {}))
         self._arm()
 
     def _arm(self) -> None:
@@ -123,6 +135,8 @@ class _Site:
         self.right = {"std": tall, "reverse_std": not tall}.get(proj_type, proj_type == "right")
         sides = (pair.lora_a, pair.lora_b) if self.right else (pair.lora_b, pair.lora_a)
         self.vectors, self.trained = sides
+        # What AdamW moves.
+        self.moved = self.trained
         self.gradient: Tensor | None = None
         self.handle: RemovableHandle | None = None
 
@@ -158,10 +172,23 @@ class _Site:
         if self.gradient is None:
             return
         gradient, self.gradient = self.gradient.to(trained.dtype), None
-        self.vectors.copy_(leading_vectors(gradient, self.pair.rank, self.right))
+        self.turn(gradient)
         projected = gradient @ self.vectors.T if self.right else self.vectors.T @ gradient
         trained.grad = projected.mul_(self.pair.scaling)
         self.arm(False)
+
+    def turn(self, gradient: Tensor) -> None:
+        """Takes the vectors of a gradient."""
+        self.vectors.copy_(leading_vectors(gradient, self.pair.rank, self.right))
+
+    def project(self) -> None:
+        """The gradient of what AdamW moves, from that of the factor."""
+
+    def keep(self, state: dict[str, Any]) -> None:
+        """Notes what the model's state does not have."""
+
+    def take_back(self, state: dict[str, Any]) -> None:
+        """Undoes :meth:`keep`."""
 
     def move_into_weight(self, scale: float, decay: float) -> None:
         """W ← (1 - λη) (W + c B A), and the trained factor is zero again."""
@@ -173,6 +200,35 @@ class _Site:
         if decay:
             weight.mul_(1 - decay)
         self.trained.zero_()
+
+
+class _BothSides(_Site):
+    """A = Q, and B is P C on its way into W; AdamW moves C ``[r, r]``."""
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__(pair, "right")
+        self.moved = nn.Parameter(self.trained.new_zeros(pair.rank, pair.rank))
+        self.outer = torch.zeros_like(self.trained)
+
+    def turn(self, gradient: Tensor) -> None:
+        super().turn(gradient)
+        self.outer = leading_vectors(gradient, self.pair.rank, False).contiguous()
+
+    def project(self) -> None:
+        if self.trained.grad is not None:
+            self.moved.grad = self.outer.T @ self.trained.grad
+            self.trained.grad = None
+
+    def keep(self, state: dict[str, Any]) -> None:
+        state["outer"] = self.outer
+
+    def take_back(self, state: dict[str, Any]) -> None:
+        self.outer = state.get("outer", self.outer)
+
+    def move_into_weight(self, scale: float, decay: float) -> None:
+        self.trained.copy_(self.outer @ self.moved)
+        super().move_into_weight(scale, decay)
+        self.moved.zero_()
 
 
 def leading_vectors(matrix: Tensor, r: int, right: bool) -> Tensor:

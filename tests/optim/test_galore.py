@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from optim_models import loss, net, ours, train, values
@@ -29,11 +31,13 @@ class Reference:
 
     def __init__(self, weights, proj_type):
         self.weights, self.proj_type, self.t = weights, proj_type, 0
-        self.m, self.v, self.vectors = {}, {}, {}
+        self.m, self.v, self.vectors, self.outer = {}, {}, {}, {}
 
     def right(self, name):
         out, cols = self.weights[name].shape
-        return {"std": out >= cols, "reverse_std": out < cols}.get(self.proj_type, self.proj_type == "right")
+        return {"std": out >= cols, "reverse_std": out < cols}.get(
+            self.proj_type, self.proj_type in ("right", "full")
+        )
 
     @torch.no_grad()
     def step(self):
@@ -43,17 +47,20 @@ class Reference:
             if (self.t - 1) % GAP == 0:
                 u, _, vh = torch.linalg.svd(grad, full_matrices=False)
                 self.vectors[name] = vh[:RANK] if self.right(name) else u[:, :RANK]
+                self.outer[name] = u[:, :RANK]
             p = self.vectors[name]
             r = grad @ p.T if self.right(name) else p.T @ grad
+            r = self.outer[name].T @ r if self.proj_type == "full" else r
             self.m[name] = 0.9 * self.m.get(name, torch.zeros_like(r)) + 0.1 * r
             self.v[name] = 0.999 * self.v.get(name, torch.zeros_like(r)) + 0.001 * r * r
             size = LR * (1 - 0.999**self.t) ** 0.5 / (1 - 0.9**self.t)
             n = self.m[name] / (self.v[name].sqrt() + 1e-6)
+            n = self.outer[name] @ n if self.proj_type == "full" else n
             weight -= size * SCALE * (n @ p if self.right(name) else p @ n)
             weight -= LR * DECAY * weight
 
 
-@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "right", "left"])
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "right", "left", "full"])
 def test_it_is_galore_on_the_base_weights(proj_type):
     model, plain = fresh(), net()
     weights = {name: getattr(plain, name).weight for name in TARGETS}
@@ -170,6 +177,36 @@ def test_state_is_of_the_projected_size():
     sizes = {"wide": 20, "tall": 20, "square": 9}
     total = sum(t.numel() for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
     assert total == sum(2 * RANK * size for size in sizes.values())
+
+
+def test_both_sides_keep_less_and_go_on_from_a_checkpoint():
+    model, other = fresh(), fresh()
+    optimizer = optimizer_of(model, proj_type="full")
+    train(model, optimizer, 2)
+    sizes = {"wide": 20, "tall": 9, "square": 9}
+    total = sum(t.numel() for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
+    assert total == sum(2 * RANK**2 + RANK * size for size in sizes.values())
+    again = optimizer_of(other, proj_type="full")
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    train(model, optimizer, 3, first=2)
+    train(other, again, 3, first=2)
+    want = values(model)
+    assert all(torch.equal(value, want[name]) for name, value in values(other).items())
+
+
+def test_gradients_that_are_forgotten_do_not_come_back():
+    one, other = fresh(), fresh()
+    optimizers = [optimizer_of(model, proj_type="full") for model in (one, other)]
+    for model, optimizer in zip((one, other), optimizers, strict=True):
+        train(model, optimizer, 1)
+    loss(one, 5).backward()
+    optimizers[0].zero_grad()
+    for model, optimizer in zip((one, other), optimizers, strict=True):
+        train(model, optimizer, 1, first=1)
+    want = values(other)
+    assert all(torch.equal(value, want[name]) for name, value in values(one).items())
 
 
 def test_each_step_has_the_rank_of_the_adapter():
