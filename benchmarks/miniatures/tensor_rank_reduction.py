@@ -30,7 +30,7 @@ def run(seed: int) -> dict[str, float]:
         first, second, third = (nn.Linear(*shape) for shape in shapes)
         model = nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), third)
         size = sum(p.numel() for p in model.parameters())
-        reducer = RankReducer(model, every=EPOCH, lam=0.1, eps=0.1, rate=0.8)
+        reducer = RankReducer(model, every=EPOCH, lam=1e-2, eps=0.1, rate=0.95)
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
         for _ in range(STEPS):
             optimizer.zero_grad()

@@ -159,9 +159,13 @@ def statistic(site: Site, name: str, *shape: int | None) -> Tensor:
     """One of the site's statistics, in W's device and at least float32.
 
     Raises:
+        TypeError: no tensor.
         ValueError: of another shape, ``None`` standing for any size.
     """
     value = site.statistics[name]
+    if not isinstance(value, Tensor):
+        where = site.name or "this layer"
+        raise TypeError(f"statistics: {where}: expected {name} as a tensor, got {type(value).__name__}")
     fits = value.dim() == len(shape) and all(w in (None, g) for w, g in zip(shape, value.shape, strict=True))
     if not fits:
         want = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"

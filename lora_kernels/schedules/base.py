@@ -101,6 +101,21 @@ def check_alike(name: str, own: Any, given: Any) -> None:
             raise ValueError(f"{name}: expected the shape {tuple(own.shape)}, got {tuple(given.shape)}")
     elif not isinstance(given, _kinds(own)):
         raise ValueError(f"{name}: expected {type(own).__name__}, got {type(given).__name__}")
+    elif isinstance(own, Optimizer):
+        _check_optimizer(name, own, given)
+
+
+def _check_optimizer(name: str, own: Optimizer, given: Any) -> None:
+    """Raises where a state is of other parameters than the optimiser's; torch itself compares no shapes."""
+    params = [one for group in own.param_groups for one in group["params"]]
+    places = [one for group in given.get("param_groups", ()) for one in group["params"]]
+    if len(places) != len(params):
+        raise ValueError(f"{name}: expected a state of {len(params)} parameters, got one of {len(places)}")
+    for place, parameter in zip(places, params, strict=True):
+        for key, value in given.get("state", {}).get(place, {}).items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                want, got = tuple(parameter.shape), tuple(value.shape)
+                raise ValueError(f"{name}: expected {key} of the shape {want}, got {got}")
 
 
 def _kinds(own: Any) -> tuple[type, ...]:

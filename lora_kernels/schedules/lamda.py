@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..optim._common import check_count, check_number, pairs_of
+from ._common import site_name
 from ._freezing import freeze
 from .base import Schedule
 
@@ -29,7 +30,7 @@ class LaMDAFreezer(Schedule):
     """
 
     key = "lamda_freezer"
-    saved = ("columns",)
+    saved = ("ranks", "columns")
 
     def __init__(self, model: nn.Module, *, max_steps: int, eta: float = 0.3) -> None:
         super().__init__(model)
@@ -41,6 +42,7 @@ class LaMDAFreezer(Schedule):
         self.pairs = [pair for pair in pairs_of(model) if pair.lora_b.requires_grad]
         if not self.pairs:
             raise ValueError("model: expected layers whose B trains, got none")
+        self.ranks = {site_name(pair): pair.lora_b.shape[1] for pair in self.pairs}
         # The frozen columns of each B.
         self.columns: list[Tensor] = [pair.lora_b.detach()[:, :0].clone() for pair in self.pairs]
 
@@ -62,9 +64,11 @@ class LaMDAFreezer(Schedule):
                 freeze(pair, "lora_B")
 
     def check_state(self, name: str, own: Any, given: Any) -> None:
-        """The number of frozen columns may be another."""
+        """The number of frozen columns may be another, the ranks not."""
         if name != "columns":
             super().check_state(name, own, given)
+            if name == "ranks" and dict(given) != own:
+                raise ValueError(f"state['ranks']: expected {own}, got {dict(given)}")
         elif not isinstance(given, list) or len(given) != len(self.pairs):
             raise ValueError(
                 f"state['columns']: expected {len(self.pairs)} tensors, got {type(given).__name__}"

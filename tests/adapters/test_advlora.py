@@ -53,6 +53,7 @@ def test_the_clusters_of_each_round_are_no_worse():
     assert errors[-1] < errors[0]
 
 
+@pytest.mark.exhaustive  # its import takes longer than all the rest
 def test_clusters_against_scikit_learn():
     cluster = pytest.importorskip("sklearn.cluster")
     torch.manual_seed(0)

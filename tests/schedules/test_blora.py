@@ -138,7 +138,7 @@ def test_the_price_of_gates():
     for layer in (net.wide, net.tall, net.square):
         one = layer.adapters["default"]
         price = [1 + pi(a) * (1 + pi(b) * (1 + pi(c) * (1 + pi(d)))) for a, b, c, d in one.bit_gates.tolist()]
-        ranks = sum(pi(phi) for phi in one.rank_gates[1:]) / (one.r - 1)
+        ranks = sum(pi(phi) for phi in one.rank_gates[1:].tolist()) / (one.r - 1)
         want += price[0] + price[1] + ranks * price[2]
     got = blora_gate_loss(net)
     assert got.item() == pytest.approx(want)
