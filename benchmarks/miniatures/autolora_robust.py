@@ -12,8 +12,9 @@ from lora_kernels import LoRAConfig, apply_lora
 from lora_kernels.schedules import TwoBranches, autolora_lambdas, pgd, two_branch_loss
 
 CLAIM = (
-    "two noisy clusters: W gets no gradient of natural samples and B A none of attacked ones; on attacked unseen"
-    " samples the accuracy without the adapters is at least that of TRADES with weight 6, less a hundredth"
+    "two noisy clusters: W gets no gradient of natural samples and B A none of attacked ones; on attacked"
+    " unseen samples the accuracy without the adapters is at least that of TRADES with weight 6, less a"
+    " hundredth"
 )
 WIDTH, HIDDEN, SAMPLES, STEPS = 16, 32, 128, 60
 ATTACK = {"radius": 0.1, "step": 0.03, "steps": 5}

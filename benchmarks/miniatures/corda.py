@@ -10,8 +10,9 @@ from lora_kernels import calibrate
 from ._pretrained import adapted, losses, pretrained
 
 CLAIM = (
-    "a pretrained net: with ipm, tuned to other classes, below half of LoRA's loss after 30 steps at one rate;"
-    " without the components that kpm takes outputs on what it knows change by less than without W's least ones"
+    "a pretrained net: with ipm, tuned to other classes, below half of LoRA's loss after 30 steps at one"
+    " rate; without the components that kpm takes outputs on what it knows change by less than without W's"
+    " least ones"
 )
 STEPS, LR, R = 30, 1e-3, 16
 

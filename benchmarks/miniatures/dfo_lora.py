@@ -10,8 +10,8 @@ from lora_kernels.optim import DerivativeFree
 from ._pretrained import adapted, loss_of, pretrained
 
 CLAIM = (
-    "a pretrained net tuned to other classes through 20 numbers a layer: 2000 candidates and no gradient bring"
-    " the loss below half of that at the start"
+    "a pretrained net tuned to other classes through 20 numbers a layer: 2000 candidates and no gradient"
+    " bring the loss below half of that at the start"
 )
 DIM, POPULATION, BUDGET = 20, 20, 2000
 

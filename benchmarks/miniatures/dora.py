@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from ._pretrained import adapted, losses, pretrained
 
-CLAIM = "a pretrained net tuned to other classes: after 30 steps at one rate and rank the loss is below LoRA's"
+CLAIM = (
+    "a pretrained net tuned to other classes: after 30 steps at one rate and rank the loss is below LoRA's"
+)
 STEPS, LR = 30, 1e-3
 
 

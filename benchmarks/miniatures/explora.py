@@ -2,46 +2,51 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
+from lora_kernels import LoRAConfig, apply_lora
 from lora_kernels.nn import count_parameters
 from lora_kernels.schedules import apply_explora, merge_and_restart
 
 CLAIM = (
-    "a masked autoencoder of four blocks, trained on one domain, goes on in a turned one: with less than 0.4 of"
-    " the numbers at most 1.25 times the loss of training all of them, and the merged model gives the same"
+    "a masked autoencoder of three blocks, trained on one domain, goes on in a turned one with less than"
+    " 0.4 of its numbers: less than 0.7 of the loss is left, less than by LoRA on query and value with as"
+    " many, and the merged model gives the same"
 )
-WIDTH, TOKENS, BLOCKS, STEPS = 16, 8, 4, 80
+WIDTH, TOKENS, BLOCKS, STEPS = 16, 6, 3, 60
 
 
 def run(seed: int) -> dict[str, float]:
-    """The losses of reconstruction on the new domain, the part that trains, and what merging changes."""
+    """The losses of reconstruction on the new domain, the parts that train, and what merging changes."""
     torch.manual_seed(seed)
-    basis = torch.randn(6, WIDTH)
-    turn = torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0]
-    old = torch.randn(64, TOKENS, 6).cumsum(1) @ basis / 3
-    new = old @ turn
-    base = _Net()
+    basis, turn = torch.randn(6, WIDTH), torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0]
+    old = torch.randn(48, TOKENS, 6).cumsum(1) @ basis / 3
+    new, base = old @ turn, _Net()
     _train(base, old, 2 * STEPS)
-    figures, state = {"before": _loss(base, new, 0).item()}, base.state_dict()
-    full, ours = _Net(), _Net()
-    for model in (full, ours):
-        model.load_state_dict(state)
-    figures["full"] = _train(full, new, STEPS)
+    lora, ours = copy.deepcopy(base), copy.deepcopy(base)
+    apply_lora(lora, LoRAConfig(r=20, lora_alpha=20, target_modules=["q_proj", "v_proj"]))
     apply_explora(ours, ours.blocks, unfreeze=[-1], r=2)
-    trained, every = count_parameters(ours)
-    figures["ExPLoRA"] = _train(ours, new, STEPS)
+    size = sum(p.numel() for p in base.parameters())
+    figures = {"before": float(_loss(base, new, 0).detach())}
+    for name, model in (("LoRA", lora), ("ExPLoRA", ours)):
+        figures[f"{name}, trained"] = count_parameters(model)[0] / size
+        figures[name] = _train(model, new, STEPS)
     with torch.no_grad():
         before = ours(new)
-        moved = float((merge_and_restart(ours)(new) - before).abs().max())
-    return {**figures, "trained": trained / every, "merging": moved}
+        figures["merging"] = float((merge_and_restart(ours)(new) - before).abs().max())
+    return figures
 
 
 def holds(figures: list[dict[str, float]]) -> bool:
     """All of it, in every seed."""
     return all(
-        one["trained"] < 0.4 and one["ExPLoRA"] < 1.25 * one["full"] and one["merging"] < 1e-4
+        one["ExPLoRA, trained"] < min(0.4, one["LoRA, trained"])
+        and one["ExPLoRA"] < 0.7 * one["before"]
+        and one["ExPLoRA"] < one["LoRA"]
+        and one["merging"] < 1e-4
         for one in figures
     )
 

@@ -10,8 +10,8 @@ from torch import nn
 from lora_kernels.optim import Flora
 
 CLAIM = (
-    "a net 64 wide: momentum of rank 16 takes a quarter of the numbers of whole momentum, and the loss after 600"
-    " steps is within 2 of that with whole momentum"
+    "a net 64 wide: momentum of rank 16 takes a quarter of the numbers of whole momentum, and the loss"
+    " after 600 steps is within 2 of that with whole momentum"
 )
 WIDTH, RANK, STEPS, LR = 64, 16, 600, 3e-3
 

@@ -10,8 +10,8 @@ from lora_kernels.optim import GaLoreAdamW
 from ._change import fit
 
 CLAIM = (
-    "a change of full rank (48 by 48), r = 4, new vectors every 20 steps: it leaves less than half of what the"
-    " best matrix of rank 4 leaves, LoRA more than that one, with half of LoRA's optimiser state"
+    "a change of full rank (48 by 48), r = 4, new vectors every 20 steps: it leaves less than half of"
+    " what the best matrix of rank 4 leaves, LoRA more than that one, with half of LoRA's optimiser state"
 )
 WIDTH, R, STEPS = 48, 4, 600
 
@@ -33,7 +33,9 @@ def run(seed: int) -> dict[str, float]:
         (galore(x) - want).square().mean().backward()
         optimizer.step()
         rate.step()
-    held = sum(t.numel() for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.dim())
+    held = sum(
+        t.numel() for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.dim()
+    )
     return {
         "best of rank 4": float(best),
         "LoRA": float((lora.merged_weight() - first - change).norm() / change.norm()),

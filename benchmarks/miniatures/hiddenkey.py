@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -9,8 +11,8 @@ from lora_kernels import LoRAConfig, apply_lora
 from lora_kernels.schedules import HiddenKey
 
 CLAIM = (
-    "a transformer of one layer on 32 noisy samples with LoRA of r = 8: the loss on samples it has not seen is"
-    " below that without HiddenKey"
+    "a transformer of one layer on 32 noisy samples with LoRA of r = 8: the loss on samples it has not"
+    " seen is below that without HiddenKey"
 )
 SIZES = {"vocab_size": 24, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 SAMPLES, LENGTH, STEPS = 32, 12, 60
@@ -41,7 +43,8 @@ def run(seed: int) -> dict[str, float]:
         model.train()
         for _ in range(STEPS):
             optimizer.zero_grad()
-            loss = regulariser.loss(lambda: model(**train)) if name == "HiddenKey" else model(**train).loss
+            forward = partial(model, **train)
+            loss = regulariser.loss(forward) if name == "HiddenKey" else forward().loss
             loss.backward()
             optimizer.step()
         model.eval()

@@ -12,8 +12,8 @@ from lora_kernels import LoRAConfig, apply_lora
 from lora_kernels.schedules import adversarial_step
 
 CLAIM = (
-    "a small language model: after the same steps its logits move by less than half of what LoRA's do, squared,"
-    " under changes of the embeddings of the size it was trained with"
+    "a small language model: after the same steps its logits move by less than half of what LoRA's do,"
+    " squared, under changes of the embeddings of the size it was trained with"
 )
 VOCABULARY, WIDTH, LENGTH, STEPS, RADIUS = 24, 32, 8, 60, 1.0
 
@@ -55,4 +55,6 @@ def holds(figures: list[dict[str, float]]) -> bool:
 
 
 def _net() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(WIDTH, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, VOCABULARY))
+    return nn.Sequential(
+        nn.Linear(WIDTH, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, VOCABULARY)
+    )

@@ -9,8 +9,8 @@ from lora_kernels.nn import LoRALinear
 from lora_kernels.ops.dequantize import dequantize
 
 CLAIM = (
-    "W of falling spectrum (64 by 64) in nf4, r = 8: the start is nearer to W than nf4 alone by a tenth or more,"
-    " and nearer after five rounds than after one"
+    "W of falling spectrum (64 by 64) in nf4, r = 8: the start is nearer to W than nf4 alone by a tenth"
+    " or more, and nearer after five rounds than after one"
 )
 WIDTH, R = 64, 8
 

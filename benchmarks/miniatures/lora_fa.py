@@ -27,9 +27,7 @@ def run(seed: int) -> dict[str, float]:
 def holds(figures: list[dict[str, float]]) -> bool:
     """Both, in every seed."""
     return all(
-        one["LoRA-FA, kept a row"] == R
-        and one["LoRA, kept a row"] >= 2 * R
-        and one["LoRA-FA, loss"] < 0.02
+        one["LoRA-FA, kept a row"] == R and one["LoRA, kept a row"] >= 2 * R and one["LoRA-FA, loss"] < 0.02
         for one in figures
     )
 

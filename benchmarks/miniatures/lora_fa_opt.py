@@ -9,8 +9,8 @@ from lora_kernels.optim import LoRAFA
 from ._pretrained import adapted, loss_of, losses, pretrained
 
 CLAIM = (
-    "a pretrained net tuned to other classes with r = 16 and one rate: A stays as it is, and 100 steps leave less"
-    " loss than AdamW's on B alone"
+    "a pretrained net tuned to other classes with r = 16 and one rate: A stays as it is, and 100 steps"
+    " leave less loss than AdamW's on B alone"
 )
 STEPS, LR, R = 100, 3e-3, 16
 

@@ -9,8 +9,8 @@ from lora_kernels.optim import lora_plus
 from ._pretrained import adapted, loss_of, pretrained
 
 CLAIM = (
-    "a pretrained net tuned to other classes: with B sixteen times as fast as A the best of four rates leaves less"
-    " loss after 30 steps than the best of four with one rate for both"
+    "a pretrained net tuned to other classes: with B sixteen times as fast as A the best of four rates"
+    " leaves less loss after 30 steps than the best of four with one rate for both"
 )
 STEPS, RATIO, RATES = 30, 16, (1e-3, 3e-3, 1e-2, 3e-2)
 

@@ -9,8 +9,8 @@ from lora_kernels.nn import count_parameters
 from ._pretrained import adapted, losses, pretrained
 
 CLAIM = (
-    "a pretrained net tuned to other classes with r² = 16 numbers a layer: the best of three rates leaves less"
-    " than 0.7 of the loss that random bases leave"
+    "a pretrained net tuned to other classes with r² = 16 numbers a layer: the best of three rates leaves"
+    " less than 0.7 of the loss that random bases leave"
 )
 STEPS, RATES, R = 100, (3e-3, 1e-2, 3e-2), 4
 

@@ -9,8 +9,8 @@ from lora_kernels.nn import LoRALinear, count_parameters
 from ._planted import left
 
 CLAIM = (
-    "a planted bottleneck of width 16 with tanh (64 wide): it leaves less than 0.8 of what LoRA of as many ranks"
-    " leaves, with less than half of its numbers"
+    "a planted bottleneck of width 16 with tanh (64 wide): it leaves less than 0.8 of what LoRA of as"
+    " many ranks leaves, with less than half of its numbers"
 )
 WIDTH, R, STEPS = 64, 16, 300
 

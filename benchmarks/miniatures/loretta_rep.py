@@ -9,8 +9,8 @@ from lora_kernels.nn import LoRALinear, count_parameters
 from ._planted import left
 
 CLAIM = (
-    "a change of rank 8 (256 by 256) that trains of rank 3 make is learnt to a tenth with less than a tenth of the"
-    " numbers of LoRA with r = 8; LoRA with r = 1, which has more, leaves over half"
+    "a change of rank 8 (256 by 256) that trains of rank 3 make is learnt to a tenth with less than a"
+    " tenth of the numbers of LoRA with r = 8; LoRA with r = 1, which has more, leaves over half"
 )
 WIDTH, R, INNER, STEPS = 256, 8, 3, 300
 

@@ -9,8 +9,8 @@ from lora_kernels.nn import LoRALinear, count_parameters
 from ._planted import left
 
 CLAIM = (
-    "query, key and value in one linear, changes of rank 4 of the first and the third: both are learnt to 1 %, the"
-    " key's rows stay, and a LoRA of as many numbers leaves over a tenth"
+    "query, key and value in one linear, changes of rank 4 of the first and the third: both are learnt to"
+    " 1 %, the key's rows stay, and a LoRA of as many numbers leaves over a tenth"
 )
 WIDTH, R, STEPS = 32, 4, 300
 

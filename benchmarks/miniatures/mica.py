@@ -9,8 +9,8 @@ from lora_kernels.nn import count_parameters
 from ._pretrained import adapted, losses, pretrained
 
 CLAIM = (
-    "a pretrained net tuned to other classes until its loss is below 0.5, with less than half of LoRA's numbers:"
-    " along the 8 leading left singular vectors the second layer's W does not move, LoRA's does"
+    "a pretrained net tuned to other classes until its loss is below 0.5, with less than half of LoRA's"
+    " numbers: along the 8 leading left singular vectors the second layer's W does not move, LoRA's does"
 )
 LEADING, STEPS = 8, 600
 

@@ -7,8 +7,8 @@ from lora_kernels.nn import count_parameters
 from ._pretrained import adapted, losses, pretrained
 
 CLAIM = (
-    "a pretrained net tuned to other classes with r = 4: with 0.57 of LoRA's numbers the loss after 30 steps at"
-    " one rate is below LoRA's"
+    "a pretrained net tuned to other classes with r = 4: with 0.57 of LoRA's numbers the loss after 30"
+    " steps at one rate is below LoRA's"
 )
 LR = 1e-3
 

@@ -12,8 +12,8 @@ from lora_kernels import LoRAConfig, apply_lora
 from ._fit import fit
 
 CLAIM = (
-    "a net of two convolutions and a change of its first filters of rank 1, seen in 4 noisy samples: MoSA with r = 1"
-    " has less error on unseen ones than fine-tuning everything"
+    "a net of two convolutions and a change of its first filters of rank 1, seen in 4 noisy samples: MoSA"
+    " with r = 1 has less error on unseen ones than fine-tuning everything"
 )
 CHANNELS, SIZE, SAMPLES, STEPS = 8, 6, 4, 120
 
@@ -21,9 +21,7 @@ CHANNELS, SIZE, SAMPLES, STEPS = 8, 6, 4, 120
 def run(seed: int) -> dict[str, float]:
     """The error on unseen samples of the new style over that before."""
     torch.manual_seed(seed)
-    net = nn.Sequential(
-        nn.Conv2d(3, CHANNELS, 3, padding=1), nn.Tanh(), nn.Conv2d(CHANNELS, 2, 3, padding=1)
-    )
+    net = nn.Sequential(nn.Conv2d(3, CHANNELS, 3, padding=1), nn.Tanh(), nn.Conv2d(CHANNELS, 2, 3, padding=1))
     styled = copy.deepcopy(net)
     with torch.no_grad():  # loralib's form: rows and columns of a matrix [out · 3, in · 3]
         styled[0].weight += 0.5 * (torch.randn(3 * CHANNELS, 1) @ torch.randn(1, 9)).view_as(styled[0].weight)

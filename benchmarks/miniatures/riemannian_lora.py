@@ -8,8 +8,8 @@ from lora_kernels.nn import LoRALinear
 from lora_kernels.optim import riemannian
 
 CLAIM = (
-    "a change of rank 3 near the start, 60 steps of SGD: what is left grows with its condition number, 1, 10, 100,"
-    " to over a hundredth; preconditioned it is below 1e-4 at each of them"
+    "a change of rank 3 near the start, 60 steps of SGD: what is left grows with its condition number, 1,"
+    " 10, 100, to over a hundredth; preconditioned it is below 1e-4 at each of them"
 )
 WIDTH, R, STEPS = 24, 3, 60
 
@@ -41,9 +41,7 @@ def _left(seed: int, condition: float, preconditioned: bool) -> float:
     with torch.no_grad():  # near: a start at zero is where both only begin
         noise = 0.05 * sizes[-1]
         adapter.lora_B.copy_(u * sizes.sqrt() + noise * torch.randn(WIDTH, R, generator=generator))
-        adapter.lora_A.copy_(
-            sizes.sqrt()[:, None] * v.T + noise * torch.randn(R, WIDTH, generator=generator)
-        )
+        adapter.lora_A.copy_(sizes.sqrt()[:, None] * v.T + noise * torch.randn(R, WIDTH, generator=generator))
     change = u * sizes @ v.T
     first = float((adapter.delta().detach() - change).norm())
     sgd, lr = torch.optim.SGD, 0.5

@@ -11,8 +11,8 @@ from lora_kernels.nn import VLoRAGenerator, side_inputs
 from ._fit import fit
 
 CLAIM = (
-    "texts whose outputs turn with an image: with factors made of the image a tenth of the loss is left, without"
-    " it (one LoRA for all) over half, and as many tokens go through the model"
+    "texts whose outputs turn with an image: with factors made of the image a tenth of the loss is left,"
+    " without it (one LoRA for all) over half, and as many tokens go through the model"
 )
 WIDTH, VISION, TOKENS, STEPS = 16, 8, 4, 150
 

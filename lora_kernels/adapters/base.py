@@ -39,6 +39,8 @@ class Adapter(nn.Module):
     zero_start: ClassVar[bool] = True
     # Whether `lower` gives a plain LowRank (see there): what groups, multi-adapter ops and pools take.
     plain: bool = True
+    # Whether `lower` writes into the call what the same adapter reads on later layers.
+    passes_on: bool = False
     # Whether `lower` reads x: merging then gives it the identity, and it sits on linears alone.
     reads_x: ClassVar[bool] = False
     # Whether there is one W + ΔW: not where it depends on the call, or is not linear in x.

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -44,8 +45,14 @@ class _Nothing(Call):
 
     def __setitem__(self, key: str, value: Any) -> None:
         raise ValueError(
-            f"call: {key!r} can be written inside lora_kernels.nn.side_inputs(model) alone, which is not open"
+            f"call: {key!r} is passed from layer to layer, and no call is open: run the model that apply_lora"
+            " got, a part of it inside lora_kernels.nn.side_inputs(model), and give torch.utils.checkpoint"
+            " current_call().bind(function)"
         )
+
+
+_NOTHING = _Nothing()
+_OTHER_THREAD = "call: the side inputs of another thread are in force; one forward pass at a time"
 
 
 class _State:
@@ -53,7 +60,7 @@ class _State:
     a context holds it would take the value that it saw first.
     """
 
-    call: Call = _Nothing()
+    call: Call = _NOTHING
     owner: int | None = None
 
 
@@ -74,12 +81,33 @@ def entered(call: Call) -> Iterator[Call]:
     """
     before, thread = (_state.call, _state.owner), threading.get_ident()
     if _state.owner not in (None, thread):
-        raise RuntimeError("call: the side inputs of another thread are in force; one forward pass at a time")
+        raise RuntimeError(_OTHER_THREAD)
     _state.call, _state.owner = call, thread
     try:
         yield call
     finally:
         _state.call, _state.owner = before
+
+
+def begin() -> Call | None:
+    """Puts a new call in force and returns it, or ``None`` where one is: who begins calls :func:`end`.
+
+    Raises:
+        RuntimeError: a block of another thread is open.
+    """
+    thread = None if torch.compiler.is_compiling() else threading.get_ident()
+    if _state.owner is not None and _state.owner != thread and thread is not None:
+        raise RuntimeError(_OTHER_THREAD)
+    if _state.call is not _NOTHING:
+        return None
+    _state.call, _state.owner = Call(), thread
+    return _state.call
+
+
+def end(call: Call) -> None:
+    """Takes a call of :func:`begin` out of force, if it is."""
+    if _state.call is call:
+        _state.call, _state.owner = _NOTHING, None
 
 
 def expand_rows(value: Tensor, x: Tensor) -> Tensor:

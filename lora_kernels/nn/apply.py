@@ -23,6 +23,7 @@ from .groups import group_layers, layer_groups, ungroup_layers
 from .linear import LinearAdapterLayer, LoRALinear
 from .mlp import fuse_mlps, fused_mlps, unfuse_mlps
 from .quantized import QuantizedLinear, QuantizedLoRALinear
+from .side_inputs import open_calls
 from .weight_reads import Reads, weight_reads
 from .wrappers import is_wrapper, plain_key, plain_names, unwrapped
 
@@ -179,6 +180,7 @@ def install(
     if fuse:
         _combine(model)
     expose_weights(model)
+    _open_calls(model)
     vars(unwrapped(model)).setdefault(_CONFIGS, {})[adapter_name] = config
 
 
@@ -212,6 +214,7 @@ def reinstall(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Pla
     if combined:
         _combine(model)
     expose_weights(model)
+    _open_calls(model)
     vars(unwrapped(model))[_CONFIGS][adapter_name] = config
 
 
@@ -241,6 +244,12 @@ def _combine(model: nn.Module) -> None:
     """Finds what can be computed together, after layers came or went."""
     group_layers(model)
     fuse_mlps(model)
+
+
+def _open_calls(model: nn.Module) -> None:
+    """Lets the model open a call a forward pass where one of its adapters passes values on."""
+    adapters = (one for layer in lora_layers(model).values() for one in layer.adapters.values())
+    open_calls(unwrapped(model), any(one.passes_on for one in adapters))
 
 
 def is_combined(model: nn.Module) -> bool:
@@ -606,6 +615,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     if combined:
         _combine(model)
     expose_weights(model)
+    _open_calls(model)
     vars(unwrapped(model)).get(_CONFIGS, {}).pop(name, None)
 
 
@@ -651,6 +661,7 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> nn.Module:
                     if not isinstance(plain[id(child)], QuantizedLinear):  # it keeps off the fast path too
                         _drop_hook(plain[id(child)])
                 parent._modules[attribute] = plain[id(child)]
+    _open_calls(model)
     vars(unwrapped(model)).pop(_CONFIGS, None)
     return model
 

@@ -246,7 +246,7 @@ def test_layers_pass_on_what_they_read(monkeypatch):
         y = second(h)
     a, b = second.adapters["default"].lora_A, second.adapters["default"].lora_B
     torch.testing.assert_close(y, F.linear(h, second.weight, second.bias) + (h + x) @ a.T @ b.T)
-    with pytest.raises(ValueError, match=r"'0\.proj' can be written inside"):
+    with pytest.raises(ValueError, match=r"'0\.proj' is passed from layer to layer"):
         first(x)
     with side_inputs(model), pytest.raises(ValueError, match=r"expected '0\.proj'"):
         second(x)

@@ -168,6 +168,83 @@ def test_compiled_copied_and_checkpointed(mode):
         torch.testing.assert_close(torch.compile(whole, backend="aot_eager")(x), y)
 
 
+class Chain(nn.Module):
+    """The same chain in a model whose forward runs it, with or without checkpointing of each block."""
+
+    def __init__(self, mode, dtype=WIDE):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = base().to(dtype)
+        config = LoRAConfig(r=R, lora_alpha=S * R, method="reslora", target_modules=["proj"])
+        config.method_options, config.init_lora_weights = {"mode": mode}, False
+        apply_lora(self, config)
+
+    def forward(self, x=None, labels=None):
+        checkpointed = vars(self).get("_gradient_checkpointing_func")
+        for block in self.blocks:
+
+            def run(h, block=block):
+                return torch.tanh(block["proj"](h))
+
+            x = run(x) if checkpointed is None else self._gradient_checkpointing_func(run, x)
+        return x if labels is None else {"loss": (x - labels).square().mean(), "logits": x}
+
+
+def gradients(model, x):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.autograd.grad(model(x).square().sum(), trained)
+
+
+@pytest.mark.parametrize("mode", ["is", "ms"])
+def test_a_model_opens_its_call_itself(mode):
+    torch._dynamo.reset()
+    model, x = Chain(mode), torch.randn(3, WIDTH, dtype=WIDE)
+    want = through(model.blocks, x)
+    torch.testing.assert_close(model(x), want)
+    whole = gradients(model, x)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), want)
+    torch.testing.assert_close(copy.deepcopy(model)(x), want)
+    model._gradient_checkpointing_func = lambda f, *a: checkpoint(f, *a, use_reentrant=False)
+    both = [model(x), model(2 * x)]  # a backward pass finds the call of its own forward pass
+    trained = [p for p in model.parameters() if p.requires_grad]
+    again = torch.autograd.grad(both[0].square().sum() + 0 * both[1].sum(), trained)
+    torch.testing.assert_close(again, whole)
+
+
+@pytest.mark.parametrize("mode", ["is", "ms"])
+def test_no_call_outlives_a_forward_or_an_adapter(mode):
+    model, x = Chain(mode), torch.randn(3, WIDTH, dtype=WIDE)
+    with pytest.raises(ValueError, match=f"expected last dimension {WIDTH}"):
+        model(x[:, :-1])
+    with pytest.raises(ValueError, match=r"call: .* is passed from layer to layer, and no call is open"):
+        model.blocks[0]["proj"](x)
+    with side_inputs(model) as call:
+        model(x)
+        assert call  # the block's is used
+    remove_lora(model)
+    assert not model._forward_pre_hooks and not model._forward_hooks
+    assert not apply_lora(model, LoRAConfig(target_modules=["proj"]))._forward_pre_hooks
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_under_the_trainer(checkpointing, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=8))
+    options = {"method": "reslora", "method_options": {"mode": "ms"}}
+    apply_lora(model, LoRAConfig(r=2, target_modules=["q_proj", "v_proj"], **options))
+    before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    tokens = [{"input_ids": torch.arange(8), "labels": torch.arange(8)} for _ in range(4)]
+    arguments = TrainingArguments(
+        output_dir=tmp_path, max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        gradient_checkpointing=checkpointing, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    assert Trainer(model, arguments, train_dataset=tokens).train().global_step == 2
+    assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
 def test_what_it_refuses():
     for options, words in (
         ({"mode": "no"}, "mode: expected one of"),
@@ -176,7 +253,7 @@ def test_what_it_refuses():
     ):
         with pytest.raises(ValueError, match=words):
             LoRALinear(4, 4, r=2, method="reslora", method_options=options)
-    with pytest.raises(ValueError, match=r"can be written inside lora_kernels\.nn\.side_inputs"):
+    with pytest.raises(ValueError, match="is passed from layer to layer, and no call is open"):
         LoRALinear(4, 4, r=2, method="reslora", method_options={"mode": "ms"})(torch.ones(1, 4))
     with pytest.raises(ValueError, match="model: expected ResLoRA adapters of mode 'is' or 'ms', got none"):
         estimate_reslora_merge(new(mode="bs"))

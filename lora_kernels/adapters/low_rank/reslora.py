@@ -29,7 +29,7 @@ class ResLoRA(LoRA):
     n of bs and ms (-1: all); ``first``, whether is's first layer adds its own x (``"double"``, as the
     authors' program does) or nothing (``"single"``); ``merge``, by what is (``"input"``, ``"weight"``) and ms
     (``"input"``, ``"scalar"``) merge: only nearly, after :func:`lora_kernels.stats.estimate_reslora_merge`.
-    bs merges exactly. A model with is or ms runs in ``side_inputs(model)``.
+    bs merges exactly. is and ms pass values on within a forward pass of the model that ``apply_lora`` got.
     """
 
     options = frozenset({"mode", "pre_num", "first", "merge"})
@@ -42,7 +42,7 @@ class ResLoRA(LoRA):
         self.mode = site.option("mode", "bs", ("is", "bs", "ms"))
         self.merge_by = site.option("merge", "input", ("input", "scalar" if self.mode == "ms" else "weight"))
         self.doubles = site.option("first", "double", ("double", "single")) == "double"
-        self.plain = self.mode == "bs"
+        self.plain, self.passes_on = self.mode == "bs", self.mode != "bs"
         most = 1 if self.mode == "is" else site.whole_option("pre_num", -1, -1)
         near = site.previous if self._continues(site.previous) else None
         self.chain = next(_CHAINS) if near is None else near.chain
