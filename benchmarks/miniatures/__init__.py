@@ -6,7 +6,8 @@ A miniature joins with one module ``miniatures/<key of the register>.py``, which
     def run(seed: int) -> dict[str, float]: ...                # the figures of one seed
     def holds(figures: list[dict[str, float]]) -> bool: ...    # whether those of all seeds bear CLAIM out
 
-Those whose figures do not bear the claim out are listed so.
+Those whose figures do not bear the claim out are listed so. A method that acts in another's miniature is in
+``WITHIN`` instead.
 """
 
 from __future__ import annotations
@@ -20,6 +21,15 @@ from typing import NamedTuple
 import torch
 
 SEEDS = (0, 1, 2)
+# Method -> the one whose miniature shows it too.
+WITHIN = {
+    "select_blocks": "smt",
+    "select_neurons": "neft",
+    "lamda_freezer": "lamda",
+    "aflora_freezer": "aflora",
+    "dylora_sampler": "dylora",
+    "sora_schedule": "sora",
+}
 
 
 class Outcome(NamedTuple):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from .. import report
-from . import SEEDS, Outcome, keys, outcome, table
+from . import SEEDS, WITHIN, Outcome, keys, outcome, table
 
 RESULT = Path(__file__).parents[1] / "results" / "methods.md"
 HEAD = """# What the methods promise, shown small
@@ -46,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
 def page(outcomes: list[Outcome], under: report.Conditions) -> str:
     """The table, and who is not in it."""
     missing = sorted({*keys()} - {one.key for one in outcomes})
-    rest = [f"\nNot run: {', '.join(f'`{key}`' for key in missing)}."] if missing else []
+    rest = [f"\nShown with another: {', '.join(f'`{one}` with `{other}`' for one, other in WITHIN.items())}."]
+    rest += [f"\nNot run: {', '.join(f'`{key}`' for key in missing)}."] if missing else []
     return "\n".join([HEAD, report.taken_under(under), "", *table(outcomes), *rest]) + "\n"
 
 

@@ -14,7 +14,7 @@ LEADING, STEPS, LR = 8, 600, 1e-3
 
 
 def run(seed: int) -> dict[str, float]:
-    """The loss on the source, and ‖U_kᵀ ΔW V_k‖ over ‖U_kᵀ W V_k‖ of the second layer's leading directions."""
+    """The loss on the source, and ‖U_kᵀ ΔW V_k‖ over ‖U_kᵀ W V_k‖ of the second layer's W = U S Vᵀ."""
     tuning, figures = pretrained(seed), {}
     weight = tuning.net[2].weight.detach()
     u, s, vh = torch.linalg.svd(weight)

@@ -53,8 +53,10 @@ def test_command_measures_the_suite(tmp_path):
     assert {"lora", OURS, "dense", "peft"} <= {row["provider"] for row in rows}
 
 
-def test_each_miniature_is_of_the_register():
-    assert {*miniatures.keys()} <= {one.key for one in methods.REGISTER}
+def test_miniatures_and_the_register_have_the_same_methods():
+    shown = [*miniatures.keys(), *miniatures.WITHIN]
+    assert sorted(shown) == sorted(one.key for one in methods.REGISTER)
+    assert {*miniatures.WITHIN.values()} <= {*miniatures.keys()}
 
 
 @pytest.mark.exhaustive
