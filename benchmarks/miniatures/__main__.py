@@ -7,6 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from lora_kernels import methods
+
 from .. import report
 from . import SEEDS, WITHIN, Outcome, keys, outcome, table
 
@@ -45,9 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def page(outcomes: list[Outcome], under: report.Conditions) -> str:
     """The table, and who is not in it."""
-    missing = sorted({*keys()} - {one.key for one in outcomes})
-    rest = [f"\nShown with another: {', '.join(f'`{one}` with `{other}`' for one, other in WITHIN.items())}."]
-    rest += [f"\nNot run: {', '.join(f'`{key}`' for key in missing)}."] if missing else []
+    left_out = {*keys()} - {one.key for one in outcomes}
+    without = {one.key for one in methods.REGISTER} - {*keys(), *WITHIN}
+    within = [f"`{one}` with `{other}`" for one, other in WITHIN.items()]
+    rest = [f"\nShown with another: {', '.join(within)}."]
+    for words, some in (("Without a miniature", without), ("Not run", left_out)):
+        rest += [f"\n{words}: {', '.join(f'`{key}`' for key in sorted(some))}."] if some else []
     return "\n".join([HEAD, report.taken_under(under), "", *table(outcomes), *rest]) + "\n"
 
 

@@ -53,10 +53,17 @@ def test_command_measures_the_suite(tmp_path):
     assert {"lora", OURS, "dense", "peft"} <= {row["provider"] for row in rows}
 
 
-def test_miniatures_and_the_register_have_the_same_methods():
-    shown = [*miniatures.keys(), *miniatures.WITHIN]
-    assert sorted(shown) == sorted(one.key for one in methods.REGISTER)
+def test_each_miniature_is_of_the_register():
+    assert {*miniatures.keys(), *miniatures.WITHIN} <= {one.key for one in methods.REGISTER}
     assert {*miniatures.WITHIN.values()} <= {*miniatures.keys()}
+
+
+def test_methods_without_a_miniature_are_listed():
+    under = miniatures_command.report.conditions("cpu", "so", 1)
+    missing = {one.key for one in methods.REGISTER} - {*miniatures.keys(), *miniatures.WITHIN}
+    lines = miniatures_command.page([], under).splitlines()
+    named = " ".join(line for line in lines if line.startswith("Without a miniature"))
+    assert all(f"`{key}`" in named for key in missing)
 
 
 @pytest.mark.exhaustive
