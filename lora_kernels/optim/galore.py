@@ -172,14 +172,22 @@ class _Site:
         if self.gradient is None:
             return
         gradient, self.gradient = self.gradient.to(trained.dtype), None
-        self.turn(gradient)
-        projected = gradient @ self.vectors.T if self.right else self.vectors.T @ gradient
+        found = self.turn(gradient)
+        projected = gradient @ found.T if self.right else found.T @ gradient
         trained.grad = projected.mul_(self.pair.scaling)
         self.arm(False)
+        # Where A and B are two nodes of the graph, the one that holds the vectors may still be needed.
+        engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+        engine.queue_callback(lambda: self._place(found))
 
-    def turn(self, gradient: Tensor) -> None:
-        """Takes the vectors of a gradient."""
-        self.vectors.copy_(leading_vectors(gradient, self.pair.rank, self.right))
+    @torch.no_grad()
+    def _place(self, found: Tensor) -> None:
+        """Called at the end of the backward pass."""
+        self.vectors.copy_(found)
+
+    def turn(self, gradient: Tensor) -> Tensor:
+        """The vectors of a gradient."""
+        return leading_vectors(gradient, self.pair.rank, self.right)
 
     def project(self) -> None:
         """The gradient of what AdamW moves, from that of the factor."""
@@ -210,9 +218,9 @@ class _BothSides(_Site):
         self.moved = nn.Parameter(self.trained.new_zeros(pair.rank, pair.rank))
         self.outer = torch.zeros_like(self.trained)
 
-    def turn(self, gradient: Tensor) -> None:
-        super().turn(gradient)
+    def turn(self, gradient: Tensor) -> Tensor:
         self.outer = leading_vectors(gradient, self.pair.rank, False).contiguous()
+        return super().turn(gradient)
 
     def project(self) -> None:
         if self.trained.grad is not None:
@@ -246,7 +254,7 @@ def leading_vectors(matrix: Tensor, r: int, right: bool) -> Tensor:
     else:
         found = wide.T @ torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -r:].flip(1)
         found = F.normalize(found, dim=0)
-    return found.T if right else found
+    return (found.T if right else found).to(matrix.dtype)
 
 
 def _check(pair: Pair, layers: list[nn.Module]) -> None:

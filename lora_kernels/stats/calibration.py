@@ -71,7 +71,7 @@ def calibrate(
     names = _checked(model, collect)
     config = LoRAConfig(target_modules=target_modules, exclude_modules=exclude_modules)
     layers = {site.name: site.linear for site in find_sites(model, config, _linear_types())}
-    if any(isinstance(layer, AdapterLayer) for layer in layers.values()):
+    if any(isinstance(layer, AdapterLayer) for layer in layers.values()) or _inside_peft(model, layers):
         raise ValueError("model: expected one without adapters (calibrate before apply_lora), got one with")
     gatherers = [COLLECTED[name](layers) for name in names]
     run = forward or call_model
@@ -116,6 +116,12 @@ def _checked(model: nn.Module, collect: Iterable[str]) -> list[str]:
 def call_model(model: nn.Module, batch: Any) -> Any:
     """The model on a batch, by keywords where that is a mapping."""
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def _inside_peft(model: nn.Module, names: Iterable[str]) -> bool:
+    """Whether one of these layers is a part of one of PEFT's."""
+    layers = tuple(f"{name}." for name, one in model.named_modules() if hasattr(one, "adapter_layer_names"))
+    return any(name.startswith(layers) for name in names)
 
 
 def _loss_of(output: Any) -> Tensor:
