@@ -1,4 +1,4 @@
-"""Bayesian-LoRA's structure: bits and ranks of LoRA's factors behind gates."""
+"""Bayesian-LoRA's structure: bits and ranks of LoRA's factors behind gates (over 60 lines: six tensors)."""
 
 from __future__ import annotations
 
