@@ -51,6 +51,13 @@ class LowRank(NamedTuple):
             and (self.gate is None or self.gate.shape[-1] == self.lora_a.shape[0])
         )
 
+    def numbered(self) -> LowRank:
+        """The same with a number for s: one that is a tensor goes into the gate, gradient and all."""
+        if not isinstance(self.scaling, Tensor):
+            return self
+        gate = scaling_as_gate(self.scaling, self.gate, self.lora_b)
+        return self._replace(scaling=1.0, gate=gate)
+
 
 class Dense(NamedTuple):
     """x Wᵀ + drop(x) ΔWᵀ: where ΔW [N, K] is of no low rank (HiRA, LoHa, FourierFT of many terms)."""
@@ -157,9 +164,7 @@ def _plus(base: Tensor | None, y: Tensor) -> Tensor:
 
 
 def _low_rank(x: Tensor, weight: Any, bias: Tensor | None, update: LowRank, p: float) -> Tensor:
-    lora_a, lora_b, scaling, gate, x_lora, magnitude = update
-    if isinstance(scaling, Tensor):
-        gate, scaling = scaling_as_gate(scaling, gate, lora_b), 1.0
+    lora_a, lora_b, scaling, gate, x_lora, magnitude = update.numbered()
     if magnitude is not None:
         return fused_dora(x, weight, lora_a, lora_b, magnitude, bias, scaling, p)
     p = p if lora_a is not None else 0.0

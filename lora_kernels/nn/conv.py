@@ -153,7 +153,7 @@ def _adapted(conv: Any, y: Tensor, x: Tensor, update: Any, p: float) -> Tensor:
     d = F.dropout(x, p) if p else x
     if type(update) is Dense:
         return y + conv._conv_forward(d, update.delta.to(y.dtype).view_as(own_weight(conv)), None)
-    lora_a, lora_b, scaling, gate, _, magnitude = update
+    lora_a, lora_b, scaling, gate, _, magnitude = update.numbered()
     down = lora_a.to(own_weight(conv).dtype).view(-1, *own_weight(conv).shape[1:])
     up = (lora_b if gate is None else lora_b * gate).to(own_weight(conv).dtype)
     h = conv._conv_forward(d, down, None).flatten(2)

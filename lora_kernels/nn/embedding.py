@@ -119,7 +119,7 @@ def embed(base: nn.Embedding, input: Tensor, adapters: Iterable[Any]) -> Tensor:
         if isinstance(update, Dense):
             y = y + look_up(base, tokens, update.delta.T.to(y.dtype))
             continue
-        lora_a, lora_b, scaling, gate, _, magnitude = update
+        lora_a, lora_b, scaling, gate, _, magnitude = update.numbered()
         h = look_up(base, tokens, lora_a.T)
         h = h if gate is None else h * gate
         y = y.addmm_(h.to(y.dtype), lora_b.T.to(y.dtype), alpha=scaling)

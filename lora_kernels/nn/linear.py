@@ -12,7 +12,6 @@ from .._arguments import LoraInputs
 from ..adapters import Input, LoRAConfig, LowRank, apply_update, current_call, stack
 from ..ops._inputs import autocasts
 from ..ops.dora_linear import output_scale
-from ..ops.lora_linear import scaling_as_gate
 from .adapter_layer import AdapterLayer
 from .groups import grouped
 
@@ -46,10 +45,8 @@ class LinearAdapterLayer(AdapterLayer):
         if not adapter.plain:
             return None
         update: Any = adapter.lower(x, current_call())
-        lora_a, lora_b, scaling, gate, *_ = update
+        lora_a, lora_b, scaling, gate, *_ = update.numbered()
         p = adapter.lora_dropout if self.training else 0.0
-        if isinstance(scaling, Tensor):
-            gate, scaling = scaling_as_gate(scaling, gate, lora_b), 1.0
         weight = self._matrix(self._own_weight)
         return LoraInputs(x, weight, lora_a, lora_b, self.bias, gate, None, None, scaling, p)
 

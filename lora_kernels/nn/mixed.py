@@ -286,5 +286,5 @@ def _factors(adapter: Adapter) -> tuple[Tensor, Tensor, float]:
     if not adapter.plain:
         raise ValueError(f"adapter_names: {adapter.method} is more than A, B and s and cannot be mixed")
     update: Any = adapter.lower()
-    lora_a, lora_b, scaling, gate, *_ = update
+    lora_a, lora_b, scaling, gate, *_ = update.numbered()
     return lora_a, lora_b if gate is None else lora_b * gate, scaling

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
@@ -12,7 +13,14 @@ from oracles import agrees, trained
 
 from lora_kernels import load_adapter, save_adapter
 from lora_kernels.init.clusters import cluster_rows
-from lora_kernels.nn import LoRAConfig, LoRALinear, apply_lora, remove_lora
+from lora_kernels.nn import (
+    LoRAConfig,
+    LoRALinear,
+    apply_lora,
+    disable_adapters,
+    mixed_adapters,
+    remove_lora,
+)
 from lora_kernels.schedules import advlora_loss
 
 WIDE = torch.float64
@@ -167,3 +175,41 @@ def test_bad_numbers(options, words):
 def test_bad_starts(r, options, words):
     with pytest.raises(ValueError, match=words):
         LoRALinear(IN, OUT, r=r, method="advlora", init_lora_weights="clusters", method_options=options)
+
+
+class Siblings(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = torch.nn.Linear(6, 5, dtype=WIDE), torch.nn.Linear(6, 5, dtype=WIDE)
+
+    def forward(self, x):
+        return self.one(x) * self.two(x)
+
+
+KINDS = {
+    "conv": lambda: (
+        torch.nn.Sequential(torch.nn.Conv1d(3, 4, 2, dtype=WIDE)),
+        torch.randn(2, 3, 5, dtype=WIDE),
+        ["0"],
+    ),
+    "group": lambda: (Siblings(), torch.randn(4, 6, dtype=WIDE), ["one", "two"]),
+    "mixed": lambda: (Siblings(), torch.randn(4, 6, dtype=WIDE), ["one", "two"]),
+}
+
+
+@pytest.mark.parametrize("kind", ["conv", "group", "mixed"])
+def test_the_scale_reaches_every_kind_of_call(kind):
+    """Where A, B and s are taken apart, s may be a tensor that trains."""
+    torch.manual_seed(0)
+    net, x, names = KINDS[kind]()
+    model = shake(apply_lora(net, LoRAConfig(2, 6, names, method="advlora")))
+    layers = [layer for layer in model.modules() if hasattr(layer, "adapters")]
+    scales = [layer.adapters["default"].scale for layer in layers]
+    with mixed_adapters(model, ["default"] * len(x)) if kind == "mixed" else contextlib.nullcontext():
+        y = model(x)
+    got = torch.autograd.grad(y.square().sum(), scales)
+    for layer in layers:
+        layer.weight.data = layer.merged_weight()
+    with disable_adapters(model):
+        torch.testing.assert_close(model(x), y)
+    assert all(one.abs() > 0 for one in got)
