@@ -164,6 +164,7 @@ def _plus(base: Tensor | None, y: Tensor) -> Tensor:
 
 
 def _low_rank(x: Tensor, weight: Any, bias: Tensor | None, update: LowRank, p: float) -> Tensor:
+    scaling: Any
     lora_a, lora_b, scaling, gate, x_lora, magnitude = update.numbered()
     if magnitude is not None:
         return fused_dora(x, weight, lora_a, lora_b, magnitude, bias, scaling, p)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,18 @@ def check_count(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def check_keys(name: str, want: Collection[str], given: Any) -> None:
+    """Raises where ``given`` is no mapping of exactly these keys."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name}: expected a mapping, got {type(given).__name__}")
+    for key in want:
+        if key not in given:
+            raise ValueError(f"{name}: expected {key!r}, got {', '.join(map(repr, given)) or 'nothing'}")
+    for key in given:
+        if key not in want:
+            raise ValueError(f"{name}: expected {', '.join(map(repr, want)) or 'nothing'}, got {key!r}")
 
 
 def check_adamw(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:

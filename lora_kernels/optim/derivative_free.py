@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ..nn.pairs import Pair
 from ..nn.rows import Samples, Trial, row_ids, trial
 from ..ops.multi_lora_linear import multi_lora_linear, stack_adapters
-from ._common import check_count, check_number, pairs_of
+from ._common import check_count, check_keys, check_number, pairs_of
 
 Losses = Callable[[Any], Tensor]
 
@@ -146,8 +146,10 @@ class DerivativeFree(Optimizer):
         """Takes the search back to where it was, and A and B with it.
 
         Raises:
-            ValueError: of another number of layers or of candidates.
+            TypeError: no mapping.
+            ValueError: another's state, or of another number of layers or of candidates; nothing is changed.
         """
+        check_keys("state_dict", ("state", "param_groups", "histories"), state_dict)
         histories = state_dict["histories"]
         want = [search.popsize + 1 for search in self._searches]
         got = [h.shape[-1] if h.numel() else n for h, n in zip(histories, want, strict=False)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ._common import check_count, check_number, evaluate
+from ._common import check_count, check_keys, check_number, evaluate
 
 
 def sketch(rank: int, size: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -269,10 +269,17 @@ class FloraAccumulator:
         """Takes them back.
 
         Raises:
-            ValueError: of another number of tensors.
+            TypeError: no mapping.
+            ValueError: another's state, or of tensors of another number or other shapes; nothing is changed.
         """
+        check_keys("state_dict", ("cycle", "sums"), state_dict)
         if len(state_dict["sums"]) != len(self.params):
             raise ValueError(f"state_dict: expected {len(self.params)} sums, got {len(state_dict['sums'])}")
+        for parameter, total in zip(self.params, state_dict["sums"], strict=True):
+            rows, columns = parameter.shape
+            want = (rows, self.rank) if _over_columns(parameter.shape) else (self.rank, columns)
+            if total is not None and total.shape != want:
+                raise ValueError(f"state_dict: expected a sum of shape {want}, got {tuple(total.shape)}")
         self.cycle, self.sums = state_dict["cycle"], list(state_dict["sums"])
 
     def remove(self) -> None:

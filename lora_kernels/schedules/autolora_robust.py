@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.apply import disable_adapters
-from ..optim._common import check_number, pairs_of
+from ..optim._common import check_keys, check_number, pairs_of
 from ._attack import ascend
 
 CHECKS = (0, 16, 24, 28, 36, 40, 42, 44, 46, 48, 50)
@@ -163,9 +163,9 @@ class MinAutoLR:
         """Goes on from there.
 
         Raises:
+            TypeError: no mapping.
             ValueError: another's state.
         """
-        if set(state) != {"lr", "history", "seen", "epoch"}:
-            raise ValueError(f"state: expected one of MinAutoLR, got {', '.join(map(repr, state))}")
+        check_keys("state", ("lr", "history", "seen", "epoch"), state)
         self.lr, self.history, self.epoch = state["lr"], list(state["history"]), state["epoch"]
         self.seen = (state["seen"][0], state["seen"][1])

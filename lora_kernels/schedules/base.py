@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from ..optim._common import check_keys
 
 
 class Schedule:
@@ -73,12 +75,10 @@ class Schedule:
             TypeError: no mapping.
             ValueError: the state of another schedule, or of this one on another model; nothing is changed.
         """
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state: expected a mapping, got {type(state).__name__}")
-        if state.get("schedule") != self.key:
+        if isinstance(state, Mapping) and state.get("schedule") != self.key:
             raise ValueError(f"state: expected one of {self.key!r}, got one of {state.get('schedule')!r}")
         names = ("steps", *self.saved)
-        _check_keys("state", ("schedule", *names), state)
+        check_keys("state", ("schedule", *names), state)
         for name in names:
             self.check_state(name, getattr(self, name), state[name])
         for name in names:
@@ -93,7 +93,7 @@ class Schedule:
 def check_alike(name: str, own: Any, given: Any) -> None:
     """Raises where two states differ in kind, in keys or in the shapes of tensors; lists may in length."""
     if isinstance(own, dict) and isinstance(given, Mapping):
-        _check_keys(name, own.keys(), given)
+        check_keys(name, own.keys(), given)
         for key, value in own.items():
             check_alike(f"{name}[{key!r}]", value, given[key])
     elif isinstance(own, Tensor) and isinstance(given, Tensor):
@@ -124,15 +124,6 @@ def _kinds(own: Any) -> tuple[type, ...]:
     if isinstance(own, Optimizer):
         return (Mapping,)
     return (int, float) if isinstance(own, (int, float)) else (type(own),)
-
-
-def _check_keys(name: str, want: Collection[str], given: Mapping[str, Any]) -> None:
-    for key in want:
-        if key not in given:
-            raise ValueError(f"{name}: expected {key!r}, got {', '.join(map(repr, given)) or 'nothing'}")
-    for key in given:
-        if key not in want:
-            raise ValueError(f"{name}: expected {', '.join(map(repr, want)) or 'nothing'}, got {key!r}")
 
 
 def _copied(value: Any) -> Any:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..nn.pairs import Pair
-from ..optim._common import check_number
+from ..optim._common import check_keys, check_number
 from ._common import check_unmerged, merge_, mergeable_pairs
 
 
@@ -142,13 +142,17 @@ class InfLoRA:
         """Goes on from there.
 
         Raises:
+            TypeError: no mapping.
             ValueError: the state of another, or of another model; nothing is changed.
         """
-        if state.get("schedule") != "inflora":
+        if isinstance(state, Mapping) and state.get("schedule") != "inflora":
             raise ValueError(f"state: expected one of 'inflora', got one of {state.get('schedule')!r}")
+        check_keys("state", ("schedule", "done", "memory"), state)
+        check_keys("state['memory']", self.memory, state["memory"])
         for name, own in self.memory.items():
-            given = state["memory"].get(name)
-            if given is None or len(given["basis"]) != len(own.basis):
+            given = state["memory"][name]
+            check_keys(f"state['memory'][{name!r}]", ("basis", "keeps"), given)
+            if given["basis"].dim() != 2 or len(given["basis"]) != len(own.basis):
                 raise ValueError(
                     f"state: expected a basis of {len(own.basis)} inputs for {name}, got another"
                 )

@@ -88,5 +88,5 @@ def test_bad_input():
         autolora_lambdas(2)
     with pytest.raises(ValueError, match="checks: expected at least two epochs that rise from 0"):
         MinAutoLR((0, 5, 3))
-    with pytest.raises(ValueError, match="state: expected one of MinAutoLR, got 'steps'"):
+    with pytest.raises(ValueError, match="state: expected 'lr', got 'steps'"):
         MinAutoLR().load_state_dict({"steps": 1})

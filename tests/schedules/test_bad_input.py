@@ -9,6 +9,7 @@ from optim_models import net
 from schedule_cases import CASES, WITHOUT_ADAPTERS, adam, fresh, run
 
 from lora_kernels import schedules
+from lora_kernels.optim import DerivativeFree, FloraAccumulator
 
 
 def picture(model):
@@ -150,3 +151,53 @@ def test_the_state_of_the_next_schedule(key):
     with pytest.raises(ValueError, match=f"state: expected one of '{key}', got one of '{other['schedule']}'"):
         schedule.load_state_dict(other)
     assert_untouched(model, before)
+
+
+def rate():
+    return schedules.MinAutoLR()
+
+
+def continual():
+    return schedules.InfLoRA(fresh(), 2)
+
+
+def accumulator():
+    return FloraAccumulator(net().parameters(), rank=4)
+
+
+def search():
+    pytest.importorskip("cma")
+    return DerivativeFree(fresh(), dim=4)
+
+
+# What has a state and is no schedule.
+HOLDERS = {"rate": rate, "continual": continual, "accumulator": accumulator, "search": search}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_states_of_what_is_no_schedule(name):
+    one = HOLDERS[name]()
+    own = one.state_dict()
+    before = shapes(own)
+    with pytest.raises(TypeError, match=r"state.*: expected a mapping, got list"):
+        one.load_state_dict([])
+    for other in (CASES["prilora"], CASES["relora"]):
+        model = other[0]()
+        with pytest.raises(ValueError, match=r"state.*: expected"):
+            one.load_state_dict(other[1](model, adam(model)).state_dict())
+    for key in own:
+        with pytest.raises(ValueError, match=r"state.*: expected"):
+            one.load_state_dict({k: v for k, v in own.items() if k != key})
+    with pytest.raises(ValueError, match=r"state.*: expected .*, got 'more'"):
+        one.load_state_dict({**own, "more": 1})
+    assert shapes(one.state_dict()) == before
+    one.load_state_dict(own)
+
+
+def test_sums_of_other_shapes():
+    one, other = accumulator(), FloraAccumulator(net().parameters(), rank=3)
+    state = one.state_dict()
+    state["sums"][0] = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=r"state_dict: expected a sum of shape \(.*\), got \(2, 2\)"):
+        one.load_state_dict(state)
+    assert one.sums == [None] * len(one.params) and len(other.params) >= len(one.params)
