@@ -762,6 +762,22 @@ REGISTER = (
         "company",
         "routing.lora_retriever",
     ),
+    Method(
+        "lora_composite",
+        "LoRA Composite and Switch: adapters averaged in one pass, or in turns",
+        "2402.16843",
+        (67,),
+        "company",
+        "compose.denoising",
+    ),
+    Method(
+        "rlhf_lora",
+        "PPO with policy, value and reference on one base, in one pass",
+        "2309.09055",
+        (78,),
+        "company",
+        "compose.rlhf",
+    ),
     # Federated.
     Method(
         "fedlora_pfl",

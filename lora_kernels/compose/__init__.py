@@ -1,30 +1,43 @@
-"""What is made of several adapters: one merged of them, and the rules of federated aggregation."""
+"""What is made of several adapters: one merged of them, one pass of all, PPO, federated rules."""
 
 from __future__ import annotations
 
+from .denoising import SwitchSchedule, composite_forward
 from .feddecomp import FedDecompClient, split_state
 from .flasc import FLASC, topk_mask
 from .merging import Merging, combine, merge_factors
 from .replication import ReplicationServer, aggregate_lora, truncate_lora
+from .rlhf import PENALTIES, Rollout, gae, kl_penalty, ppo_loss, token_rewards, whiten
 from .rounds import Server, Traffic, Upload, fed_average, payload_bytes, run_round
+from .together import forward_each
 from .weighted import add_weighted_adapter
 
 __all__ = [
     "FLASC",
+    "PENALTIES",
     "FedDecompClient",
     "Merging",
     "ReplicationServer",
+    "Rollout",
     "Server",
+    "SwitchSchedule",
     "Traffic",
     "Upload",
     "add_weighted_adapter",
     "aggregate_lora",
     "combine",
+    "composite_forward",
     "fed_average",
+    "forward_each",
+    "gae",
+    "kl_penalty",
     "merge_factors",
     "payload_bytes",
+    "ppo_loss",
     "run_round",
     "split_state",
+    "token_rewards",
     "topk_mask",
     "truncate_lora",
+    "whiten",
 ]

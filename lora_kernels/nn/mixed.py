@@ -222,8 +222,11 @@ def _forward(layer: Any, batch: _Batch, at: str, x: Tensor) -> Tensor:
         batch.trial.see(at, x, lead)
         return layer._base(x, layer._own_weight)
     place = batch.samples.dimension(lead, batch.shown.get(at), at)
-    others = (name for name, adapter in layer.adapters.items() if adapter.plain)
+    # One that no sample uses gets a gradient of zeros, where there are gradients.
+    others = (name for name, one in layer.adapters.items() if one.plain and torch.is_grad_enabled())
     present = [name for name in dict.fromkeys([*batch.used, *others]) if name in layer.adapters]
+    if not present:
+        return layer._base(x, layer._own_weight)
     lora_as, lora_bs, scalings = zip(*(_factors(layer.adapters[name]) for name in present), strict=True)
     wide = torch.promote_types(x.dtype, torch.float32)
     stack = stack_adapters(lora_as, lora_bs, torch.tensor(scalings, dtype=wide, device=x.device))
