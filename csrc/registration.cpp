@@ -10,6 +10,7 @@
 #include "cpu/direct_call.h"
 #include "cpu/dora_linear.h"
 #include "cpu/dropout.h"
+#include "cpu/gate_chain.h"
 #include "cpu/invariant_linear.h"
 #include "cpu/lora_linear.h"
 #include "cpu/lora_linear_autograd.h"
@@ -40,6 +41,8 @@ TORCH_LIBRARY_IMPL(lora_kernels, CPU, library) {
   library.impl("cpp_dequantize", lora_kernels::dequantize);
   library.impl("cpp_quantized_linear", lora_kernels::quantized_linear);
   library.impl("cpp_quantized_lora_linear", lora_kernels::quantized_lora_linear);
+  library.impl("cpp_gate_chain", lora_kernels::gate_chain);
+  library.impl("cpp_gate_chain_backward", lora_kernels::gate_chain_backward);
   library.impl("cpp_lora_linear", lora_kernels::lora_linear);
   library.impl("cpp_lora_linear_backward", lora_kernels::lora_linear_backward);
 }

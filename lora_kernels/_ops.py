@@ -185,9 +185,11 @@ CPP_OPS = (
     "dequantize",
     "quantized_linear",
     "quantized_lora_linear",
+    "gate_chain",
+    "gate_chain_backward",
 )
 # Elementwise ops that PyTorch's own vectorised kernels do as well on a CPU.
-LEFT_TO_TORCH = ("glu", "glu_backward", "gate_chain", "gate_chain_backward")
+LEFT_TO_TORCH = ("glu", "glu_backward")
 # Ops that csrc/cuda implements, under the name `cuda_<op>`.
 CUDA_OPS = ("multi_lora_linear", "multi_lora_linear_add")
 # With the base product in the same launch: what an eager call on a card runs for a few rows.

@@ -11,6 +11,7 @@
 #include "../../csrc/cpu/activation_pass.h"
 #include "../../csrc/cpu/dropout_pass.h"
 #include "../../csrc/cpu/dropped_pass.h"
+#include "../../csrc/cpu/gate_pass.h"
 #include "../../csrc/cpu/gather_pass.h"
 #include "../../csrc/cpu/panel_pass.h"
 #include "../../csrc/cpu/quantized_pass.h"
@@ -325,6 +326,45 @@ void check_dropout() {
   }
 }
 
+// A gate on two axes of [3, 2, 2] and the gradient of it, for tokens that end within a tile.
+template <typename Math>
+void check_gate() {
+  constexpr int64_t kPlaces = 16, kCount = 6, kRows = 19, kCols = 11;
+  const auto x = numbers<Math>(kRows * kCols), gate = numbers<Math>(kCount * kCount);
+  std::vector<int64_t> offsets(kCount);
+  for (int64_t k = 0; k < kCount; ++k) offsets[k] = 2 * k * kTokens;
+  const int64_t bases[] = {0, kTokens};
+  const GatePlaces places{offsets.data(), bases, kCount, 2};
+  std::vector<Math> packed(kCount * kGateRows), in(kPlaces * kTokens), out(in.size()),
+      scratch(kPlaces * (kLanes + 1)), grad(kCount * kCount), y(x);
+  for (int64_t n = 0; n < kCount; ++n) {
+    for (int64_t k = 0; k < kCount; ++k) packed[k * kGateRows + n] = gate[n * kCount + k];
+  }
+  const Storage storage = sizeof(Math) == 8 ? Storage::kDouble : Storage::kFloat;
+  const Matrix from{const_cast<Math*>(x.data()), storage, kCols}, to{y.data(), storage, kCols};
+  open_tile(from, {0, kRows}, kCols, kPlaces, in.data(), scratch.data());
+  apply_gate(places, packed.data(), in.data(), out.data());
+  sum_gate(places, out.data(), in.data(), grad.data());
+  close_tile(out.data(), kPlaces, to, {0, kRows}, kCols, true, scratch.data());
+  const auto value = [&](int64_t m, int64_t place) {
+    return place < kCols ? double(x[m * kCols + place]) : 0.0;
+  };
+  std::vector<double> sums(kCount * kCount);
+  for (int64_t m = 0; m < kRows; ++m) {
+    for (int64_t n = 0; n < 2 * kCount; ++n) {
+      double product = 0;
+      for (int64_t k = 0; k < kCount; ++k) {
+        product += double(gate[n / 2 * kCount + k]) * value(m, 2 * k + n % 2);
+      }
+      for (int64_t k = 0; k < kCount; ++k) {
+        sums[n / 2 * kCount + k] += product * value(m, 2 * k + n % 2);
+      }
+      if (n < kCols) same<Math>("gate", y[m * kCols + n], x[m * kCols + n] + product, kCount);
+    }
+  }
+  for (size_t i = 0; i < sums.size(); ++i) same<Math>("sum_gate", grad[i], sums[i], 40 * kRows);
+}
+
 template <typename Math>
 void check_all(Size s) {
   for (const bool drops : {false, true}) {
@@ -338,6 +378,7 @@ void check_all(Size s) {
   check_scale<Math>(s);
   check_gather<Math>(s);
   check_dropout<Math>();
+  check_gate<Math>();
 }
 
 void check_version() {

@@ -24,7 +24,7 @@ ROUNDING = {("avx512", "split_f32(Splitting const&)"), ("avx512", "keep_f32(Keep
 LOOPS = {"accumulate": 2, "expand": 2, "norms": 2, "transpose": 2, "run": 4, "split_f32": 1, "split_f64": 1}
 LOOPS |= {"keep_f32": 1, "keep_f64": 1, "dots": 3, "mix": 2, "mix_add": 2, "outer_pages": 2, "turn": 2}
 LOOPS |= {"subtract_chunk": 1, "replace_piece": 1, "pack_rows": 1, "multiply_panels": 1, "decode": 1}
-LOOPS |= {"fill_bytes": 1, "drop": 2}
+LOOPS |= {"fill_bytes": 1, "drop": 2, "open_tile": 2, "close_tile": 2, "apply_gate": 2, "sum_gate": 2}
 CROSS_COMPILER, CROSS_OBJDUMP = "aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump"
 EMULATOR = "qemu-aarch64"
 
