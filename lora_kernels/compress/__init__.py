@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .decompose import adaptive_rank
 from .factors import awsvd, factorise, truncate_svd
+from .loading import load_compressed
 from .lorap import Kept, Roles, lorap, lorap_ranks, neuron_scores, prune_mlp
 from .tucker import tucker2, tucker2_conv, tucker2_weight
 
@@ -13,6 +14,7 @@ __all__ = [
     "adaptive_rank",
     "awsvd",
     "factorise",
+    "load_compressed",
     "lorap",
     "lorap_ranks",
     "neuron_scores",

@@ -12,7 +12,7 @@ from ..optim._common import check_number
 from .factors import truncate_svd
 from .tucker import tucker2, tucker2_conv, tucker2_weight
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def adaptive_rank(weight: Tensor, eps: float) -> int:
@@ -46,7 +46,7 @@ def decomposable(model: nn.Module, exclude: tuple[str, ...] = ()) -> dict[str, A
     found = {
         name: layer
         for name, layer in model.named_modules()
-        if type(layer) is nn.Linear or (type(layer) in _CONVS and _plain(layer))
+        if type(layer) is nn.Linear or (type(layer) in CONVS and _plain(layer))
     }
     for name in exclude:
         if found.pop(name, None) is None:
