@@ -55,7 +55,7 @@ def lorap(
     """W_q, W_k, W_v, W_o ← B A by :func:`awsvd`; feed-forward layers lose the share p of their neurons
 
     LoRAP (Li et al., 2024, arXiv 2404.09695), block by block, each seeing what the compressed ones before
-    give: so the model runs over the batches once a block, and up to it. Ranks are those of
+    give: so the model runs over the batches once, and once more for each block, up to it. Ranks are those of
     :func:`lorap_ranks`, neurons those of :func:`prune_mlp`. A block is what a number in a name tells apart
     (``model.layers.3``).
 
@@ -78,7 +78,8 @@ def lorap(
 
     Raises:
         TypeError: of a wrong type.
-        ValueError: a number out of range, no batches, or no linears of these roles; nothing is changed.
+        ValueError: a number out of range, no batches, or no linears of these roles, or one that never
+            ran; nothing is changed.
     """
     check_model(model)
     check_number("sparsity", sparsity, 0.0, 1.0, above=True)
@@ -89,6 +90,9 @@ def lorap(
     samples, blocks = list(batches), _blocks(model, roles)
     if not samples:
         raise ValueError("batches: expected at least one, got none")
+    # What cannot run, or never does, shows before anything is changed.
+    every = [name for names in blocks.values() for name in names]
+    calibrate(model, samples, ("squares",), target_modules=every, forward=forward)
     kept = Kept({}, {})
     for block, names in blocks.items():
         run = partial(_until, model.get_submodule(block), forward or call_model)

@@ -250,6 +250,11 @@ def test_what_is_no_such_model():
     with pytest.raises(TypeError, match=r"model: expected an nn.Module, got int"):
         lorap(3, [])
     net = model()
+    net[1].attention.spare = nn.ModuleDict({"q_proj": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match=r"batches: .* 1.attention.spare.q_proj never ran"):
+        lorap(net, batches())
+    assert type(net[0].attention.q_proj) is nn.Linear
+    net = model()
     del net[1].mlp.gate_proj
     with pytest.raises(ValueError, match=r"model: 1.mlp.gate_proj: expected an nn.Linear, got nothing"):
         lorap(net, batches())
