@@ -6,6 +6,7 @@ import pytest
 import torch
 from optim_models import batch, loss, net, ours
 from optim_models import peft as peft_model
+from schedule_cases import CASES, adam, run
 
 from lora_kernels import accelerate, load_adapter, save_adapter
 from lora_kernels.nn import apply_lora, lora_pairs
@@ -93,6 +94,30 @@ def test_after_every_allocation(method, options, tmp_path):
     torch.testing.assert_close(other(batch()), y, rtol=1e-6, atol=1e-6)
     loss(model.train()).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+# What takes ranks away, or numbers of them, and what steps freely do.
+ALLOCATORS = (
+    *("adalora", "alora_alloc", "blora", "dylora_sampler", "sora_schedule"),
+    *("prilora", "roselora", "relora", "plora", "lorasc"),
+)
+
+
+@pytest.mark.parametrize("key", ALLOCATORS)
+def test_once_a_schedule_has_run(key):
+    make_model, make = CASES[key]
+    model = make_model()
+    optimizer = adam(model)
+    run(model, optimizer, make(model, optimizer), 8)
+    model.eval()
+    before = {pair.name: pair.rank for pair in lora_pairs(model)}
+    with torch.no_grad():
+        y = model(batch())
+    after = compact(model)
+    torch.testing.assert_close(model(batch()), y, rtol=1e-5, atol=1e-5)
+    assert all(1 <= after[name] <= rank for name, rank in before.items())
+    fewer = sum(after.values()) < sum(before.values())
+    assert fewer or key not in ("adalora", "alora_alloc", "dylora_sampler")
 
 
 def test_every_method_that_shrinks_is_tried():
