@@ -27,7 +27,8 @@ def run(seed: int) -> dict[str, float]:
         layer = LoRALinear(WIDTH, 3 * WIDTH, bias=False, r=R, lora_alpha=R, **options)
         want = x @ (layer.weight.detach() + change).T
         figures[name] = left(layer, x, want, STEPS)
-        figures[f"{name}, key moved"] = float(layer.adapters["default"].delta()[WIDTH : 2 * WIDTH].norm())
+        delta = layer.adapters["default"].delta().detach()
+        figures[f"{name}, key moved"] = float(delta[WIDTH : 2 * WIDTH].norm())
         figures[f"{name}, numbers"] = float(count_parameters(layer)[0])
     return figures
 

@@ -10,7 +10,7 @@ from ._change import fit, random_change
 
 CLAIM = (
     "where a quarter of the tokens carry the label, doubling their inputs gives a smaller loss after 60 steps"
-    " than LoRA, and doubling as many others does not"
+    " than LoRA, and than doubling as many others"
 )
 WIDTH, RANK, DOCUMENTS, TOKENS, STEPS = 16, 4, 32, 12, 60
 
@@ -42,4 +42,4 @@ def run(seed: int) -> dict[str, float]:
 
 def holds(figures: list[dict[str, float]]) -> bool:
     """Both, in every seed."""
-    return all(one["marked"] < one["LoRA"] <= one["others"] for one in figures)
+    return all(one["marked"] < min(one["LoRA"], one["others"]) for one in figures)
