@@ -183,6 +183,16 @@ def _delta_lora(phase: tuple[str, float]) -> Recipe:
     return _scheduled("delta_lora", phase, attach, _of("delta_lora"))
 
 
+def _rank_warmup(phase: tuple[str, float], steps: int) -> Recipe:
+    def attach(model: Any, optimizer: Optimizer, scene: Scene) -> Any:
+        schedule = schedules.RankWarmup(model, optimizer, r_lo=4, steps=steps)
+        if phase is ACTING:  # every step ends the warm-up
+            schedule.step = lambda: torch.no_grad()(schedule.act)(1)  # type: ignore[method-assign]
+        return schedule
+
+    return _scheduled("lora_asr_study", phase, attach)
+
+
 def _bilevel(key: str) -> Callable[[Scene], Step]:
     cls = {"bilora": schedules.BiLoRA, "autolora_rank": schedules.AutoLoRA}[key]
 
@@ -405,6 +415,8 @@ RECIPES: tuple[Recipe, ...] = (
     ),
     _scheduled("blora", QUIET, lambda m, o, s: schedules.BLoRA(m, warmup=NEVER), _of("blora")),
     _scheduled("blora", ACTING, lambda m, o, s: schedules.BLoRA(m), _of("blora")),
+    _rank_warmup(QUIET, NEVER),
+    _rank_warmup(ACTING, 1),
     _reducer(QUIET, NEVER),
     _reducer(ACTING, 1),
     *_in_passes("advlora_loss", 2 + ASCENTS, _advlora, _of("advlora", init_lora_weights="clusters")),

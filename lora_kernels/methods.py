@@ -659,6 +659,15 @@ REGISTER = (
         "step",
         "schedules.autolora_rank",
     ),
+    Method(
+        "lora_asr_study",
+        "Training strategies: a warm-up at high rank, then its best low one",
+        "2401.10447",
+        (9,),
+        "step",
+        "schedules.rank_warmup",
+        verified=False,
+    ),
     # Composition and merging.
     Method(
         "merging",
@@ -805,6 +814,23 @@ REGISTER = (
         "compose.flasc",
     ),
     # What a trained model knows.
+    Method(
+        "learns_less_forgets_less",
+        "LoRA learns less and forgets less: effective ranks, learning and forgetting",
+        "2405.09673",
+        (61,),
+        "knowledge",
+        "analysis.spectra",
+    ),
+    Method(
+        "lorb",
+        "LoRB: losses that rescore n-best lists, `mwer_loss` and `correlation_penalty`",
+        "2309.15223",
+        (85,),
+        "knowledge",
+        "analysis.rescoring",
+        verified=False,
+    ),
     Method(
         "laplace_lora",
         "Laplace-LoRA: a normal posterior of A and B, by K-FAC",

@@ -22,7 +22,7 @@ LAYERS = (
     ("kernels",),
     ("ops",),
     ("adapters", "init", "routing"),
-    ("nn", "optim", "serving", "stats", "testing", "compress"),
+    ("nn", "optim", "serving", "stats", "testing", "compress", "analysis"),
     ("schedules", "compose"),
     ("integrations", "tuning", "tuning_cpu"),
     ("demo",),

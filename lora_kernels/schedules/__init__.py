@@ -34,6 +34,7 @@ from .lorasc import LoRASC
 from .plora import PeriodicLoRA
 from .prilora import PRILoRA, linear_ranks
 from .rank_adaptor import Profile, search_ranks
+from .rank_warmup import RankWarmup, shrink_rank
 from .relora import ReLoRA, jagged_cosine
 from .roselora import RoseLoRA
 from .sora import SoRASchedule, gate_penalty
@@ -59,6 +60,7 @@ __all__ = [
     "PeriodicLoRA",
     "Profile",
     "RankReducer",
+    "RankWarmup",
     "ReLoRA",
     "RoseLoRA",
     "Schedule",
@@ -87,6 +89,7 @@ __all__ = [
     "pgd",
     "search_ranks",
     "search_subnetworks",
+    "shrink_rank",
     "slices_of",
     "two_branch_loss",
 ]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from ..adapters import DyLoRA
+from ..optim._common import check_count
 from ._common import generator
 from .base import Schedule
 
 
 class DyLoRASampler(Schedule):
-    """b uniform in 1 … r for the next step, one b for all layers of the method ``dylora``
+    """b uniform in 1 … r, or among ``ranks``, for the next step, one for all layers of the method ``dylora``
 
     DyLoRA (Valipour et al., 2022, arXiv 2210.07558). The first b is drawn at once, a layer of a smaller r
     takes the most it has; :meth:`finish` sets the rank to serve.
@@ -19,26 +22,35 @@ class DyLoRASampler(Schedule):
     Args:
         model: one with DyLoRA adapters.
         seed: of the draws.
+        ranks: the ranks to draw from, such as ``(2, 8)``: mixed-rank training (2024, arXiv 2401.10447).
 
     Raises:
-        ValueError: there are none.
+        TypeError: a rank is no int.
+        ValueError: there are no such adapters, or a rank is above all of theirs.
     """
 
     key = "dylora_sampler"
     saved = ("rng", "rank")
 
-    def __init__(self, model: nn.Module, *, seed: int = 0) -> None:
+    def __init__(self, model: nn.Module, *, seed: int = 0, ranks: Sequence[int] | None = None) -> None:
         super().__init__(model)
         self.rng = generator(seed)
         self.adapters = [one for one in model.modules() if isinstance(one, DyLoRA)]
         if not self.adapters:
             raise ValueError("model: expected adapters of the method 'dylora', got none")
+        most = max(adapter.r for adapter in self.adapters)
+        self.ranks = list(range(1, most + 1)) if ranks is None else list(ranks)
+        if not self.ranks:
+            raise ValueError("ranks: expected at least one, got none")
+        for i, one in enumerate(self.ranks):
+            check_count(f"ranks[{i}]", one)
+            if one > most:
+                raise ValueError(f"ranks[{i}]: expected at most {most}, got {one}")
         self.act(0)
 
     def act(self, step: int) -> None:
         """Draws the rank of the next step."""
-        most = max(adapter.r for adapter in self.adapters)
-        self.rank = int(torch.randint(1, most + 1, (), generator=self.rng))
+        self.rank = self.ranks[int(torch.randint(len(self.ranks), (), generator=self.rng))]
         self.restored()
 
     def restored(self) -> None:

@@ -75,6 +75,7 @@ CASES = {
         lambda: net(torch.float32),
         lambda m, o: schedules.RankReducer(m, every=2, eps=0.1),
     ),
+    "lora_asr_study": (fresh, lambda m, o: schedules.RankWarmup(m, o, r_lo=2, steps=4)),
     "relora": (fresh, lambda m, o: schedules.ReLoRA(m, o, every=2, ratio=0.5)),
 }
 # Those that also act on weights of their own accord.

@@ -127,6 +127,7 @@ SCHEDULES = {
     "sora_schedule": lambda m, o: schedules.SoRASchedule(m),
     "prilora": lambda m, o: schedules.PRILoRA(m, every=2, ratio=0.4),
     "roselora": lambda m, o: schedules.RoseLoRA(m, density=0.3, t_i=1, t_f=3),
+    "lora_asr_study": lambda m, o: schedules.RankWarmup(m, o, r_lo=1, steps=2),
     "relora": lambda m, o: schedules.ReLoRA(m, o, every=2, ratio=0.5),
     "tensor_rank_reduction": lambda m, o: schedules.RankReducer(m, every=2),
 }
