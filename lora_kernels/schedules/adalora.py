@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ..optim._common import alike, check_count, check_number
+from ..optim._common import check_count, check_number
 from ._common import active_of
 from .base import Schedule
 
@@ -131,11 +133,28 @@ class AdaLoRA(Schedule):
 def adalora_penalty(model: nn.Module) -> Tensor:
     """The mean over all A and B of ‖A Aᵀ - I‖ and ‖Bᵀ B - I‖, PEFT's; it takes half of it into the loss."""
     adapters = active_of(model, AdaLoRA.key).values()
-    # One beside the other [r, n], so that those of a shape are one product.
     factors = [one.lora_A for one in adapters] + [one.lora_B.T for one in adapters]
-    norms = []
-    for places in alike(factors, [factor.shape for factor in factors]):
-        some = torch.stack([factors[i] for i in places])
-        unit = torch.eye(some.shape[1], device=some.device, dtype=some.dtype)
-        norms.append((some @ some.mT - unit).norm(dim=(1, 2)))
-    return torch.cat(norms).mean()
+    penalty: Tensor = _Orthogonality.apply(*factors)
+    return penalty
+
+
+class _Orthogonality(torch.autograd.Function):
+    """The gradient of the mean of n norms ‖F Fᵀ - I‖ is 2/n · (F Fᵀ - I) F / ‖F Fᵀ - I‖; 0 where that is 0"""
+
+    @staticmethod
+    def forward(ctx: Any, *factors: Tensor) -> Tensor:
+        gaps = [factor @ factor.T for factor in factors]
+        for gap in gaps:
+            gap.diagonal().sub_(1.0)
+        norms = torch.stack(torch._foreach_norm(gaps))
+        ctx.save_for_backward(norms, *factors, *gaps)
+        return norms.mean()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        norms, *rest = ctx.saved_tensors
+        factors, gaps = rest[: len(norms)], rest[len(norms) :]
+        scales = (2 * dy / len(norms) / norms.clamp(min=torch.finfo(norms.dtype).tiny)).unbind()
+        products = [gap @ factor for gap, factor in zip(gaps, factors, strict=True)]
+        return tuple(product.mul_(scale) for product, scale in zip(products, scales, strict=True))

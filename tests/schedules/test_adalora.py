@@ -6,6 +6,7 @@ import pytest
 import torch
 from optim_models import batch, loss, net, ours
 
+from lora_kernels.nn import lora_layers
 from lora_kernels.schedules import AdaLoRA, adalora_penalty, compact
 
 TARGETS = ["wide", "tall", "square"]
@@ -107,3 +108,22 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"model: wide.lora_A: expected a gradient"):
         schedule.step()
     assert schedule.steps == 0
+
+
+def test_the_gradient_of_the_penalty_is_autograds():
+    mine = model()
+    adapters = [layer.adapters["default"] for layer in lora_layers(mine).values()]
+    factors = [one.lora_A for one in adapters] + [one.lora_B for one in adapters]
+    with torch.no_grad():
+        for factor in factors:
+            factor.normal_()
+    sides = [one.lora_A for one in adapters] + [one.lora_B.T for one in adapters]
+    norms = [(side @ side.T - torch.eye(len(side))).norm() for side in sides]
+    want = torch.autograd.grad(sum(norms) / len(norms), factors)
+    for got, one in zip(torch.autograd.grad(adalora_penalty(mine), factors), want, strict=True):
+        torch.testing.assert_close(got, one)
+    with torch.no_grad():
+        for one in adapters:
+            for side in (one.lora_A, one.lora_B.T):
+                side.zero_()[range(len(side)), range(len(side))] = 1.0
+    assert all(not grad.any() for grad in torch.autograd.grad(adalora_penalty(mine), factors))
