@@ -57,26 +57,35 @@ class BlockSparse(NamedTuple):
         placed = tuple(piece._replace(saved_at=starts[piece.column]) for piece in pieces)
         return cls(_diagonal(placed), placed[_diagonal(placed) :], out_features, tuple(spans))
 
-    def add_(self, y: Tensor, x: Tensor, blocks: Tensor) -> tuple[Tensor, ...]:
-        """Adds it for rows x."""
+    @property
+    def writes(self) -> bool:
+        """Whether it fills new memory as well: with the diagonal's product, in which it reads nothing then."""
+        return self.diagonal > 0
+
+    def add_(self, y: Tensor, x: Tensor, blocks: Tensor, write: bool = False) -> tuple[Tensor, ...]:
+        """Adds it for rows x; with ``write`` into memory that nobody has filled."""
         if self.diagonal:
-            self._along(y, blocks, 1).baddbmm_(self._along(x, blocks, 2), blocks[: self.diagonal].mT)
+            self._multiply_(y, self._along(x, blocks, 2), blocks[: self.diagonal].mT, write)
         for block, row, column, height, width, left, _ in self.pieces:
             factor = blocks[block, :height, left : left + width]
             y[:, row : row + height].addmm_(x[:, column : column + width], factor.T)
         kept = torch.cat([x[:, at : at + width] for at, width in self.kept], 1) if self.kept else x
         return kept, blocks
 
-    def gradients(self, dy: Tensor, dx: Tensor | None, needs: Sequence[bool], *saved: Any) -> list[Any]:
+    def gradients(
+        self, dy: Tensor, dx: Tensor | None, needs: Sequence[bool], *saved: Any, write: bool = False
+    ) -> list[Any]:
         """Of the blocks, and nothing of ΔW around them."""
         kept, blocks = saved
-        grads = torch.zeros_like(blocks) if needs[0] else None
+        grads = torch.empty_like(blocks) if needs[0] else None
+        if grads is not None:
+            grads[self.diagonal :] = 0
         if self.diagonal:
             part, whole = self._along(dy, blocks, 1), slice(self.diagonal)
             if grads is not None:
-                grads[whole].baddbmm_(part.mT, self._along(kept, blocks, 2))
+                grads[whole].baddbmm_(part.mT, self._along(kept, blocks, 2), beta=0)
             if dx is not None:
-                self._along(dx, blocks, 2).baddbmm_(part, blocks[whole])
+                self._multiply_(dx, part, blocks[whole], write)
         for block, row, column, height, width, left, at in self.pieces:
             part = dy[:, row : row + height]
             span = slice(left, left + width)
@@ -85,6 +94,12 @@ class BlockSparse(NamedTuple):
             if dx is not None:
                 dx[:, column : column + width].addmm_(part, blocks[block, :height, span])
         return [grads]
+
+    def _multiply_(self, out: Tensor, left: Tensor, right: Tensor, write: bool) -> None:
+        """The diagonal's products, added to ``out`` or in its place and zeros behind them."""
+        if write:
+            out[:, self.diagonal * right.shape[2] :] = 0
+        self._along(out, right, 2).baddbmm_(left, right, beta=0 if write else 1)
 
     def _along(self, rows: Tensor, blocks: Tensor, side: int) -> Tensor:
         """[blocks on the diagonal, rows, side], a view."""

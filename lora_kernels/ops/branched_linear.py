@@ -107,9 +107,10 @@ class _BranchedLinear(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         rows, branch_rows = rows_of(x), rows_of(x if x_branch is None else x_branch)
-        if weight is not None and bias is None and _writes(branch):
+        if weight is not None and _writes(branch):
             y = rows.new_empty(rows.shape[0], branch.out_features)
             saved = branch.add_(y, branch_rows, *tensors, write=True)
+            y = y if bias is None else y.add_(bias)
             y.addmm_(rows, weight.T)
         else:
             y = _base(rows, weight, bias, branch.out_features)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from ...ops.block_sparse import BlockSparse, Piece
 from ...ops.folded_square import FoldedSquare
+from ...ops.turned_square import turned
 from ..base import register
 from ..call import Call
 from ..site import Site, Start
 from ..update import Branched
 from .base import Structured
-
-_BASE = 10000.0
 
 
 @register("mora")
@@ -54,17 +52,7 @@ class MoRA(Structured):
     def lower(self, x: Tensor | None = None, call: Call | None = None) -> Branched:
         """Type 6 turns M's columns, and not x."""
         blocks = -(-self.in_features // self.square.shape[0])
-        return self.branched(x, self.branch, _turned(self.square, blocks) if self.kind == 6 else self.square)
-
-
-def _turned(square: Tensor, blocks: int) -> Tensor:
-    """M R_i for each block i, R_i the rotation by i · 10000^(-2k/r̂) of coordinates k and k + r̂/2."""
-    width, half = square.shape[0], square.shape[0] // 2
-    places = torch.arange(width, device=square.device, dtype=square.dtype) % half
-    angles = torch.arange(blocks, device=square.device, dtype=square.dtype)[:, None]
-    angles = (angles * _BASE ** (-2 * places / width))[:, None]
-    across = torch.cat((square[:, half:], -square[:, :half]), 1)
-    return square * angles.cos() + across * angles.sin()
+        return self.branched(x, self.branch, turned(self.square, blocks) if self.kind == 6 else self.square)
 
 
 def _diagonal(width: int, in_features: int, out_features: int) -> BlockSparse:
