@@ -40,34 +40,35 @@ class WalshGrid(NamedTuple):
         return [r for r, _ in kept], [c for _, c in kept]
 
     def project(self, x: Tensor, basis: Tensor) -> Tensor:
-        """Σ_t m_k[t] x[p, t]: ``[batch, tokens, C]`` to ``[batch, patches, masks, C]``, in two products."""
-        basis = basis.to(x)
-        batch, channels, order, side = x.shape[0], x.shape[-1], self.order, self.side
+        """Σ_t m_k[t] x[p, t]: ``[batch, tokens, C]`` to ``[batch, patches, masks, C]``, one product a patch.
+
+        Rows and then columns are fewer operations, but in products of a side each, which take longer.
+        """
+        batch, channels, order = x.shape[0], x.shape[-1], self.order
         (down, _), (across, _) = _padding(self.height, order), _padding(self.width, order)
         grid = x.reshape(batch, self.height, self.width, channels)
         if len(down) > self.height or len(across) > self.width:
             grid = grid[:, down][:, :, across]
-        high, wide = len(down) // order, len(across) // order
-        rows = basis @ grid.reshape(-1, order, channels)
-        both = basis @ rows.view(batch * high, order, wide * side * channels)
-        placed = both.view(batch, high, side, wide, side, channels).transpose(2, 3)
-        r, c = self.masks
-        return placed[:, :, :, r, c].flatten(1, 2)
+        parted = grid.view(batch, len(down) // order, order, len(across) // order, order, channels)
+        patches = parted.transpose(2, 3).reshape(-1, order * order, channels)
+        masks = self._matrix(basis.to(x))
+        return masks.expand(len(patches), -1, -1).bmm(patches).unflatten(0, (batch, -1))
 
     def restore(self, projected: Tensor, basis: Tensor) -> Tensor:
         """Σ_k m_k[t] g[p, k], the transpose of :meth:`project` but for what the mirror adds."""
-        basis = basis.to(projected).T
-        batch, channels, order, side = projected.shape[0], projected.shape[-1], self.order, self.side
+        batch, channels, order = projected.shape[0], projected.shape[-1], self.order
         (down, top), (across, left) = _padding(self.height, order), _padding(self.width, order)
-        high, wide = len(down) // order, len(across) // order
-        r, c = self.masks
-        placed = projected.new_zeros(batch, high, wide, side, side, channels)
-        placed[:, :, :, r, c] = projected.unflatten(1, (high, wide))
-        both = placed.transpose(2, 3).reshape(batch * high, side, wide * side * channels)
-        rows = (basis @ both).view(batch * high * order * wide, side, channels)
-        grid = (basis @ rows).view(batch, high * order, wide * order, channels)
+        flat = projected.flatten(0, 1)
+        patches = self._matrix(basis.to(projected)).T.expand(len(flat), -1, -1).bmm(flat)
+        parted = patches.view(batch, len(down) // order, len(across) // order, order, order, channels)
+        grid = parted.transpose(2, 3).reshape(batch, len(down), len(across), channels)
         inner = grid[:, top : top + self.height, left : left + self.width]
         return inner.reshape(batch, self.tokens, channels)
+
+    def _matrix(self, basis: Tensor) -> Tensor:
+        """[masks, order²] of ±1."""
+        r, c = self.masks
+        return (basis[r][:, :, None] * basis[c][:, None]).flatten(1)
 
 
 def walsh(order: int) -> Tensor:
@@ -125,11 +126,14 @@ class _WalshLinear(torch.autograd.Function):
         lead, body = _split(dy, ctx.grid)
         low = ctx.grid.project(body, basis) / ctx.grid.order**2
         dx = dweight = dbias = None
+        leads = lead.shape[1] > 0
         if ctx.needs_input_grad[0]:
-            dx = torch.cat((lead @ weight, ctx.grid.restore(low @ weight, basis)), 1).view(ctx.shape)
+            dx = ctx.grid.restore(low @ weight, basis)
+            dx = (torch.cat((lead @ weight, dx), 1) if leads else dx).view(ctx.shape)
         if ctx.needs_input_grad[1]:
             dweight = low.flatten(0, 2).T @ projected.flatten(0, 2)
-            dweight.addmm_(lead.flatten(0, 1).T, lead_x.flatten(0, 1))
+            if leads:
+                dweight.addmm_(lead.flatten(0, 1).T, lead_x.flatten(0, 1))
         if ctx.needs_input_grad[2]:
             dbias = dy.flatten(0, -2).sum(0)
         return dx, dweight, dbias, None, None
