@@ -59,7 +59,7 @@ class BlockSparse(NamedTuple):
 
     @property
     def writes(self) -> bool:
-        """Whether it fills new memory as well: with the diagonal's product, in which it reads nothing then."""
+        """Whether it fills new memory as well: the product of the diagonal then reads nothing of it."""
         return self.diagonal > 0
 
     def add_(self, y: Tensor, x: Tensor, blocks: Tensor, write: bool = False) -> tuple[Tensor, ...]:
