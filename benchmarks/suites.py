@@ -57,6 +57,7 @@ MODULES = (
     "bench_schedules",
     "bench_starts",
     "bench_methods",
+    "bench_routing",
 )
 DEFAULT, TRAINING, SERVING = "default", "training", "serving"
 
