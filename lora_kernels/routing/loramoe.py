@@ -36,8 +36,9 @@ def localized_balance_loss(call: Call, kinds: Tensor, delta: float = 0.1) -> Ten
     """Σ over layers of Var(Z) / mean(Z)², Z = I ⊙ Q, Q_ne the weight that sample n gives expert e in all
 
     I_ne is 1 + δ where the kind of sample n is that of expert e, else 1 − δ: the first half of the experts is
-    for kind 1, the second for kind 0 (LoRAMoE, arXiv 2312.09979; its code divides by the square of the mean,
-    as here, its text by the mean). 0 for a single sample.
+    of kind 1, the second of kind 0 (LoRAMoE, arXiv 2312.09979; its code divides by the square of the mean, as
+    here, its text by the mean). 0 for a single sample. What it draws to is Z the same everywhere, so that a
+    sample gives (1 − δ)/2 of its weight to the half whose I is 1 + δ: the kinds part, each to the other half.
 
     Args:
         call: of the :func:`lora_kernels.nn.side_inputs` in which the model ran.

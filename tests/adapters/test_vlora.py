@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_oracle import IN, WIDE, R, linear
+from dense_oracle import IN, OUT, WIDE, R, linear
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import LoRAConfig, apply_lora
-from lora_kernels.nn import VLoRAGenerator, side_inputs
+from lora_kernels.nn import MemVPFFN, VLoRAGenerator, side_inputs
 
 
 def test_values_and_gradients_also_of_the_generated():
@@ -25,6 +26,37 @@ def test_values_and_gradients_also_of_the_generated():
     grads = [torch.autograd.grad(out, [lora_a, one.lora_B], dy) for out in (y, want)]
     for mine, other in zip(*grads, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
+class _Watch(TorchDispatchMode):
+    """How many operations ran, and how large the largest result was."""
+
+    count, size = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count += 1
+        for one in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(one, torch.Tensor):
+                self.size = max(self.size, one.numel())
+        return out
+
+
+def test_no_loop_over_samples_and_no_weight_for_each():
+    """VLoRA's A of each sample, and MemVP's keys and values, forward and backward."""
+    layer, counts = linear("vlora"), {}
+    memory = MemVPFFN(nn.Identity()).double().eval()
+    for samples in (2, 40):
+        x = torch.randn(samples, 3, IN, dtype=WIDE, requires_grad=True)
+        lora_a = torch.randn(samples, R, IN, dtype=WIDE, requires_grad=True)
+        keys, values = (torch.randn(samples, R, IN, dtype=WIDE, requires_grad=True) for _ in range(2))
+        with _Watch() as seen, side_inputs(layer, vlora_A={"": lora_a}):
+            layer(x).sum().backward()
+        with _Watch() as other, side_inputs(memory, memory=(keys, values)):
+            memory(x).sum().backward()
+        assert max(seen.size, other.size) < samples * IN * OUT
+        counts[samples] = (seen.count, other.count)
+    assert counts[2] == counts[40]
 
 
 def test_what_the_call_lacks_is_named():

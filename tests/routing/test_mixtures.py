@@ -181,7 +181,7 @@ def test_a_router_without_an_opinion_gives_the_mean():
 
 
 def test_localized_balance_loss():
-    """By its definition; 0 where Z is constant and for one sample; it draws kinds to their halves."""
+    """By its definition; 0 where Z is constant, and for one sample."""
     layer, one = linear("loramoe")
     x, kinds = torch.randn(3, 5, IN, dtype=WIDE), torch.tensor([1, 0, 1])
     with side_inputs(layer) as call:
