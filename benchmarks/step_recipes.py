@@ -193,6 +193,13 @@ def _rank_warmup(phase: tuple[str, float], steps: int) -> Recipe:
     return _scheduled("lora_asr_study", phase, attach)
 
 
+def _warming_up(scene: Scene) -> Any:
+    """Bayesian-LoRA before its gates count: outside of a schedule they do from the start."""
+    model = scene.adapted("blora")
+    schedules.BLoRA(model, warmup=NEVER)
+    return model
+
+
 def _bilevel(key: str) -> Callable[[Scene], Step]:
     cls = {"bilora": schedules.BiLoRA, "autolora_rank": schedules.AutoLoRA}[key]
 
@@ -413,7 +420,7 @@ RECIPES: tuple[Recipe, ...] = (
         lambda m, o, s: schedules.ALoRAAllocator(m, lambda: s.loss(m), o, first=NEVER),
         _of("alora_alloc"),
     ),
-    _scheduled("blora", QUIET, lambda m, o, s: schedules.BLoRA(m, warmup=NEVER), _of("blora")),
+    _scheduled("blora", QUIET, lambda m, o, s: schedules.BLoRA(m, warmup=NEVER), _warming_up),
     _scheduled("blora", ACTING, lambda m, o, s: schedules.BLoRA(m), _of("blora")),
     _rank_warmup(QUIET, NEVER),
     _rank_warmup(ACTING, 1),
