@@ -19,7 +19,7 @@ from .apply import (
     set_adapter,
     unmerge_adapters,
 )
-from .colora import CoLoRALinear, CoLoRANet
+from .colora import CoLoRALinear, CoLoRANet, evolve_gates
 from .compacter import CompacterAdapter, PHMLinear, insert_compacter
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .elastic import Slice, elastic
@@ -75,6 +75,7 @@ __all__ = [
     "delete_adapter",
     "disable_adapters",
     "elastic",
+    "evolve_gates",
     "fill_experts",
     "fuse_mlps",
     "fused_mlps",

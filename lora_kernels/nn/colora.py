@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,7 @@ class CoLoRANet(nn.Module):
     Berman and Peherstorfer, 2024, arXiv 2402.14646. x goes through :class:`Periodic` where there is a
     ``period``, else through a linear; then L layers, the last of them to ``outputs``, with SiLU between. h is
     three linears of width 15 and gives L numbers, or with ``full`` r for each layer. That is all that changes
-    with (μ, t): :meth:`at` takes the gates themselves.
+    with (μ, t): :meth:`at` takes the gates themselves, and :func:`evolve_gates` finds them by the equation.
     """
 
     def __init__(
@@ -104,3 +105,53 @@ class CoLoRANet(nn.Module):
         for i, layer in enumerate(self.layers):
             y = layer(F.silu(y) if i else y, gates[..., i, None, :])
         return y
+
+
+Rate = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+
+
+def evolve_gates(net: CoLoRANet, gates: Tensor, rate: Rate, x: Tensor, times: Sequence[float]) -> Tensor:
+    """ȧ = argmin ‖J ȧ - f(x, u(·; a))‖, J = ∂u(x; a)/∂a, by Runge and Kutta's fourth-order steps
+
+    CoLoRA's equation mode (Berman and Peherstorfer, 2024, arXiv 2402.14646): no network of the gates, but
+    the equation ∂u/∂t = f itself at the points x (a Neural Galerkin scheme; the authors' program has none,
+    and this is written from the formula).
+
+    Args:
+        net: of which the gates alone move.
+        gates: a at the first time, ``[L, 1 or r]``.
+        rate: f, ``rate(u, x)`` for the function u and the points; it may differentiate u.
+        x: ``[points, space]``, at least as many numbers of u as of gates.
+        times: of which each but the first is a step's end.
+
+    Returns:
+        The gates at each time ``[times, L, 1 or r]``.
+
+    Raises:
+        ValueError: the gates are of another shape, or a rate of another than u.
+    """
+    if tuple(gates.shape) not in {(net.gates[0], width) for width in (1, net.gates[1])}:
+        raise ValueError(f"gates: expected shape {net.gates}, got {tuple(gates.shape)}")
+    found = [gates.detach()]
+    for start, end in itertools.pairwise(times):
+        found.append(_runge_kutta(lambda a: _velocity(net, a, rate, x), found[-1], end - start))
+    return torch.stack(found)
+
+
+def _velocity(net: CoLoRANet, gates: Tensor, rate: Rate, x: Tensor) -> Tensor:
+    wanted = rate(lambda points: net.at(points, gates), x).detach()
+    jacobian = torch.autograd.functional.jacobian(lambda a: net.at(x, a), gates)
+    if wanted.shape != jacobian.shape[: wanted.dim()]:
+        raise ValueError(
+            f"rate: expected the shape of u, {tuple(jacobian.shape[:2])}, got {tuple(wanted.shape)}"
+        )
+    matrix = jacobian.reshape(wanted.numel(), gates.numel())
+    return (torch.linalg.pinv(matrix) @ wanted.flatten()).view_as(gates)
+
+
+def _runge_kutta(velocity: Callable[[Tensor], Tensor], a: Tensor, step: float) -> Tensor:
+    first = velocity(a)
+    second = velocity(a + step / 2 * first)
+    third = velocity(a + step / 2 * second)
+    last = velocity(a + step * third)
+    return a + step / 6 * (first + 2 * second + 2 * third + last)

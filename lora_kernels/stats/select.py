@@ -105,6 +105,41 @@ def select_neurons(
     return found
 
 
+@torch.no_grad()
+def energy_ranks(weights: Mapping[str, Tensor], mean_rank: int) -> dict[str, int]:
+    """r_l ← r_l + 1 where E_l = Σ_{i≤r_l} σ_i² / Σ_i σ_i² is least, until the mean of the r_l is ``mean_rank``
+
+    LaMDA++'s ranks by the energy of each W's spectrum (Azizi et al., 2024, arXiv 2406.12832): a flat one gets
+    more. The paper's exact rule is not known; this gives all layers about the same energy. For
+    ``LoRAConfig(method="lamda", rank_pattern=…)``.
+
+    Args:
+        weights: name -> W, a matrix.
+        mean_rank: at least 1, and at most what the smaller sides allow on average.
+
+    Raises:
+        ValueError: no weights, one that is no matrix or is zero, or a mean out of range.
+    """
+    energies: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        if weight.dim() != 2 or not weight.any():
+            raise ValueError(
+                f"weights: {name}: expected a matrix that is not zero, got {tuple(weight.shape)}"
+            )
+        squares = torch.linalg.svdvals(weight.double()).square().cpu()
+        energies[name] = squares.cumsum(0) / squares.sum()
+    most = sum(len(one) for one in energies.values())
+    if not 1 <= mean_rank * len(energies) <= most or mean_rank < 1:
+        raise ValueError(f"mean_rank: expected 1 to {most // max(len(energies), 1)}, got {mean_rank}")
+    # The energy that a layer has before each rank, but for the first, that all have.
+    before = torch.cat([one[:-1] for one in energies.values()])
+    owners = [name for name, one in energies.items() for _ in range(len(one) - 1)]
+    ranks = dict.fromkeys(energies, 1)
+    for at in before.argsort(stable=True)[: (mean_rank - 1) * len(energies)].tolist():
+        ranks[owners[at]] += 1
+    return ranks
+
+
 def _blocks(name: str, given: Any, block: int) -> Tensor:
     """G as [rows of blocks, columns of blocks, l, l]."""
     gradient: Tensor = given["gradient"] if isinstance(given, Mapping) else given

@@ -52,3 +52,19 @@ def test_an_orthogonal_mixer_and_a_bad_one():
     torch.testing.assert_close(mixer @ mixer.T, torch.eye(RANK, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"mixer: expected one of \('kaiming', .*got 'x'"):
         LoRALinear(4, 4, r=2, method="moslora", method_options={"mixer": "x"})
+
+
+def test_an_e_between_a_frozen_a_and_b():
+    options = {"mixer": "eye", "train_a": False}
+    layer = new_layer("moslora", init_lora_weights="asym", method_options=options)
+    adapter = layer.adapters["default"]
+    unit = torch.eye(RANK, dtype=torch.float64)
+    torch.testing.assert_close(adapter.lora_A @ adapter.lora_A.T, unit)
+    assert not adapter.delta().any() and torch.equal(adapter.mixer, unit)
+    assert trained(layer) == RANK * OUT + RANK**2
+    agrees(shake(layer), branch)
+
+
+def test_it_takes_no_start_that_changes_w():
+    with pytest.raises(ValueError, match="moslora expects a start that leaves W as it is, got 'pissa'"):
+        LoRALinear(4, 4, r=2, method="moslora", init_lora_weights="pissa")

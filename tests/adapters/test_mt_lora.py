@@ -50,6 +50,35 @@ def test_relations_between_the_forms():
     torch.testing.assert_close(shim(x), lora(x))
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_parts_of_one_linear_whose_ranks_are_mixed(structure):
+    enabled, core = [True, False, True], STRUCTURES[structure]
+    options = {"structure": structure, "enable_lora": enabled}
+    layer = shake(
+        LoRALinear(IN, 9, r=RANK, lora_alpha=6, method="mt_lora", method_options=options, dtype=torch.float64)
+    )
+    adapter = layer.adapters["default"]
+    r, cores = 2 * RANK, 2 if structure in ("ctcm", "dtsm") else 1
+    assert trained(layer) == r * IN + RANK * 6 + cores * r**2
+
+    def branch(m, x):
+        first, second = (x @ m.merged_A.T @ core(m).T).split(RANK, -1)
+        b, d = m.merged_B.split(3)
+        return 6 / RANK * torch.cat([first @ b.T, 0 * first @ b.T, second @ d.T], -1)
+
+    agrees(layer, branch)
+    assert not adapter.delta()[3:6].any()
+
+
+def test_bad_parts():
+    for flags, words in (
+        ([False], "one of them set"),
+        ([True, True, True], "expects a divisor of out_features"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            LoRALinear(4, 4, r=2, method="mt_lora", method_options={"enable_lora": flags})
+
+
 def test_a_bad_structure():
     with pytest.raises(ValueError, match=r"structure: expected one of \('shim', .*got 'x'"):
         LoRALinear(4, 4, r=2, method="mt_lora", method_options={"structure": "x"})

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from lora_kernels.nn.colora import CoLoRALinear, CoLoRANet, Periodic
+from lora_kernels.nn.colora import CoLoRALinear, CoLoRANet, Periodic, evolve_gates
 
 WIDE = torch.float64
 
@@ -67,3 +68,26 @@ def test_the_net():
         gates = net.hyper(mu_t).unflatten(-1, net.gates)
         assert gates.shape == (4, 3, 2 if full else 1)
         torch.testing.assert_close(net.at(x, gates), u)
+
+
+def test_gates_that_follow_an_equation():
+    """One layer is linear in its gates: where u falls towards the base net's, they fall to zero alike."""
+    torch.manual_seed(0)
+    net = shake(CoLoRANet(1, 2, width=5, depth=1, r=3, full=True, period=1.0, dtype=WIDE))
+    x, start, zero = (
+        torch.randn(20, 1, dtype=WIDE),
+        torch.randn(1, 3, dtype=WIDE),
+        torch.zeros(1, 3, dtype=WIDE),
+    )
+
+    def rate(u, points):
+        return -2 * (u(points) - net.at(points, zero))
+
+    times = torch.linspace(0, 1, 21, dtype=WIDE)
+    found = evolve_gates(net, start, rate, x, times.tolist())
+    want = start * torch.exp(-2 * times)[:, None, None]
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match=r"gates: expected shape \(1, 3\), got \(2, 2\)"):
+        evolve_gates(net, torch.ones(2, 2), rate, x, [0.0, 1.0])
+    with pytest.raises(ValueError, match="rate: expected the shape of u"):
+        evolve_gates(net, start, lambda u, points: u(points)[:3], x, [0.0, 1.0])

@@ -9,7 +9,7 @@ from torch import nn
 from lora_kernels import calibrate
 from lora_kernels.adapters import LoRAConfig
 from lora_kernels.nn import apply_lora
-from lora_kernels.stats import select_blocks, select_neurons
+from lora_kernels.stats import energy_ranks, select_blocks, select_neurons
 
 
 def test_blocks_by_each_score():
@@ -74,3 +74,25 @@ def test_bad_arguments_are_named():
         select_neurons(g, g)
     with pytest.raises(ValueError, match="after: expected a weight"):
         select_neurons(w, {})
+
+
+def test_flat_spectra_get_more_ranks():
+    weights = {"flat": torch.eye(8), "steep": torch.diag(0.3 ** torch.arange(8.0)), "wide": torch.randn(3, 8)}
+    ranks = energy_ranks(weights, 3)
+    assert sum(ranks.values()) == 9 and ranks["flat"] > ranks["steep"] == 1 and ranks["wide"] <= 3
+
+    def energy(name, r):
+        squares = torch.linalg.svdvals(weights[name].double()).square()
+        return float(squares[:r].sum() / squares.sum())
+
+    # What has more than one rank needed the last of them: no layer with less energy was passed by.
+    least = min(energy(name, r) for name, r in ranks.items() if r < min(weights[name].shape))
+    assert all(energy(name, r - 1) <= least + 1e-9 for name, r in ranks.items() if r > 1)
+    assert energy_ranks({"a": torch.eye(4)}, 4) == {"a": 4}
+    for given, mean, words in (
+        ({"a": torch.eye(4)}, 5, "mean_rank: expected 1 to 4, got 5"),
+        ({}, 1, "mean_rank: expected 1 to 0"),
+        ({"a": torch.zeros(2, 2)}, 1, "weights: a: expected a matrix that is not zero"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            energy_ranks(given, mean)

@@ -24,22 +24,35 @@ class MergedLinear(Adapter):
 
     def build(self, site: Site) -> Start:
         """A Kaiming-uniform A, and a B of zeros."""
-        enabled = tuple(site.option("enable_lora", (True, False, True)))
-        if any(not isinstance(one, bool) for one in enabled) or not any(enabled):
-            raise ValueError(
-                f"method_options: enable_lora: expected a flag for each part, one of them set, got {enabled}"
-            )
-        site.must_divide("len(enable_lora)", len(enabled), "out_features")
-        self.enabled, m = enabled, sum(enabled)
-        rows = m * (site.out_features // len(enabled))
+        self.enabled = enabled_parts(site, (True, False, True))
+        m, rows = sum(self.enabled), site.out_features // len(self.enabled)
         return Start(
-            {"merged_A": site.kaiming(self.r * m, site.in_features), "merged_B": site.zeros(rows, self.r)}
+            {"merged_A": site.kaiming(self.r * m, site.in_features), "merged_B": site.zeros(m * rows, self.r)}
         )
 
     def lower(self, x: Tensor | None = None, call: Call | None = None) -> LowRank:
         """B with the B_i on its diagonal, and zeros in the rows of the other parts."""
-        parts = iter(torch.block_diag(*self.merged_B.chunk(sum(self.enabled))).chunk(sum(self.enabled)))
-        rows = self.out_features // len(self.enabled)
-        zeros = self.merged_B.new_zeros(rows, len(self.merged_A))
-        lora_b = torch.cat([next(parts) if enabled else zeros for enabled in self.enabled])
-        return LowRank(self.merged_A, lora_b, self.scaling)
+        return LowRank(self.merged_A, spread_parts(self.merged_B, self.enabled), self.scaling)
+
+
+def enabled_parts(site: Site, default: tuple[bool, ...]) -> tuple[bool, ...]:
+    """The option ``enable_lora``: which of the n equal parts of W's rows have an update.
+
+    Raises:
+        ValueError: not a flag for each, none of them is set, or n does not divide ``out_features``.
+    """
+    enabled = tuple(site.option("enable_lora", default))
+    if any(not isinstance(one, bool) for one in enabled) or not any(enabled):
+        raise ValueError(
+            f"method_options: enable_lora: expected a flag for each part, one of them set, got {enabled}"
+        )
+    site.must_divide("len(enable_lora)", len(enabled), "out_features")
+    return enabled
+
+
+def spread_parts(lora_b: Tensor, enabled: tuple[bool, ...]) -> Tensor:
+    """The B_i of the m enabled parts ``[m·out/n, r]`` as one B ``[out, m·r]``, each over ranks of its own."""
+    m = sum(enabled)
+    parts = iter(torch.block_diag(*lora_b.chunk(m)).chunk(m))
+    zeros = lora_b.new_zeros(lora_b.shape[0] // m, m * lora_b.shape[1])
+    return torch.cat([next(parts) if one else zeros for one in enabled])

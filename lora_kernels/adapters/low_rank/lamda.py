@@ -20,7 +20,7 @@ class LaMDA(LoRA):
     :class:`lora_kernels.schedules.LaMDAFreezer` has frozen it. The backward pass reads h = x Aᵀ, and x is
     not saved. ``method_options={"start": …}``: ``"random"`` (the authors' program: A and S Kaiming-uniform,
     B = 0) or ``"svd"`` (A and B the leading singular vectors of W, as the paper has them; how it starts S is
-    not known: S = 0 here).
+    not known: S = 0 here). LaMDA++'s ranks: :func:`lora_kernels.stats.energy_ranks`.
     """
 
     options = frozenset({"start"})
