@@ -107,7 +107,7 @@ def select_neurons(
 
 @torch.no_grad()
 def energy_ranks(weights: Mapping[str, Tensor], mean_rank: int) -> dict[str, int]:
-    """r_l ← r_l + 1 where E_l = Σ_{i≤r_l} σ_i² / Σ_i σ_i² is least, until the mean of the r_l is ``mean_rank``
+    """r_l ← r_l + 1 where E_l = Σ_{i≤r_l} σ_i² / Σ_i σ_i² is least, until their mean is ``mean_rank``
 
     LaMDA++'s ranks by the energy of each W's spectrum (Azizi et al., 2024, arXiv 2406.12832): a flat one gets
     more. The paper's exact rule is not known; this gives all layers about the same energy. For

@@ -43,6 +43,7 @@ class ResLoRA(LoRA):
         self.merge_by = site.option("merge", "input", ("input", "scalar" if self.mode == "ms" else "weight"))
         self.doubles = site.option("first", "double", ("double", "single")) == "double"
         self.plain, self.passes_on = self.mode == "bs", self.mode != "bs"
+        self.__dict__["reads_x"] = self.passes_on
         most = 1 if self.mode == "is" else site.whole_option("pre_num", -1, -1)
         near = site.previous if self._continues(site.previous) else None
         self.chain = next(_CHAINS) if near is None else near.chain
