@@ -303,9 +303,15 @@ def _grads(
     return list(sum_parts(parts, x.dtype, 1.0).split(counts))
 
 
+def _on_chip(x: Tensor, dims: Sequence[int]) -> bool:
+    """Whether the kernels take it. Exact float32 products have no tensor cores, and spill at these tiles."""
+    exact = x.is_cuda and precision(x.dtype) == "ieee"
+    return chain_fits(dims, x.element_size()) and not exact
+
+
 def gate_chain(out: Tensor, x: Tensor, gates: Sequence[Tensor], dims: Sequence[int], add: bool) -> None:
     """The op of ``_ops.py``. What does not stay on chip are products for the vendor's library."""
-    if chain_fits(dims, x.element_size()):
+    if _on_chip(x, dims):
         _chain(out, x, padded_gates(gates, dims), dims, add)
     else:
         reference.gate_chain(out, x, gates, dims, add)
@@ -321,7 +327,7 @@ def gate_chain_backward(
     grads: Sequence[Tensor],
 ) -> None:
     """Fills the gates' gradients, all but those of no elements; x's goes into ``dx``."""
-    if not chain_fits(dims, x.element_size()):
+    if not _on_chip(x, dims):
         return reference.gate_chain_backward(dy, x, gates, dims, dx, add, grads)
     x, dy, padded = unit_columns(x), unit_columns(dy), padded_gates(gates, dims)
     if dx is not None:

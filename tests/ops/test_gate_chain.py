@@ -129,3 +129,18 @@ def test_a_step_under_compile():
         want = step([4, 4, 4], gates, x, dy, y)[1:]
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_exact_float32_is_multiplied_by_the_vendors_library_on_a_card(monkeypatch):
+    pytest.importorskip("triton")
+    from lora_kernels.kernels import gate_chain
+
+    class OnCard:
+        is_cuda, dtype = True, torch.float32
+
+        def element_size(self):
+            return 4
+
+    for allowed in ("ieee", "tf32"):
+        monkeypatch.setattr(gate_chain, "precision", lambda dtype, allowed=allowed: allowed)
+        assert gate_chain._on_chip(OnCard(), [8, 8]) == (allowed == "tf32")
