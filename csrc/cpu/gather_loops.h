@@ -107,10 +107,11 @@ LK_INLINE void dots_block(const Rows<Math>& rows, int64_t m, const Pages& pages,
 template <typename Math, typename Stored>
 LK_INLINE void dots_typed(const Rows<Math>& rows, const Pages& pages, const Stored* data,
                           int64_t first, int64_t last, Math* out, int64_t out_stride) {
-  for (int64_t r = first, depth; r < last; r += depth) {
-    depth = tile_of<kTile>(last - r);
-    for (int64_t m = 0, height; m < rows.count; m += height) {
-      height = tile_of<kTall>(rows.count - m);
+  // A few rows with all pages: rows come from far away, and the pages stay near.
+  for (int64_t m = 0, height; m < rows.count; m += height) {
+    height = tile_of<kTall>(rows.count - m);
+    for (int64_t r = first, depth; r < last; r += depth) {
+      depth = tile_of<kTile>(last - r);
       with_counts(height, depth, [&](auto h, auto d) LK_LAMBDA {
         dots_block<decltype(h)::value, decltype(d)::value>(rows, m, pages, data, r, out,
                                                            out_stride);
@@ -165,6 +166,68 @@ LK_INLINE void mix_typed(const Rows<Math>& slots, const Pages& pages, const Stor
   }
 }
 
+template <typename Math>
+constexpr Storage kStorageOf = sizeof(Math) == 8 ? Storage::kDouble : Storage::kFloat;
+
+// Elements of pages that are copied side by side, where they do not push each other out of the
+// cache.
+constexpr int64_t kStaged = 4096;
+
+// to_j[0, cols) += sum over r of factor_j[r] page(r), summed in order and added once; `cols` are
+// whole vectors, since of single elements a compiler may round the products of one loop and not of
+// another.
+template <int J, typename Math, typename Page>
+LK_INLINE void add_sums(Math* const* to, const Math* const* factor, Page page, int64_t rank,
+                        int64_t cols) {
+  for (int64_t k = 0; k < cols; k += kWidth<Math>) {
+    VectorOf<Math> sum[J] = {};
+    for (int64_t r = 0; r < rank; ++r) {
+      VectorOf<Math> column;
+      read_vector(column, page(r) + k);
+      for (int j = 0; j < J; ++j) sum[j] += factor[j][r] * column;
+    }
+    for (int j = 0; j < J; ++j) vector(to[j] + k) += sum[j];
+  }
+}
+
+// mix_add() into a target of the type that is summed in.
+template <typename Math, typename Page>
+LK_INLINE void mix_add_pages(const Rows<Math>& slots, Page page, const Mix<Math>& mix,
+                             Columns columns, Math* to, int64_t stride) {
+  const int64_t width = columns.end - columns.begin;
+  for (int64_t m = 0, height; m < slots.count; m += height) {
+    height = tile_of<kTall>(slots.count - m);
+    Math* out[kTall];
+    const Math* factor[kTall];
+    for (int64_t j = 0; j < height; ++j) {
+      const int64_t slot = slots.slots[m + j];
+      out[j] = to + row_number(slots, m + j) * stride + columns.begin;
+      factor[j] = mix.vectors + slot * mix.vector_stride;
+    }
+    if (height == 1) {
+      add_sums<1>(out, factor, page, mix.rank, width);
+    } else {
+      add_sums<kTall>(out, factor, page, mix.rank, width);
+    }
+  }
+}
+
+// The same, the pages side by side where there are rows enough for the copy.
+template <typename Math, typename Stored>
+LK_INLINE void mix_add_direct(const Rows<Math>& slots, const Pages& pages, const Stored* data,
+                              const Mix<Math>& mix, Columns columns, Math* to, int64_t stride) {
+  const int64_t width = columns.end - columns.begin;
+  const auto page = [&](int64_t r)
+                        LK_LAMBDA { return data + pages.index[r] * pages.stride + columns.begin; };
+  if (slots.count <= kTile) return mix_add_pages(slots, page, mix, columns, to, stride);
+  alignas(64) Math staged[kStaged];
+  for (int64_t r = 0; r < mix.rank; ++r) {
+    for (int64_t k = 0; k < width; ++k) staged[r * width + k] = widen(page(r)[k]);
+  }
+  const auto side_by_side = [&](int64_t r) LK_LAMBDA { return staged + r * width; };
+  mix_add_pages(slots, side_by_side, mix, columns, to, stride);
+}
+
 template <typename Math, typename Stored>
 LK_INLINE void add_to(Stored* to, const Math* from, int64_t width) {
   int64_t k = 0;
@@ -177,8 +240,14 @@ LK_INLINE void add_to(Stored* to, const Math* from, int64_t width) {
 template <typename Math, typename Stored>
 LK_INLINE void mix_add_typed(const Rows<Math>& slots, const Pages& pages, const Stored* data,
                              const Mix<Math>& mix, Columns columns, const Target& to) {
+  if (to.storage == kStorageOf<Math> && mix.rank * (columns.end - columns.begin) <= kStaged) {
+    const int64_t rest = (columns.end - columns.begin) % kWidth<Math>;
+    const Columns whole = {columns.begin, columns.end - rest};
+    mix_add_direct(slots, pages, data, mix, whole, static_cast<Math*>(to.data), to.stride);
+    columns.begin = whole.end;
+  }
   const int64_t width = columns.end - columns.begin;
-  for (int64_t m = 0, height; m < slots.count; m += height) {
+  for (int64_t m = 0, height; width > 0 && m < slots.count; m += height) {
     height = tile_of<kTall>(slots.count - m);
     const auto out = [&](int64_t j) LK_LAMBDA { return mix.out + j * width; };
     mix_slots(slots, m, height, pages, data, mix, columns, out);
@@ -192,25 +261,46 @@ LK_INLINE void mix_add_typed(const Rows<Math>& slots, const Pages& pages, const 
   }
 }
 
-template <typename Math>
-LK_INLINE void outer_typed(const Rows<Math>& rows, const int32_t* index, int64_t first,
-                           int64_t last, const Mix<Math>& mix, Columns columns) {
+// outer_pages() for pages that lie side by side in `sums`: a few rows into all of them, since rows
+// come from far away.
+template <typename Math, typename Sums>
+LK_INLINE void outer_block(const Rows<Math>& rows, int64_t first, int64_t last,
+                           const Mix<Math>& mix, Columns columns, Sums sums) {
   const int64_t width = columns.end - columns.begin;
-  for (int64_t r = first, height; r < last; r += height) {
-    height = tile_of<kTall>(last - r);
-    const auto out = [&](int64_t j) LK_LAMBDA {
-      return mix.out + index[r + j] * mix.out_stride + columns.begin;
-    };
-    for (int64_t j = 0; j < height; ++j) std::fill(out(j), out(j) + width, Math(0));
-    for (int64_t m = 0, depth; m < rows.count; m += depth) {
-      depth = tile_of<kTile>(rows.count - m);
-      const auto in = [&](int64_t i) LK_LAMBDA { return row_of(rows, m + i) + columns.begin; };
+  for (int64_t r = first; r < last; ++r) std::fill(sums(r), sums(r) + width, Math(0));
+  for (int64_t m = 0, depth; m < rows.count; m += depth) {
+    depth = tile_of<kTile>(rows.count - m);
+    const auto in = [&](int64_t i) LK_LAMBDA { return row_of(rows, m + i) + columns.begin; };
+    for (int64_t r = first, height; r < last; r += height) {
+      height = tile_of<kTall>(last - r);
+      const auto out = [&](int64_t j) LK_LAMBDA { return sums(r + j); };
       const auto factor = [&](int64_t j, int64_t i) LK_LAMBDA {
         return mix.vectors[rows.slots[m + i] * mix.vector_stride + r + j];
       };
       with_counts(height, depth, [&](auto h, auto d) LK_LAMBDA {
         mix_block<decltype(h)::value, decltype(d)::value, Math, Math>(out, in, factor, width);
       });
+    }
+  }
+}
+
+template <typename Math>
+LK_INLINE void outer_typed(const Rows<Math>& rows, const int32_t* index, int64_t first,
+                           int64_t last, const Mix<Math>& mix, Columns columns) {
+  alignas(64) Math staged[kStaged];
+  const int64_t span = std::max<int64_t>(kStaged / (last - first) / 64 * 64, 64);
+  for (int64_t begin = columns.begin; begin < columns.end; begin += span) {
+    const Columns part = {begin, std::min(begin + span, columns.end)};
+    const auto page = [&](int64_t r)
+                          LK_LAMBDA { return mix.out + index[r] * mix.out_stride + part.begin; };
+    if ((last - first) * span > kStaged) {
+      outer_block(rows, first, last, mix, part, page);
+      continue;
+    }
+    const auto sums = [&](int64_t r) LK_LAMBDA { return staged + (r - first) * span; };
+    outer_block(rows, first, last, mix, part, sums);
+    for (int64_t r = first; r < last; ++r) {
+      std::copy(sums(r), sums(r) + (part.end - part.begin), page(r));
     }
   }
 }

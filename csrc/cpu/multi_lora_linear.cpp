@@ -84,6 +84,14 @@ void for_pieces(const Batch& batch, int64_t size, Extent extent, Run run) {
   for_each_piece(pieces, [&](const Piece& p) { run(p.first_adapter, p.first, p.last); });
 }
 
+// Pages of one piece: more where there are adapters enough for all threads, since rows are then
+// read once for all of them.
+int64_t pages_at_once(const Batch& batch) {
+  int64_t busy = 0;
+  for (int64_t adapter = 0; adapter < batch.adapters; ++adapter) busy += batch.count(adapter) > 0;
+  return busy >= 2 * at::get_num_threads() ? 4 * kTile : kTile;
+}
+
 Pages pages_of(const Tensor& data, const int32_t* index) {
   return {data.const_data_ptr(), storage_of(data.scalar_type()), data.stride(0), data.size(1),
           index};
@@ -104,7 +112,7 @@ Tensor shrink_rows(const Tensor& rows, int64_t per_row, const Tensor& pages, con
     using Math = decltype(math);
     auto* out = h.mutable_data_ptr<Math>();
     for_pieces(
-        batch, kTile, [&](int64_t a) { return batch.rank(a); },
+        batch, pages_at_once(batch), [&](int64_t a) { return batch.rank(a); },
         [&](int64_t a, int64_t first, int64_t last) {
           dots(batch.rows<Math>(a, rows, per_row), pages_of(pages, batch.own_pages(a)), first, last,
                out, max_rank);
@@ -177,7 +185,7 @@ Tensor grad_pages(const Tensor& vectors, const Tensor& rows, int64_t per_row, co
     const Mix<Math> what = {vectors.const_data_ptr<Math>(), vectors.stride(0), 0,
                             out.mutable_data_ptr<Math>(), cols};
     for_pieces(
-        batch, kTile, [&](int64_t a) { return batch.rank(a); },
+        batch, pages_at_once(batch), [&](int64_t a) { return batch.rank(a); },
         [&](int64_t a, int64_t first, int64_t last) {
           outer_pages(batch.rows<Math>(a, rows, per_row), batch.own_pages(a), first, last, what,
                       {0, cols});
