@@ -195,6 +195,15 @@ REGISTER = (
         "adapters.low_rank.advlora",
         verified=False,
     ),
+    Method(
+        "lorpman",
+        "LORPMAN: an update for each task, mixed by a preference",
+        "2407.20734",
+        (2,),
+        "structure",
+        "adapters.low_rank.lorpman",
+        verified=False,
+    ),
     # Structures whose factors are shared, generated or chosen.
     Method(
         "vblora",
@@ -379,6 +388,14 @@ REGISTER = (
     ),
     Method(
         "neft", "NeFT: chosen neurons train", "2403.11621", (72,), "structure", "adapters.structured.neft"
+    ),
+    Method(
+        "clip_lora",
+        "CLIP-LoRA: few-shot adaptation of both towers, one recipe",
+        "2405.18541",
+        (43,),
+        "layer",
+        "nn.clip_lora",
     ),
     Method(
         "compacter_adapter",
@@ -780,6 +797,23 @@ REGISTER = (
         "compose.denoising",
     ),
     Method(
+        "lora_composer",
+        "LoRA-Composer: each concept's adapter in its box of the image",
+        "2403.11627",
+        (8,),
+        "company",
+        "compose.regions",
+        verified=False,
+    ),
+    Method(
+        "psim",
+        "PSIM: an adapter of random labels tells poisoned inputs",
+        "2402.12168",
+        (46,),
+        "company",
+        "compose.psim",
+    ),
+    Method(
         "rlhf_lora",
         "PPO with policy, value and reference on one base, in one pass",
         "2309.09055",
@@ -830,6 +864,14 @@ REGISTER = (
         "knowledge",
         "analysis.rescoring",
         verified=False,
+    ),
+    Method(
+        "dsire",
+        "DSiRe: the size of the training set, from singular values",
+        "2406.19395",
+        (29,),
+        "knowledge",
+        "stats.dsire",
     ),
     Method(
         "laplace_lora",

@@ -66,12 +66,12 @@ def composite_forward(
     """
     if combine not in ("mean", "sum"):
         raise ValueError(f"combine: expected 'mean' or 'sum', got {combine!r}")
-    outputs = [_first(one) for one in forward_each(model, adapters, *args, **kwargs)]
+    outputs = [first_tensor(one) for one in forward_each(model, adapters, *args, **kwargs)]
     total = torch.stack(outputs).sum(0)
     return total / len(outputs) if combine == "mean" else total
 
 
-def _first(output: Any) -> Tensor:
+def first_tensor(output: Any) -> Tensor:
     """The tensor that an output is or begins with."""
     if isinstance(output, Tensor):
         return output

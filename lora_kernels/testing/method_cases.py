@@ -78,6 +78,7 @@ CASES: dict[str, MethodCase] = {
     "xlora": MethodCase(_experts(), side=_expert_weights),
     "arrow": MethodCase(_experts(top_k=2)),
     "ramole": MethodCase(_experts(router_rank=2)),
+    "lorpman": MethodCase(side=lambda x: {"preference": torch.tensor([0.3, 0.7])}),
     "ta_lora": MethodCase(side=lambda x: {"task": torch.arange(len(x)) % 3}),
 }
 

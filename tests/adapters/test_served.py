@@ -21,6 +21,7 @@ from lora_kernels.serving.pool import AdapterPool
 UNSERVED = {
     "dora": "a magnitude",
     "rst_lora": "a scale for each token",
+    "lorpman": "a preference for each call",
     "ta_lora": "a core for each task",
     "vlora": "an A for each sample",
     "loretta_adp": "an activation",
