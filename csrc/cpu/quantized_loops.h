@@ -33,16 +33,29 @@ LK_INLINE Vector permuted(const Vector& from, const Ints& places) {
 }
 #endif
 
-// kNf4[index] a lane: a table of sixteen is one register of AVX-512, two of AVX2 and too many for
-// shorter ones.
+// kNf4[index] a lane: a table of sixteen is one register of AVX-512, and too many for short ones.
 LK_INLINE Floats nf4_values(const Ints& index) {
 #if !defined(__clang__)
   if constexpr (kOne == 16) return __builtin_shuffle(vector(kNf4), index);
-  if constexpr (kOne == 8) return __builtin_shuffle(vector(kNf4), vector(kNf4 + kOne), index);
 #endif
   Floats out;
   for (int i = 0; i < kOne; ++i) out[i] = kNf4[index[i]];
   return out;
+}
+
+// The same of the four bits from `shifts` on of each word.
+LK_INLINE Floats nf4_values_at(const Ints& word, const Ints& shifts) {
+#if LK_REGISTER_BYTES == 32
+  // The permutation reads three bits of an index, and the blend the sign, which the fourth becomes:
+  // nothing has to be masked or compared.
+  const auto index = reinterpret_cast<__m256i>(word >> shifts);
+  const auto low = _mm256_permutevar8x32_ps(_mm256_load_ps(kNf4), index);
+  const auto high = _mm256_permutevar8x32_ps(_mm256_load_ps(kNf4 + kOne), index);
+  return with_bits<float>(
+      _mm256_blendv_ps(low, high, reinterpret_cast<__m256>(word << (28 - shifts))));
+#else
+  return nf4_values((word >> shifts) & 15);
+#endif
 }
 
 // A code of float8_e4m3fn a lane. The exponent is moved to float's bias, by arithmetic for
@@ -101,7 +114,7 @@ LK_INLINE void store_values(const Ints& words, const Floats& scale, float* out) 
   constexpr auto lanes = std::make_integer_sequence<int, kOne>();
   const Ints word = words_of_lanes<F, V>(words, lanes), shifts = shifts_of_lanes<F, V>(lanes);
   if constexpr (F == Format::kNf4) {
-    vector(out) = nf4_values((word >> shifts) & 15) * scale;
+    vector(out) = nf4_values_at(word, shifts) * scale;
   } else if constexpr (F == Format::kInt8) {
     vector(out) = __builtin_convertvector((word << (24 - shifts)) >> 24, Floats) * scale;
   } else {
@@ -152,11 +165,12 @@ LK_INLINE void decode_chunk(const QuantizedMatrix& w, int64_t i, Place& place, f
   advance(w, place, kChunk<F> / 2);
   const Floats second = place.block == block ? first : Floats{} + scale_at(w, place.block) * kUnit;
   advance(w, place, kChunk<F> / 2);
-  constexpr int64_t kPerByte = F == Format::kNf4 ? 2 : 1;
+  constexpr int kHalved = F == Format::kNf4 ? 1 : 0;
+  const uint8_t* from = w.codes + (i >> kHalved);
   // The same place of the rows that are decoded together next.
-  __builtin_prefetch(w.codes + (i + kRowsAtOnce * w.cols) / kPerByte);
+  __builtin_prefetch(from + (kRowsAtOnce * w.cols >> kHalved));
   Ints words;
-  std::memcpy(&words, w.codes + i / kPerByte, sizeof(words));
+  std::memcpy(&words, from, sizeof(words));
   store_chunk<F>(words, first, second, out, std::make_integer_sequence<int, codes_of_word(F)>());
 }
 
