@@ -9,8 +9,8 @@ from lora_kernels.nn import LoRALinear, count_parameters
 from ._planted import left
 
 CLAIM = (
-    "a change of rank 8 (256 by 256) that trains of rank 3 make is learnt to a tenth with less than a"
-    " tenth of the numbers of LoRA with r = 8; LoRA with r = 1, which has more, leaves over half"
+    "a change of rank 8 (256 by 256) that trains of rank 3 make: with less than a tenth of the numbers of"
+    " LoRA with r = 8 it leaves less than half of what LoRA with r = 1 leaves, which has more"
 )
 WIDTH, R, INNER, STEPS = 256, 8, 3, 300
 
@@ -35,9 +35,8 @@ def run(seed: int) -> dict[str, float]:
 def holds(figures: list[dict[str, float]]) -> bool:
     """Both, in every seed."""
     return all(
-        one["LoRETTA"] < 0.1
+        one["LoRETTA"] < 0.5 * one["LoRA, r = 1"]
         and one["numbers, LoRETTA"] < 0.1 * R * 2 * WIDTH
         and one["numbers, LoRETTA"] < one["numbers, LoRA, r = 1"]
-        and one["LoRA, r = 1"] > 0.5
         for one in figures
     )
