@@ -50,6 +50,7 @@ def test_no_loop_over_samples_and_no_weight_for_each():
         x = torch.randn(samples, 3, IN, dtype=WIDE, requires_grad=True)
         lora_a = torch.randn(samples, R, IN, dtype=WIDE, requires_grad=True)
         keys, values = (torch.randn(samples, R, IN, dtype=WIDE, requires_grad=True) for _ in range(2))
+        layer.zero_grad()  # adding to a gradient is one more
         with _Watch() as seen, side_inputs(layer, vlora_A={"": lora_a}):
             layer(x).sum().backward()
         with _Watch() as other, side_inputs(memory, memory=(keys, values)):
