@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .nn import LoRALinear, QuantizedLinear, apply_lora, quantize_base
     from .ops.batch_plan import BatchPlan, plan_batch
     from .ops.dequantize import dequantize
+    from .ops.grouped_lora_linear import grouped_lora_linear
     from .ops.lora_linear_group import lora_linear_group
     from .ops.lora_mlp import LoRAProjection, lora_mlp
     from .ops.multi_lora_fusion import multi_lora_fusion
@@ -49,6 +50,7 @@ _LAZY = {
     "calibrate": "stats",
     "decelerate": "integrations.peft",
     "dequantize": "ops.dequantize",
+    "grouped_lora_linear": "ops.grouped_lora_linear",
     "load_adapter": "integrations.checkpoint",
     "lora_linear_group": "ops.lora_linear_group",
     "lora_mlp": "ops.lora_mlp",
@@ -83,6 +85,7 @@ __all__ = [
     "decelerate",
     "dequantize",
     "dora_linear",
+    "grouped_lora_linear",
     "load_adapter",
     "lora_linear",
     "lora_linear_group",

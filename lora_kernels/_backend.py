@@ -144,9 +144,10 @@ def implementation(backend: str, op: str) -> Callable[..., Any]:
     """The function of ``backend`` that computes ``op`` (a stem of ``_ops.py``).
 
     ``cuda`` has forward kernels, with the data of Triton's: a backward pass that follows one is Triton's.
-    What ``csrc/`` leaves to PyTorch's own CPU kernels is the reference's.
+    What ``csrc/`` leaves to PyTorch's own CPU kernels is the reference's, and so is what is composed of them
+    on every device.
     """
-    if backend == "cpp" and op in _ops.LEFT_TO_TORCH:
+    if op in _ops.COMPOSED or (backend == "cpp" and op in _ops.LEFT_TO_TORCH):
         backend = "reference"
     if backend == "cpp" or (backend == "cuda" and op in _ops.CUDA_OPS):
         return getattr(torch.ops.lora_kernels, f"{backend}_{op}").default

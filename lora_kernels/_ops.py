@@ -74,6 +74,17 @@ SCHEMAS = {
         " Tensor coef, Tensor order, Tensor offsets, Tensor tiles, Tensor? h, Tensor? mask,"
         " Tensor? keep_scale, SymInt max_rank, bool[4] needs) -> Tensor[]"
     ),
+    # y [M,N] and h [M,R] of rows in the order of their experts: those of e from offsets[e] on. weight
+    # [E,N,K], A [E,R,K], B [E,N,R], bias [E,N], offsets [E+1].
+    "grouped_lora_linear": (
+        "(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor offsets,"
+        " float scaling) -> (Tensor y, Tensor h)"
+    ),
+    # The gradients of x, weight, A, B and bias that `needs` asks for.
+    "grouped_lora_linear_backward": (
+        "(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? h, Tensor offsets,"
+        " float scaling, bool[5] needs) -> Tensor[]"
+    ),
     # ‖w_n + s b_n A‖ for each row n of weight [N,K]: float32, or float64 for float64.
     "low_rank_norm": "(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor",
     # y [M,N], z = drop(x) (W + s B A)ᵀ ([0,N] where it is not kept), h = drop(x) Aᵀ and the keep bits;
@@ -190,6 +201,8 @@ CPP_OPS = (
 )
 # Elementwise ops that PyTorch's own vectorised kernels do as well on a CPU.
 LEFT_TO_TORCH = ("glu", "glu_backward")
+# Ops that are a product of PyTorch's for each expert on every device.
+COMPOSED = ("grouped_lora_linear", "grouped_lora_linear_backward")
 # Ops that csrc/cuda implements, under the name `cuda_<op>`.
 CUDA_OPS = ("multi_lora_linear", "multi_lora_linear_add")
 # With the base product in the same launch: what an eager call on a card runs for a few rows.
@@ -322,6 +335,33 @@ def _fake_lora_linear_group_backward(saved: GroupBackward) -> list[Tensor]:
     return _empty_like((dx, *(like for member in members for like in member)), saved.needs)
 
 
+def _fake_grouped_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], weight.shape[1]), x.new_empty(x.shape[0], lora_a.shape[1])
+
+
+def _fake_grouped_lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    h: Tensor | None,
+    offsets: Tensor,
+    scaling: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    dx, dbias = dy.new_empty(dy.shape[0], weight.shape[2]), dy.new_empty(weight.shape[:2])
+    return _empty_like((dx, weight, lora_a, lora_b, dbias), needs)
+
+
 def _fake_glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return gate.new_empty(gate.shape)
 
@@ -416,6 +456,8 @@ _FAKES: dict[str, Callable[..., object]] = {
     "dequantize": _fake_dequantize,
     "quantized_linear": _fake_quantized_linear,
     "quantized_lora_linear": _fake_quantized_lora_linear,
+    "grouped_lora_linear": _fake_grouped_lora_linear,
+    "grouped_lora_linear_backward": _fake_grouped_lora_linear_backward,
     "glu": _fake_glu,
     "glu_backward": _fake_glu_backward,
     "gate_chain": _fake_gate_chain,

@@ -112,6 +112,26 @@ def multi_add_args(linears=1, k=1):
     return (torch.randn(5, 11 * linears), torch.randn(5, 19), *lists, weights, *plan[1:], table, 4, False)
 
 
+def grouped_args(bias=False, rows=9):
+    """Three experts, the second without rows, and with as many as nine rows one behind the last."""
+    offsets = torch.tensor([0, 5, 5, 8]).clamp(max=rows)
+    x, weight = torch.randn(rows, 7), torch.randn(3, 7, 5).mT
+    return (
+        x,
+        weight,
+        torch.randn(3, 2, 7),
+        torch.randn(3, 5, 2),
+        torch.randn(3, 5) if bias else None,
+        offsets,
+        0.5,
+    )
+
+
+def grouped_backward_args(needs):
+    x, weight, lora_a, lora_b, _, offsets, scaling = grouped_args()
+    return torch.randn(9, 5), x, weight, lora_a, lora_b, torch.randn(9, 2), offsets, scaling, list(needs)
+
+
 def plan_args(slots=9):
     return (torch.tensor([2, -1, 0, 7, 2]), 3, *BatchPlan.allocate(slots, 3))
 
@@ -208,6 +228,15 @@ SAMPLES = {
         "dropout": quantized_lora_args(LoraCase(dropout_p=0.25, bias=True), format="int8"),
         "width": quantized_lora_args(LoraCase(branch_cols=19, dropout_p=0.25)),
         "empty": quantized_lora_args(LoraCase(lead=(0,))),
+    },
+    "grouped_lora_linear": {
+        "plain": grouped_args(),
+        "bias": grouped_args(True),
+        "empty": grouped_args(rows=0),
+    },
+    "grouped_lora_linear_backward": {
+        "all": grouped_backward_args((True,) * 5),
+        "frozen": grouped_backward_args((True, False, True, True, False)),
     },
     "glu": {name: glu_args(name) for name in _ops.ACTIVATIONS} | {"empty": glu_args("silu", rows=0)},
     "glu_backward": {

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft.tuners.lora.layer import Linear as PeftLinear
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
 from ..nn.groups import group_layers, ungroup_layers, why_alone, why_alone_compiled
 from ..nn.mlp import fuse_mlps, unfuse_mlps
 from ..nn.weight_reads import weight_reads
+from .peft_experts import FusedParamWrapper
+from .peft_experts import why_not as why_not_parameter
 from .peft_layers import FUSED as OTHERS
 from .peft_layers import why_not as why_not_other
 from .peft_linear import FusedLoraLinear
@@ -52,7 +54,11 @@ class Report:
 
 
 # The class that takes over each of PEFT's, and those of bitsandbytes' layers where PEFT has made any.
-FUSED: dict[type[nn.Module], type[nn.Module]] = {PeftLinear: FusedLoraLinear, **OTHERS}
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    PeftLinear: FusedLoraLinear,
+    ParamWrapper: FusedParamWrapper,
+    **OTHERS,
+}
 
 
 def _fused_types() -> dict[type[nn.Module], type[nn.Module]]:
@@ -70,6 +76,8 @@ def _why_not(layer: nn.Module) -> str | None:
         return None
     if type(layer) in OTHERS:
         return why_not_other(layer)
+    if type(layer) is ParamWrapper:
+        return why_not_parameter(layer)
     if type(layer) is PeftLinear:
         return why_not_dense(layer)
     if type(layer) in types:
@@ -85,6 +93,10 @@ def accelerate(model: nn.Module) -> Report:
     That is ``Linear`` (also on a Transformers ``Conv1D``), ``Embedding`` and the convolutions, with DoRA too,
     and ``Linear`` over bitsandbytes' ``Linear4bit`` (NF4: QLoRA) and ``Linear8bitLt``, whose packed weight is
     read where it lies.
+
+    Expert parameters (``target_parameters``) of Transformers' mixtures (Mixtral, Qwen3-MoE, gpt-oss, DeepSeek
+    and others of their interface) keep their W: the branch runs on the rows of each expert, where PEFT makes
+    W + ΔW of all experts at every step.
 
     A layer whose parent computes with its weight and does not call it (Mamba's ``dt_proj``, the ``out_proj``
     of ``nn.MultiheadAttention``) is as in PEFT: its adapter does nothing until merged. A warning names it.

@@ -38,6 +38,9 @@ _RANKS: dict[str, _Rank] = {
     "stacked_lora_shrink": ("lora_a", lambda stacks: stacks[0].shape[-2]),
     "stacked_lora_expand": ("lora_b", lambda stacks: stacks[0].shape[-1]),
     "stacked_lora_linear": ("lora_b", lambda stacks: stacks[0].shape[-1]),
+    # Of experts: [E, r, K].
+    "grouped_lora_linear": ("lora_a", lambda a: a.shape[1]),
+    "grouped_lora_linear_backward": ("lora_a", lambda a: a.shape[1]),
     "lora_linear_group": _WIDEST,
     "lora_linear_group_backward": _WIDEST,
 }
