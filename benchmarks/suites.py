@@ -58,6 +58,7 @@ MODULES = (
     "bench_starts",
     "bench_methods",
     "bench_routing",
+    "bench_experts",
 )
 DEFAULT, TRAINING, SERVING = "default", "training", "serving"
 

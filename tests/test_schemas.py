@@ -356,6 +356,7 @@ def test_an_op_that_does_not_say_its_rank_is_an_error():
 
 
 RANKS = {"low_rank_norm": 3, "multi_lora_linear": 3, "multi_lora_linear_backward": 3}
+RANKS |= {"grouped_lora_linear": 2, "grouped_lora_linear_backward": 2}
 
 
 @pytest.mark.parametrize("op", sorted(set(_dispatch._RANKS) & set(SAMPLES | IN_PLACE_SAMPLES)))

@@ -28,7 +28,8 @@ class FusedParamWrapper(PeftNamed, ParamWrapper):
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
         found = {one.parameter_name: _factors(one) for one in _nested(self)}
-        return experts_forward(base, x, *args, {name: one for name, one in found.items() if one is not None})
+        factors = {name: one for name, one in found.items() if one is not None}
+        return experts_forward(base, x, args[0], args[1], factors)
 
 
 def _nested(layer: Any) -> list[Any]:

@@ -31,11 +31,17 @@ def _spans(offsets: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def grouped_lora_linear(
-    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, offsets: Tensor, scaling: float
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """The forward op of ``_ops.py``: y and h, zero for rows behind the last expert's."""
-    y, h = x.new_empty(x.shape[0], weight.shape[1]), x.new_empty(x.shape[0], a.shape[1])
-    a, b = a.to(x.dtype), b.to(x.dtype)
+    y, h = x.new_empty(x.shape[0], weight.shape[1]), x.new_empty(x.shape[0], lora_a.shape[1])
+    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     for e, rows in _spans(offsets):
         torch.mm(x[rows], a[e].T, out=h[rows])
         part = torch.mm(x[rows], weight[e].T, out=y[rows])
@@ -54,8 +60,8 @@ def grouped_lora_linear_backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
-    a: Tensor,
-    b: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
     h: Tensor | None,
     offsets: Tensor,
     scaling: float,
@@ -65,10 +71,10 @@ def grouped_lora_linear_backward(
     dx = dy.new_empty(dy.shape[0], weight.shape[2]) if needs[0] else None
     dw, da, db = (
         torch.zeros_like(t, memory_format=torch.contiguous_format) if needed else None
-        for t, needed in zip((weight, a, b), needs[1:4], strict=True)
+        for t, needed in zip((weight, lora_a, lora_b), needs[1:4], strict=True)
     )
     dbias = dy.new_zeros(weight.shape[:2]) if needs[4] else None
-    a, b = a.to(dy.dtype), b.to(dy.dtype)
+    a, b = lora_a.to(dy.dtype), lora_b.to(dy.dtype)
     for e, rows in _spans(offsets):
         part = dy[rows]
         u = (part @ b[e]).mul_(scaling) if needs[0] or needs[2] else part
