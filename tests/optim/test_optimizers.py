@@ -150,7 +150,7 @@ BAD = {
         ValueError,
         "update_proj_gap: expected at least 1",
     ),
-    "type": (lambda m: optim.GaLoreAdamW(m, proj_type="full"), ValueError, "proj_type: expected one of std"),
+    "type": (lambda m: optim.GaLoreAdamW(m, proj_type="half"), ValueError, "proj_type: expected one of std"),
     "ratio": (lambda m: optim.lora_plus(m, lr=1e-3, ratio=0), ValueError, "ratio: expected 0 < ratio, got 0"),
     "reg": (lambda m: optim.riemannian(m, lr=1e-3, reg=0.0), ValueError, "reg: expected 0 < reg"),
     "class": (lambda m: optim.riemannian(m, dict, lr=1e-3), TypeError, "optimizer_cls: expected a subclass"),

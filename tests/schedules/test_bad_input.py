@@ -60,6 +60,7 @@ PHASES = {
     "bilora": (lambda m, o: schedules.BiLoRA(m, None, None, None, radius=0.0), r"radius: expected"),
     "autolora_rank": (lambda m, o: schedules.AutoLoRA(m, None, None, None, unroll=-1.0), r"unroll: expected"),
     "dylora_sampler": (lambda m, o: schedules.DyLoRASampler(m, seed=0.5), r"seed: expected an int"),
+    "lora_asr_study": (lambda m, o: schedules.RankWarmup(m, o, steps=0), r"steps: expected at least 1"),
 }
 
 

@@ -33,6 +33,7 @@ class BLoRA(LoRA):
     options = frozenset({"learn_ranges", "clip"})
     zero_start = False
     peft = False
+    splits = {}  # noqa: RUF012  (a range is of a whole factor)
 
     def build(self, site: Site) -> Start:
         """The factors, their ranges, and open gates."""
