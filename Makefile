@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(filter csrc/%,$(NATIVE))
 # What clang-tidy reads: the sources with no torch header, which take seconds.
 TIDY := $(wildcard csrc/cpu/*_pass.cpp) $(wildcard tests/csrc/*.cpp)
 
-.PHONY: demo test test-all lint format docs bench inspect plans install wheel sanitize clean
+.PHONY: demo test test-all lint format docs docs-site bench inspect plans install wheel sanitize clean
 
 install: $(VENV)/.installed
 
@@ -53,6 +53,11 @@ format: install
 # What is made of lora_kernels/methods.py: docs/methods.md and the README's table.
 docs: install
 	$(BIN)/python -m lora_kernels.cli methods --write
+
+# The pages of docs/ as a site, in build/site; a link that leads nowhere is an error.
+docs-site: install
+	$(PIP) 'lora-kernels[docs]'
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 bench: install
 	$(BIN)/python -m benchmarks

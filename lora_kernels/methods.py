@@ -33,7 +33,16 @@ class Method(NamedTuple):
         return f"lora_kernels/{self.home.replace('.', '/')}.py"
 
 
-KINDS = ("structure", "start", "step", "company", "knowledge", "layer")
+# Kind -> what one uses of that kind.
+USES = {
+    "structure": "`LoRAConfig(method=…)`",
+    "start": "`LoRAConfig(init_lora_weights=…)`",
+    "step": "`optim`, `schedules`, `compress`",
+    "company": "`compose`, `routing`",
+    "knowledge": "`stats`, `analysis`",
+    "layer": "`nn`",
+}
+KINDS = tuple(USES)
 REGISTER = (
     # Structures of two factors.
     Method(
@@ -892,26 +901,29 @@ def structures() -> dict[str, Method]:
 
 def listing() -> str:
     """The register as ``docs/methods.md`` has it."""
-    lines = [
-        "# Methods",
-        "",
-        "Made by `lora-kernels methods --write` from `lora_kernels/methods.py`.",
-        "",
-        "| key | what it is | kind | paper | rows | file | verified |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for one in REGISTER:
-        rows = ", ".join(f"{row:02}" for row in one.rows) or "–"
-        state = "yes" if one.verified else "no"
-        cells = (f"`{one.key}`", one.title, one.kind, _paper(one), rows, f"`{one.file}`", state)
-        lines.append(f"| {' | '.join(cells)} |")
+    lines = ["# Methods", "", "Made by `lora-kernels methods --write` from `lora_kernels/methods.py`."]
+    for kind in KINDS:
+        lines += ["", f"## {kind.capitalize()}", "", f"{USES[kind]}.", "", *_rows(kind)]
     return "\n".join(lines) + "\n"
 
 
+def _rows(kind: str) -> list[str]:
+    lines = ["| key | what it is | paper | rows | file | verified |", "|---|---|---|---|---|---|"]
+    for one in REGISTER:
+        if one.kind == kind:
+            rows = ", ".join(f"{row:02}" for row in one.rows) or "–"
+            state = "yes" if one.verified else "no"
+            cells = (f"`{one.key}`", one.title, _paper(one), rows, f"`{one.file}`", state)
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def table() -> str:
-    """The structures as the README has them."""
-    lines = ["| `method` | what it is | paper |", "|---|---|---|"]
-    lines += [f"| `{one.key}` | {one.title} | {_paper(one)} |" for one in structures().values()]
+    """The names by kind, as the README has them."""
+    lines = ["| kind | names |", "|---|---|"]
+    for kind in KINDS:
+        names = " ".join(f"`{one.key}`" for one in REGISTER if one.kind == kind)
+        lines.append(f"| {kind}: {USES[kind]} | {names} |")
     return "\n".join(lines) + "\n"
 
 
