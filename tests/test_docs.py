@@ -1,4 +1,4 @@
-"""README and docs: every ``python`` block runs as it stands, links lead somewhere, messages and figures are real."""
+"""README and docs: every ``python`` block runs, links lead somewhere, messages and figures are real."""
 
 from __future__ import annotations
 
