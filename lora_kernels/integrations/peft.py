@@ -1,4 +1,4 @@
-"""One line that makes a live PEFT model use the fused LoRA linear."""
+"""One line that makes a live PEFT model use the fused ops."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft.tuners.lora.layer import Linear as PeftLinear
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..nn.groups import group_layers, ungroup_layers, why_alone, why_alone_compiled
@@ -20,6 +21,7 @@ from .peft_layers import FUSED as OTHERS
 from .peft_layers import why_not as why_not_other
 from .peft_linear import FusedLoraLinear
 from .peft_linear import why_not as why_not_dense
+from .tuners import TAKEOVERS, why_left
 
 
 @dataclass
@@ -58,6 +60,7 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     PeftLinear: FusedLoraLinear,
     ParamWrapper: FusedParamWrapper,
     **OTHERS,
+    **{peft: takeover.fused for peft, takeover in TAKEOVERS.items()},
 }
 
 
@@ -80,19 +83,21 @@ def _why_not(layer: nn.Module) -> str | None:
         return why_not_parameter(layer)
     if type(layer) is PeftLinear:
         return why_not_dense(layer)
+    if type(layer) in TAKEOVERS:
+        return TAKEOVERS[type(layer)].why_not(layer)
     if type(layer) in types:
         from . import peft_quantized
 
         return peft_quantized.why_not(layer)
-    return f"{type(layer).__module__}.{type(layer).__name__} is not PEFT's LoRA Linear"
+    return why_left(layer)
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Makes the LoRA layers of a PEFT model compute with the fused ops, in place.
+    """Makes the layers of a PEFT model compute with the fused ops, in place.
 
-    That is ``Linear`` (also on a Transformers ``Conv1D``), ``Embedding`` and the convolutions, with DoRA too,
-    and ``Linear`` over bitsandbytes' ``Linear4bit`` (NF4: QLoRA) and ``Linear8bitLt``, whose packed weight is
-    read where it lies.
+    Of LoRA those are ``Linear`` (also on a Transformers ``Conv1D``), ``Embedding`` and the convolutions, with
+    DoRA too, and ``Linear`` over bitsandbytes' ``Linear4bit`` (NF4: QLoRA) and ``Linear8bitLt``, whose packed
+    weight is read where it lies. Of the other tuners they are those of ``integrations.tuners.TAKEOVERS``.
 
     Expert parameters (``target_parameters``) of Transformers' mixtures (Mixtral, Qwen3-MoE, gpt-oss, DeepSeek
     and others of their interface) keep their W: the branch runs on the rows of each expert, where PEFT makes
@@ -108,17 +113,17 @@ def accelerate(model: nn.Module) -> Report:
     ``save_pretrained``), and so do pickling and copying. :func:`decelerate` reverses it.
 
     Args:
-        model: a model of ``get_peft_model``, or any module that holds PEFT LoRA layers.
+        model: a model of ``get_peft_model``, or any module that holds layers of PEFT's.
 
     Returns:
         Which layers are fused and, for the others, why not.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: it holds no LoRA layer of PEFT.
+        ValueError: it holds no layer of PEFT's.
     """
     report, types = Report(), _fused_types()
-    for name, layer in _lora_layers(model):
+    for name, layer in _tuner_layers(model):
         reason = _why_not(layer)
         if reason is None:
             layer.__class__ = types.get(type(layer), type(layer))
@@ -135,7 +140,7 @@ def accelerate(model: nn.Module) -> Report:
 
 def _read_layers(model: nn.Module) -> list[tuple[str, str]]:
     """(layer, reader) of those that are read; an attention that PEFT adapts whole sees to that itself."""
-    layers, reads = _lora_layers(model), weight_reads(model, fast_paths=True)
+    layers, reads = _tuner_layers(model), weight_reads(model, fast_paths=True)
     whole = {id(layer.base_layer) for _, layer in layers}
     found = []
     for name, layer in layers:
@@ -152,7 +157,7 @@ def _read_layers(model: nn.Module) -> list[tuple[str, str]]:
 def decelerate(model: nn.Module) -> int:
     """Gives every layer back to PEFT; returns how many there were."""
     plain = {fused_type: peft_type for peft_type, fused_type in _fused_types().items()}
-    layers = [layer for _, layer in _lora_layers(model) if type(layer) in plain]
+    layers = [layer for _, layer in _tuner_layers(model) if type(layer) in plain]
     ungroup_layers(model)
     unfuse_mlps(model)
     for layer in layers:
@@ -160,12 +165,12 @@ def decelerate(model: nn.Module) -> int:
     return len(layers)
 
 
-def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+def _tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if not layers:
         raise ValueError(
-            f"model: expected a model with PEFT LoRA layers, got {type(model).__name__} with none"
+            f"model: expected a model with layers of PEFT's, got {type(model).__name__} with none"
         )
     return layers

@@ -210,18 +210,18 @@ def hooked(module: nn.Module) -> bool:
 def why_not(layer: PeftLinear) -> str | None:
     """Why a PEFT ``Linear`` stays PEFT's, or ``None``."""
     base: Any = layer.base_layer
-    if type(base) is not nn.Linear and not _is_conv1d(base):
+    if type(base) is not nn.Linear and not is_conv1d(base):
         return f"its base layer is a {type(base).__name__}, not nn.Linear or Transformers' Conv1D"
     if not base.weight.is_floating_point():
         return f"its base weight is {base.weight.dtype}"
-    if layer.fan_in_fan_out != _is_conv1d(base):
+    if layer.fan_in_fan_out != is_conv1d(base):
         return f"fan_in_fan_out is {layer.fan_in_fan_out} for a {type(base).__name__}"
     if "forward" in vars(layer):
         return "its forward was replaced"
     return unsupported_now(layer)
 
 
-def _is_conv1d(base: nn.Module) -> bool:
+def is_conv1d(base: nn.Module) -> bool:
     """Whether ``base`` is GPT-2's linear, whose weight is [in, out]."""
     kind = type(base)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"

@@ -360,7 +360,7 @@ def test_half_precision_base_with_float32_adapters(bert, tokens):
 
 
 def test_bad_models():
-    with pytest.raises(ValueError, match="model: expected a model with PEFT LoRA layers"):
+    with pytest.raises(ValueError, match="model: expected a model with layers of PEFT's"):
         accelerate(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module"):
         accelerate("model")

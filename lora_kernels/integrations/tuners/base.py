@@ -1,0 +1,135 @@
+"""What the fused layers of PEFT's tuners share: which calls are ours, and how one is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..._arguments import LoraInputs
+from ...adapters.update import LowRank, Update, apply_update, stack
+from ...nn.groups import grouped
+from ..peft_linear import PeftNamed, hooked, is_conv1d, parameter
+
+
+class FusedTuner(PeftNamed):
+    """Comes before PEFT's class of a linear: y = x Wᵀ + b + what the active adapters add, by our ops.
+
+    A subclass says in :meth:`update` what an adapter comes to, made from the tuner's own tensors so that
+    autograd reaches them, and where those are. Everything else, state included, is PEFT's. Calls that are not
+    ours (merged, disabled, keyword arguments, hooks inside, another dtype than W's) go to PEFT's own forward.
+    """
+
+    # The attribute of PEFT's that has an entry for each adapter of this layer.
+    per_adapter: str
+    # The attribute that holds its dropouts, or None where the tuner has none.
+    dropouts: str | None = None
+
+    def update(self, name: str, x: Tensor) -> Update:
+        """What adapter ``name`` makes of this layer; ``x`` is for those that read it."""
+        raise NotImplementedError(f"{type(self).__name__}: update")
+
+    def why_not_adapter(self, name: str) -> str | None:
+        """Why no op of ours covers adapter ``name`` as it is now, or ``None``."""
+        return None
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y, or PEFT's forward where this call is none of ours."""
+        names = [] if args or kwargs else _names_now(self, x)
+        if not names:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
+        y = grouped(self, x) if len(names) == 1 else None
+        if y is not None:
+            return y
+        weight, bias = _base(self)
+        updates = [self.update(name, x) for name in names]
+        ps = [_dropout(self, name) for name in names]
+        if len(names) > 1 and not any(ps) and all(type(one) is LowRank and one.plain for one in updates):
+            return apply_update(x, weight, bias, stack(updates))
+        y = apply_update(x, weight, bias, updates[0], ps[0])
+        for update, p in zip(updates[1:], ps[1:], strict=True):
+            y = y + apply_update(x, None, None, update, p)
+        return y
+
+    def group_member(self: Any, x: Tensor) -> LoraInputs | None:
+        """What this layer computes for ``x``, where that is one plain fused linear."""
+        names = _names_now(self, x)
+        update = self.update(names[0], x) if len(names) == 1 and not is_conv1d(self.base_layer) else None
+        if type(update) is not LowRank or not update.plain:
+            return None
+        lora_a, lora_b, scaling, gate, *_ = update.numbered()
+        weight, bias = _base(self)
+        p = _dropout(self, names[0])
+        return LoraInputs(x, weight, lora_a, lora_b, bias, gate, None, None, scaling, p)  # type: ignore[arg-type]
+
+
+class Takeover(NamedTuple):
+    """What takes over a class of PEFT's."""
+
+    fused: type[Any]
+    # Why a layer of that class stays PEFT's, or None.
+    why_not: Callable[[Any], str | None]
+
+
+def linear(fused: type[Any]) -> Takeover:
+    """The takeover of a linear by a :class:`FusedTuner`."""
+    return Takeover(fused, lambda layer: _why_not(layer, fused))
+
+
+def _why_not(layer: Any, fused: type[FusedTuner]) -> str | None:
+    base = layer.get_base_layer()
+    if base is not layer.base_layer:
+        return "it wraps another tuner's layer"
+    if type(base) is not nn.Linear and not is_conv1d(base):
+        return f"its base layer is a {type(base).__name__}, not nn.Linear or Transformers' Conv1D"
+    if not base.weight.is_floating_point():
+        return f"its base weight is {base.weight.dtype}"
+    fan_in_fan_out = getattr(layer, "fan_in_fan_out", is_conv1d(base))
+    if fan_in_fan_out != is_conv1d(base):
+        return f"fan_in_fan_out is {fan_in_fan_out} for a {type(base).__name__}"
+    return "its forward was replaced" if "forward" in vars(layer) else _why_not_now(layer, fused)
+
+
+def _why_not_now(layer: Any, fused: type[FusedTuner]) -> str | None:
+    """Why no call is ours as the layer is now, or ``None``; what it asks may change after ``accelerate``."""
+    for name in layer.active_adapters:
+        if name not in getattr(layer, fused.per_adapter):
+            continue
+        if fused.dropouts is not None:
+            dropout = getattr(layer, fused.dropouts)[name]
+            if type(dropout) not in (nn.Identity, nn.Dropout):
+                return f"adapter {name!r} has {type(dropout).__name__} for its dropout, not nn.Dropout"
+        reason = fused.why_not_adapter(layer, name)
+        if reason is not None:
+            return reason
+    if "forward" in vars(layer._modules["base_layer"]):
+        return "the forward of its base layer was replaced"
+    inside = any(hooked(module) for module in layer.modules() if module is not layer)
+    return "it has forward or backward hooks inside" if inside else None
+
+
+def _names_now(layer: Any, x: Tensor) -> list[str]:
+    """The adapters of a call that is ours, none where it is PEFT's."""
+    if layer.disable_adapters or layer.merged or _why_not_now(layer, type(layer)):
+        return []
+    held = getattr(layer, layer.per_adapter)
+    names = [name for name in layer.active_adapters if name in held]
+    same = x.dtype == parameter(layer._modules["base_layer"], "weight").dtype
+    return names if same or torch.is_autocast_enabled(x.device.type) else []
+
+
+def _base(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """W [N, K] and b."""
+    base = layer._modules["base_layer"]
+    weight = parameter(base, "weight")
+    return weight.T if is_conv1d(base) else weight, parameter(base, "bias")
+
+
+def _dropout(layer: Any, name: str) -> float:
+    """The probability that acts in this call."""
+    if layer.dropouts is None:
+        return 0.0
+    module = getattr(layer, layer.dropouts)[name]
+    return module.p if module.training and isinstance(module, nn.Dropout) else 0.0

@@ -1,0 +1,157 @@
+"""accelerate() on PEFT's tuners beside LoRA: PEFT's numbers, gradients and API."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import get_peft_model
+from peft_tuner_cases import CASES
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_kernels.integrations.peft import FUSED, accelerate, decelerate
+from lora_kernels.integrations.tuners import TAKEOVERS
+from lora_kernels.reference.dropout import dropout_apply, dropout_mask
+from lora_kernels.testing import assert_close
+
+ROWS, WIDTH = 7, 12
+
+
+class Model(nn.Module):
+    """Two linears in a row, of whichever kind."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first = nn.Linear(WIDTH, 8) if kind == "Linear" else Conv1D(8, WIDTH)
+        self.second = nn.Linear(8, WIDTH) if kind == "Linear" else Conv1D(WIDTH, 8)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+class FixedDropout(nn.Module):
+    """Dropout by given keep bits."""
+
+    def __init__(self, mask, p):
+        super().__init__()
+        self.mask, self.p = mask, p
+
+    def forward(self, x):
+        return dropout_apply(x, self.mask, self.p)
+
+
+def wrapped(case, kind="Linear", dropout=0.0, targets=("first", "second")):
+    torch.manual_seed(0)
+    options = dict(case.options) | ({case.dropout: dropout} if case.dropout else {})
+    if kind == "Conv1D" and "fan_in_fan_out" in case.config.__dataclass_fields__:
+        options["fan_in_fan_out"] = True
+    config = case.config(target_modules=list(targets), **options)
+    return shaken(get_peft_model(Model(kind), config), config)
+
+
+def shaken(model, config):
+    """With no tensor at a start of zeros; it remembers its config for a second adapter."""
+    model.made_of = config
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def run(model, dtype):
+    x = torch.linspace(-2, 2, ROWS * WIDTH, dtype=torch.float64).sin().view(ROWS, WIDTH).to(dtype)
+    x.requires_grad_()
+    y = model(x)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(dtype)
+    grads = torch.autograd.grad((y * weights).sum(), [x, *trained.values()], allow_unused=True)
+    found = dict(zip(["x", *trained], grads, strict=True))
+    return {"y": y.detach()} | {name: g for name, g in found.items() if g is not None}
+
+
+def layers_of(model):
+    return [m for m in model.modules() if type(m) in FUSED or type(m) in FUSED.values()]
+
+
+def assert_same_as_peft(model, dtype, prepared=lambda model: model):
+    """Ours against PEFT's own forward, both against PEFT's in fp64."""
+    peft = copy.deepcopy(model)
+    decelerate(peft)
+    eager, exact = run(prepared(peft), dtype), run(prepared(copy.deepcopy(peft).double()), torch.float64)
+    ours = run(model, dtype)
+    assert ours.keys() == eager.keys()
+    for name in ours:
+        assert_close(ours[name], eager[name], exact[name], name, ulps=4.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+@pytest.mark.parametrize("tuner", CASES)
+def test_outputs_and_gradients_are_pefts(tuner, kind, dtype):
+    case = CASES[tuner]
+    model = wrapped(case, kind).to(dtype)
+    report = accelerate(model)
+    assert len(report.accelerated) == 2 and not report.skipped, str(report)
+    assert [type(layer) for layer in layers_of(model)] == [case.fused] * 2
+    assert_same_as_peft(model, dtype)
+
+
+@pytest.mark.parametrize("tuner", [name for name, case in CASES.items() if case.dropout])
+def test_dropout_is_pefts_but_for_the_bits(tuner):
+    case, p = CASES[tuner], 0.4
+    model = wrapped(case, dropout=p, targets=["first"]).train()
+    accelerate(model)
+    torch.manual_seed(2)
+    seed = torch.empty(1, dtype=torch.int64).random_()
+
+    def fixed(peft):
+        for layer in layers_of(peft):
+            held = getattr(layer, case.fused.dropouts)
+            held["default"] = FixedDropout(dropout_mask(seed, ROWS, WIDTH, p), p)
+        return peft
+
+    torch.manual_seed(2)
+    assert_same_as_peft(model, torch.float32, fixed)
+
+
+def without_grad(model):
+    with torch.no_grad():
+        return model(torch.linspace(-2, 2, ROWS * WIDTH).sin().view(ROWS, WIDTH))
+
+
+@pytest.mark.parametrize("tuner", CASES)
+def test_several_adapters_are_pefts(tuner):
+    model = wrapped(CASES[tuner])
+    model.add_adapter("other", copy.deepcopy(model.made_of))
+    accelerate(shaken(model, model.made_of))
+    model.base_model.set_adapter(["default", "other"])
+    assert_same_as_peft(model, torch.float32)
+    model.base_model.set_adapter("other")
+    assert_same_as_peft(model, torch.float32)
+
+
+@pytest.mark.parametrize("tuner", CASES)
+def test_pefts_api_goes_on_working(tuner):
+    """Disabled, merged and not again, copied, pickled, given back."""
+    model = wrapped(CASES[tuner]).eval()
+    accelerate(model)
+    before = without_grad(model)
+    with model.disable_adapter():
+        assert not torch.allclose(without_grad(model), before)
+    merged = copy.deepcopy(model)
+    for change in (merged.merge_adapter, merged.unmerge_adapter):
+        change()
+        torch.testing.assert_close(without_grad(merged), before, rtol=1e-4, atol=1e-4)
+    again = pickle.loads(pickle.dumps(model.base_model.model))
+    torch.testing.assert_close(without_grad(again), before)
+    assert decelerate(model) == 2
+    assert all(TAKEOVERS[type(layer)].fused is CASES[tuner].fused for layer in layers_of(model))
+
+
+@pytest.mark.parametrize("tuner", CASES)
+def test_what_listens_inside_is_left_to_peft(tuner):
+    model = wrapped(CASES[tuner])
+    model.base_model.model.first.base_layer.register_forward_hook(lambda *_: None)
+    report = accelerate(model)
+    assert report.skipped == [("base_model.model.first", "it has forward or backward hooks inside")]
