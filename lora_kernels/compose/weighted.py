@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from ..adapters import Adapter, LoRAConfig
 from ..adapters.lowered import low_rank_of
 from ..nn import lora_layers, owned
+from ..nn.adapted import is_combined, lora_configs
 from ..nn.adapter_layer import AdapterLayer, _check_name
-from ..nn.apply import Plan, install, is_combined, lora_configs, plan_adapter
+from ..nn.install import install
+from ..nn.plan import Plan, plan_adapter
 from ..nn.wrappers import plain_names
 from .merging import Factors, Merging, combine, decompose, merge_factors
 

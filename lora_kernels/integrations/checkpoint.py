@@ -20,17 +20,9 @@ from torch import Tensor, nn
 from ..adapters import METHODS, LoRAConfig
 from ..init import GIVEN
 from ..nn import owned
-from ..nn.apply import (
-    Plan,
-    install,
-    is_combined,
-    lora_configs,
-    lora_layers,
-    lora_state_dict,
-    plan_adapter,
-    reinstall,
-    retune,
-)
+from ..nn.adapted import is_combined, lora_configs, lora_layers, lora_state_dict
+from ..nn.install import install, reinstall, retune
+from ..nn.plan import Plan, plan_adapter
 from ..nn.quantized import QuantizedLinear, QuantizedLoRALinear
 from ..nn.wrappers import plain_key, plain_names, unwrapped
 from .checkpoint_config import CONFIG, config_text, read_start

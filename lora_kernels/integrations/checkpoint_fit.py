@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..init import GIVEN
 from ..nn import owned
-from ..nn.apply import Plan
+from ..nn.plan import Plan
 from ..nn.wrappers import plain_names
 from .checkpoint_keys import factor_key, factor_shape, model_name, owned_key
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import LoRAConfig
-from ..nn.apply import apply_lora, lora_layers
+from ..nn.adapted import lora_layers
+from ..nn.apply import apply_lora
 
 _NAMES = {"lora": ("lora_A", "lora_B"), "merged_linear": ("merged_A", "merged_B")}
 _NAMES["mosa_conv"] = ("kernel_A", "kernel_B")

@@ -3,22 +3,8 @@
 from __future__ import annotations
 
 from ..adapters import LoRAConfig
-from .apply import (
-    apply_lora,
-    count_parameters,
-    delete_adapter,
-    disable_adapters,
-    lora_configs,
-    lora_layers,
-    lora_state_dict,
-    mark_only_lora_as_trainable,
-    merge_adapters,
-    print_trainable_parameters,
-    quantize_base,
-    remove_lora,
-    set_adapter,
-    unmerge_adapters,
-)
+from .adapted import count_parameters, lora_configs, lora_layers, lora_state_dict, print_trainable_parameters
+from .apply import apply_lora
 from .colora import CoLoRALinear, CoLoRANet, evolve_gates
 from .compacter import CompacterAdapter, PHMLinear, insert_compacter
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
@@ -26,6 +12,7 @@ from .elastic import Slice, elastic
 from .embedding import LoRAEmbedding
 from .experts import fill_experts
 from .groups import group_layers, layer_groups, ungroup_layers
+from .install import delete_adapter, remove_lora
 from .linear import LoRALinear
 from .lofit import lofit_heads
 from .lors import LORSLinear, LORSMixing
@@ -38,8 +25,16 @@ from .multitask import MultiTaskLinear
 from .offset_linear import OffsetLinear
 from .pairs import Pair, lora_pairs
 from .quantized import QuantizedLinear, QuantizedLoRALinear
+from .quantized_base import quantize_base
 from .serial import SerialAdapter
 from .side_inputs import side_inputs
+from .switch import (
+    disable_adapters,
+    mark_only_lora_as_trainable,
+    merge_adapters,
+    set_adapter,
+    unmerge_adapters,
+)
 from .vlora import VLoRAGenerator
 from .wht import WHTLinear
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..adapters import LowRank, apply_update, current_call
+from .adapted import lora_layers
 from .adapter_layer import AdapterLayer
-from .apply import lora_layers
 from .linear import LoRALinear
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..adapters.lowered import low_rank_of
 from ..routing import Experts
+from .adapted import lora_layers
 from .adapter_layer import AdapterLayer
-from .apply import lora_layers
 
 
 @torch.no_grad()

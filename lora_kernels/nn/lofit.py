@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..adapters.bases.lofit import LoFiT
-from .apply import lora_layers
+from .adapted import lora_layers
 
 
 @torch.no_grad()

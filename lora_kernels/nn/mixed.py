@@ -15,9 +15,11 @@ from ..ops.batch_plan import BatchPlan, plan_batch
 from ..ops.multi_lora_fusion import multi_lora_fusion
 from ..ops.multi_lora_linear import AdapterStack, multi_lora_linear, stack_adapters
 from . import owned
-from .apply import apply_lora, lora_layers, set_adapter
+from .adapted import lora_layers
+from .apply import apply_lora
 from .linear import LoRALinear
 from .rows import Samples, Trial, row_ids, trial
+from .switch import set_adapter
 
 BASE = "__base__"
 _CHECKPOINT = "_gradient_checkpointing_func"  # where the modules of Transformers keep theirs

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.generated.vlora import VLoRA
-from .apply import lora_layers
+from .adapted import lora_layers
 
 _STD = 0.02
 

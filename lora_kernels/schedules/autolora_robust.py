@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.apply import disable_adapters
+from ..nn.switch import disable_adapters
 from ..optim._common import check_keys, check_number, pairs_of
 from ._attack import ascend
 

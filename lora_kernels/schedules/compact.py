@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.adapted import lora_configs
 from ..nn.adapter_layer import AdapterLayer
-from ..nn.apply import lora_configs
 from ..nn.pairs import Pair
 from ..optim._common import pairs_of
 from ._common import check_unmerged

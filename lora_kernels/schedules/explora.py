@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..adapters import LoRAConfig
-from ..nn.apply import apply_lora, remove_lora
+from ..nn.apply import apply_lora
+from ..nn.install import remove_lora
 
 
 def apply_explora(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..nn.apply import lora_layers
+from ..nn.adapted import lora_layers
 from ..nn.elastic import Slice, check_slices, elastic
 from ..optim._common import check_count
 

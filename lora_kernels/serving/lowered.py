@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..adapters.lowered import low_rank_of
-from ..nn.apply import lora_layers
+from ..nn.adapted import lora_layers
 from ..nn.wrappers import plain_names
 from .pool import Factors
 

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import LoRAConfig
-from ..nn.apply import find_sites, keep_off_fast_path
+from ..nn.install import keep_off_fast_path
 from ..nn.rows import Lead, Samples, Trial, row_ids, trial
+from ..nn.sites import find_sites
 from ..ops.multi_lora_linear import AdapterStack, BatchPlan, multi_lora_linear, plan_batch
 from .pool import AdapterPool
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters import LoRAConfig
 from ..nn.adapter_layer import AdapterLayer
-from ..nn.apply import _linear_types, find_sites
+from ..nn.sites import find_sites, linear_types
 from .gather import Covariance, Gatherer, Gradient, Spread, Squares
 
 COLLECTED: dict[str, type[Gatherer]] = {
@@ -70,7 +70,7 @@ def calibrate(
     """
     names = _checked(model, collect)
     config = LoRAConfig(target_modules=target_modules, exclude_modules=exclude_modules)
-    layers = {site.name: site.linear for site in find_sites(model, config, _linear_types())}
+    layers = {site.name: site.linear for site in find_sites(model, config, linear_types())}
     if any(isinstance(layer, AdapterLayer) for layer in layers.values()) or _inside_peft(model, layers):
         raise ValueError("model: expected one without adapters (calibrate before apply_lora), got one with")
     gatherers = [COLLECTED[name](layers) for name in names]

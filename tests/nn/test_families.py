@@ -13,7 +13,7 @@ from tiny_models import SECONDS, families, inputs_of, limit, tiny_model  # noqa:
 
 from lora_kernels import LoRAConfig, apply_lora  # noqa: E402
 from lora_kernels.nn import lora_layers, merge_adapters, remove_lora  # noqa: E402
-from lora_kernels.nn.apply import layer_types  # noqa: E402
+from lora_kernels.nn.sites import layer_types  # noqa: E402
 
 # Routers choose by comparison, and codebooks by distance: a rounding error may choose another.
 DISCRETE = ("gate", "router", "classifier", "quantizer", "wg", "q_proj_index")

@@ -19,7 +19,7 @@ from lora_kernels.nn import (
     side_inputs,
     unmerge_adapters,
 )
-from lora_kernels.nn.apply import layer_types
+from lora_kernels.nn.sites import layer_types
 from lora_kernels.testing.method_cases import IN, OUT, RANK, case
 
 transformers = pytest.importorskip("transformers")

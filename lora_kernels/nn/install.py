@@ -1,0 +1,183 @@
+"""Puts planned adapters into a model, exchanges and takes them out again."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..adapters import Adapter, LoRAConfig
+from . import owned
+from .adapted import CONFIGS, check_adapters, is_combined, lora_configs, lora_layers
+from .adapter_layer import AdapterLayer
+from .exposed import expose_weights, hide_weights
+from .groups import group_layers, ungroup_layers
+from .mlp import fuse_mlps, unfuse_mlps
+from .plan import Plan
+from .quantized import QuantizedLinear
+from .side_inputs import open_calls
+from .sites import Target
+from .wrappers import unwrapped
+
+
+def install(
+    model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Plan, *, fuse: bool = True
+) -> None:
+    """Adds a planned adapter; the model's first one becomes active, and what is none of its own is frozen."""
+    owned.check_add(model, plan.owned)
+    first = not lora_configs(model)
+    for _, layer, adapter in plan.layers:
+        layer.check_new(adapter_name, adapter, first)
+    if first:
+        for parameter in model.parameters():
+            parameter.requires_grad = False  # the method is not for a lazy layer's
+    for site, layer, adapter in plan.layers:
+        layer.add_adapter(adapter_name, adapter, activate=first)
+        put_in_place(site, layer)
+    owned.add(adapter_name, plan.owned, plan.trained)
+    if first:
+        owned.choose(model, (adapter_name,))
+    if fuse:
+        combine(model)
+    expose_weights(model)
+    open_side_calls(model)
+    vars(unwrapped(model)).setdefault(CONFIGS, {})[adapter_name] = config
+
+
+def reinstall(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Plan) -> None:
+    """Puts a planned adapter in the place of the one called ``adapter_name``, active as that was.
+
+    Raises:
+        RuntimeError: a layer of either is merged, or :func:`owned.check_choice` refuses. The model is then as
+            it was.
+    """
+    layers = lora_layers(model)
+    for layer in (*layers.values(), *(layer for _, layer, _ in plan.layers)):
+        layer._must_be_unmerged(f"replace {adapter_name!r}")
+    for _, layer, adapter in plan.layers:
+        layer.check_new(adapter_name, adapter, False)
+    active = any(adapter_name in layer.active for layer in layers.values())
+    acting = owned.acting(model) - {adapter_name}
+    owned.check_add(model, plan.owned)
+    owned.check_choice(model, acting)
+    kept, combined = {id(layer) for _, layer, _ in plan.layers}, is_combined(model)
+    for layer in layers.values():
+        if adapter_name in layer.adapters and id(layer) not in kept:
+            layer.delete_adapter(adapter_name)
+    for site, layer, adapter in plan.layers:
+        _exchange(layer, adapter_name, adapter, active)
+        put_in_place(site, layer)
+    owned.forget(model, adapter_name)
+    owned.add(adapter_name, plan.owned, plan.trained)
+    if active:
+        owned.choose(model, {*acting, adapter_name})
+    if combined:
+        combine(model)
+    expose_weights(model)
+    open_side_calls(model)
+    vars(unwrapped(model))[CONFIGS][adapter_name] = config
+
+
+def retune(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Plan) -> None:
+    """Gives the adapter that is there the settings of a planned one that has the same tensors."""
+    for _, layer, adapter in plan.layers:
+        layer.adapters[adapter_name].take_settings(adapter)
+    vars(unwrapped(model))[CONFIGS][adapter_name] = config
+
+
+def _exchange(layer: AdapterLayer, name: str, adapter: Adapter, active: bool) -> None:
+    """Lets ``adapter`` be the layer's ``name``; what trains beside it, and what is active, stay so."""
+    acting = (*layer.active, *([name] if active and name not in layer.active else ()))
+    old = dict(layer.adapters.items()).get(name)
+    trains = active if old is None else any(p.requires_grad for p in old.parameters())
+    if old is not None:
+        layer.delete_adapter(name)
+    flags = [(p, p.requires_grad) for p in layer.adapters.parameters()]
+    layer.add_adapter(name, adapter, activate=False)
+    layer.set_adapter(acting)
+    adapter.set_trainable(trains)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Forgets the adapter ``name`` with all that it owns; others that were active remain so.
+
+    Raises:
+        ValueError: no layer has an adapter of that name.
+        RuntimeError: it is merged.
+    """
+    layers = {at: layer for at, layer in lora_layers(model).items() if name in layer.adapters}
+    check_adapters(layers, (name,))
+    for layer in layers.values():
+        if name in layer.merged:
+            layer._must_be_unmerged(f"delete {name!r}")
+    combined = is_combined(model)
+    for layer in layers.values():
+        layer.delete_adapter(name)
+    owned.forget(model, name)
+    if combined:
+        combine(model)
+    expose_weights(model)
+    open_side_calls(model)
+    vars(unwrapped(model)).get(CONFIGS, {}).pop(name, None)
+
+
+def remove_lora(model: nn.Module, *, merge: bool = False) -> nn.Module:
+    """Puts the base layer back wherever there is one with adapters.
+
+    The base parameters are the original ones and stay frozen. With ``merge`` the layers carry the active
+    adapters in new weights, and what these own stays in the model.
+    """
+    ungroup_layers(model)
+    unfuse_mlps(model)
+    hide_weights(model)
+    owned.settle(model, merge)
+    plain: dict[int, nn.Module] = {}
+    for parent in list(model.modules()):
+        for attribute, child in parent._modules.items():
+            if isinstance(child, AdapterLayer):
+                if id(child) not in plain:
+                    plain[id(child)] = child.to_base(merge=merge)
+                    if not isinstance(plain[id(child)], QuantizedLinear):  # it keeps off the fast path too
+                        _drop_hook(plain[id(child)])
+                parent._modules[attribute] = plain[id(child)]
+    open_side_calls(model)
+    vars(unwrapped(model)).pop(CONFIGS, None)
+    return model
+
+
+def combine(model: nn.Module) -> None:
+    """Finds what can be computed together, after layers came or went."""
+    group_layers(model)
+    fuse_mlps(model)
+
+
+def open_side_calls(model: nn.Module) -> None:
+    """Lets the model open a call a forward pass where one of its adapters passes values on."""
+    adapters = (one for layer in lora_layers(model).values() for one in layer.adapters.values())
+    open_calls(unwrapped(model), any(one.passes_on for one in adapters))
+
+
+def put_in_place(site: Target, layer: nn.Module) -> None:
+    for parent, attribute in site.places:
+        parent._modules[attribute] = layer
+        keep_off_fast_path(parent, layer)
+
+
+def keep_off_fast_path(parent: nn.Module, layer: nn.Module) -> None:
+    """Gives ``layer`` a hook where its parent's fast path would otherwise pass it by.
+
+    Without gradients torch's encoder layer reads the linears' weights and calls none of them, unless one has
+    a hook.
+    """
+    if isinstance(parent, nn.TransformerEncoderLayer) and not layer._forward_pre_hooks:
+        layer.register_forward_pre_hook(_keep_off_fast_path)
+
+
+def _keep_off_fast_path(module: nn.Module, args: object) -> None:
+    return None
+
+
+def _drop_hook(module: nn.Module) -> None:
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is _keep_off_fast_path:
+            del module._forward_pre_hooks[key]
