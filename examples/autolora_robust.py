@@ -1,25 +1,25 @@
 """AutoLoRa: clean samples train the adapters, attacked ones the weights; then the adapters are left out."""
 
 import torch
-from torch import nn
+from tiny import llama, tokens
 
 from lora_kernels import LoRAConfig, apply_lora
 from lora_kernels.schedules import TwoBranches, autolora_lambdas, pgd, two_branch_loss
 
-torch.manual_seed(0)
-x, labels = torch.rand(64, 8), torch.arange(64) % 2
-x[labels == 1, :4] = 0.5 + 0.5 * x[labels == 1, :4]
-model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
-branches = TwoBranches(apply_lora(model, LoRAConfig(r=2, target_modules=["0"])), head=[model[2]])
-optimizer = torch.optim.SGD(branches.parameters(), lr=0.1, momentum=0.9)
-accuracy = 0.5
-for _ in range(30):
-    attacked = pgd(branches.adversarial, x, labels)
+model = apply_lora(llama(), LoRAConfig(r=4, target_modules=["q_proj", "v_proj"]))
+branches = TwoBranches(model, head=[model.lm_head])
+x, labels = model.get_input_embeddings()(tokens()).detach(), tokens()[:, 1:].flatten()
+clean, robust = (
+    lambda e, branch=branch: branch(inputs_embeds=e).logits[:, :-1].flatten(0, 1)
+    for branch in (branches.natural, branches.adversarial)
+)
+optimizer, accuracy = torch.optim.AdamW(branches.parameters(), lr=5e-3), 0.0
+for _ in range(15):
+    attacked = pgd(robust, x, labels, radius=1e-2, step=5e-3, steps=3, bounds=(-1.0, 1.0))
     optimizer.zero_grad()
-    natural = branches.natural(x)
-    loss = two_branch_loss(natural, branches.adversarial(attacked), labels, *autolora_lambdas(accuracy))
-    loss.backward()
+    natural = clean(x)
+    two_branch_loss(natural, robust(attacked), labels, *autolora_lambdas(accuracy)).backward()
     optimizer.step()
     accuracy = (natural.argmax(-1) == labels).float().mean().item()
-robust = (branches.adversarial(attacked).argmax(-1) == labels).float().mean().item()
-print(f"accuracy {accuracy:.2f}, on attacked samples without the adapters {robust:.2f}")
+held = (robust(attacked).argmax(-1) == labels).float().mean().item()
+print(f"accuracy {accuracy:.2f}, on attacked samples without the adapters {held:.2f}")

@@ -1,24 +1,23 @@
-"""Expressive power: LoRA of rank 4 makes four frozen layers with ReLUs one given linear layer."""
+"""Expressive power: on single tokens, LoRA of rank 16 makes a frozen Llama another one of width 32."""
 
 import torch
-from torch import nn
+from tiny import llama
 
 from lora_kernels import LoRAConfig, apply_lora
-from lora_kernels.init import expressive_network, expressive_rank
+from lora_kernels.init import expressive_adapters, expressive_rank
 
-torch.manual_seed(0)
-width, depth, radius = 16, 4, 6.0
-frozen = nn.Sequential(*[part for _ in range(depth) for part in (nn.Linear(width, width), nn.ReLU())][:-1])
-target, x = nn.Linear(width, width), torch.randn(32, width)
-before = (frozen.double()(x.double()) - target.double()(x.double())).norm().item()
-layers = [part for part in frozen if isinstance(part, nn.Linear)]
-names = [name for name, part in frozen.named_modules() if isinstance(part, nn.Linear)]
-rank = expressive_rank(width, depth)
-pieces = expressive_network(layers, [target], rank, radius)
-for layer, piece in zip(layers, pieces, strict=True):
-    layer.bias.data.copy_(piece.bias)
-statistics = {name: {"expressive": piece.change} for name, piece in zip(names, pieces, strict=True)}
-config = LoRAConfig(r=rank, lora_alpha=rank, target_modules=names, init_lora_weights="expressive")
-apply_lora(frozen, config, statistics=statistics)
-after = (frozen(x.double()) - target(x.double())).norm().item()
-print(f"rank {rank}: distance to the target {before:.2f} before, {after:.1e} after")
+target, words = llama(), torch.arange(64)[:, None]  # attention to one token is o_proj · v_proj
+for layer in target.model.layers:
+    torch.nn.init.normal_(layer.self_attn.o_proj.weight, std=0.1)
+    torch.nn.init.normal_(layer.self_attn.v_proj.weight, std=0.1)
+for rank in (4, 8, expressive_rank(32, 2)):
+    model, changes = llama(), {}
+    for i, (layer, other) in enumerate(zip(model.model.layers, target.model.layers, strict=True)):
+        frozen = [layer.self_attn.v_proj.weight, layer.self_attn.o_proj.weight]
+        product = other.self_attn.o_proj.weight @ other.self_attn.v_proj.weight
+        for name, (a, b) in zip("vo", expressive_adapters(frozen, product, rank), strict=True):
+            changes[f"model.layers.{i}.self_attn.{name}_proj"] = {"expressive": b @ a}
+    config = LoRAConfig(r=rank, lora_alpha=rank, init_lora_weights="expressive", target_modules=[*changes])
+    apply_lora(model, config, statistics=changes)
+    distance = (model(words).logits - target(words).logits).norm().item()
+    print(f"rank {rank}: distance to the target {distance:.1e}")

@@ -18,6 +18,8 @@ from lora_kernels.init import INITIALISERS
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.name != "tiny.py")
 LINES = 25
+# Of methods of other models: CLIP, a diffusion's regions, a hypernetwork's tasks, plain matrices.
+OWN_MODELS = {"clip_lora", "dsire", "kohya", "lora_composer", "lora_composite", "psim", "saml"}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -25,6 +27,7 @@ def test_example(path, monkeypatch, capsys, tmp_path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= LINES
     assert ast.get_docstring(ast.parse(text))
+    assert on_a_language_model(text) or path.stem in OWN_MODELS
     if "DerivativeFree" in text:
         pytest.importorskip("cma")
     monkeypatch.syspath_prepend(str(FOLDER))
@@ -50,6 +53,14 @@ def words(text):
     return found
 
 
+def on_a_language_model(text):
+    """Whether it runs on the tiny Llama, or on MiniLM."""
+    return any(
+        isinstance(node, ast.ImportFrom) and node.module == "tiny" and "llama" in {n.name for n in node.names}
+        for node in ast.walk(ast.parse(text))
+    ) or any("MiniLM" in word for word in words(text))
+
+
 def names_of(method):
     """What an example of a method has one of: its start's name, or what its module defines for it."""
     module = importlib.import_module(f"lora_kernels.{method.home}")
@@ -71,15 +82,35 @@ def names_of(method):
 WITH_EXAMPLES = ("start", "step", "company", "knowledge")
 
 
+# What starts or trains an adapter is shown on a whole model.
+ON_A_LANGUAGE_MODEL = ("start", "step")
+
+
+def shown(method, examples):
+    """Whether one of these examples uses the method, on a language model where its kind wants one."""
+    texts = [path.read_text(encoding="utf-8") for path in examples]
+    if method.kind in ON_A_LANGUAGE_MODEL:
+        texts = [text for text in texts if on_a_language_model(text)]
+    return bool(names_of(method) & set().union(*map(words, texts)))
+
+
 @pytest.mark.parametrize(
     "method", [one for one in methods.REGISTER if one.kind in WITH_EXAMPLES], ids=lambda one: one.key
 )
 def test_every_method_has_an_example(method):
-    used = set().union(*(words(path.read_text(encoding="utf-8")) for path in EXAMPLES))
-    assert names_of(method) & used
+    assert shown(method, EXAMPLES)
 
 
-def test_a_method_without_an_example_is_found_out():
-    method = next(one for one in methods.REGISTER if one.key == "flasc")
-    others = [path for path in EXAMPLES if path.stem != "flasc"]
-    assert not names_of(method) & set().union(*(words(path.read_text(encoding="utf-8")) for path in others))
+@pytest.mark.parametrize("key", ["flasc", "autolora_robust"])
+def test_a_method_without_an_example_is_found_out(key):
+    method = next(one for one in methods.REGISTER if one.key == key)
+    assert not shown(method, [path for path in EXAMPLES if path.stem != key])
+
+
+def test_a_start_on_a_model_of_its_own_is_found_out(tmp_path):
+    method = next(one for one in methods.REGISTER if one.key == "expressive_power")
+    example = tmp_path / "expressive_power.py"
+    example.write_text((FOLDER / "expressive_power.py").read_text(encoding="utf-8"), encoding="utf-8")
+    assert shown(method, [example])
+    example.write_text(example.read_text(encoding="utf-8").replace("from tiny import llama", ""))
+    assert not shown(method, [example])
