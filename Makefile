@@ -50,9 +50,10 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
-# What is made of lora_kernels/methods.py: docs/methods.md and the README's table.
+# What is made of lora_kernels/methods.py, docs/methods.md and the README's table; and the README's picture.
 docs: install
 	$(BIN)/python -m lora_kernels.cli methods --write
+	$(BIN)/python -m benchmarks.picture
 
 # The pages of docs/ as a site, in build/site; a link that leads nowhere is an error.
 docs-site: install
