@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import METHODS, Adapter, make, place, register
+from .base import METHODS, Adapter, class_of, make, place, register
 from .call import Call, current_call
 from .config import LoRAConfig
 from .dora import DoRA
@@ -13,7 +13,19 @@ from .lora_xs import LoRAXS
 from .peft_form import PeftForm
 from .site import Site, Start
 from .sora import SoRA
-from .update import Added, Branched, Dense, Input, LowRank, Routed, Update, apply_update, merge_update, stack
+from .update import (
+    Added,
+    Branched,
+    Dense,
+    Input,
+    LowRank,
+    Routed,
+    Shifted,
+    Update,
+    apply_update,
+    merge_update,
+    stack,
+)
 
 __all__ = [
     "METHODS",
@@ -32,11 +44,13 @@ __all__ = [
     "LowRank",
     "PeftForm",
     "Routed",
+    "Shifted",
     "Site",
     "SoRA",
     "Start",
     "Update",
     "apply_update",
+    "class_of",
     "current_call",
     "make",
     "merge_update",

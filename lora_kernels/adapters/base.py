@@ -45,6 +45,8 @@ class Adapter(nn.Module):
     reads_x: ClassVar[bool] = False
     # Whether there is one W + ΔW: not where it depends on the call, or is not linear in x.
     mergeable: ClassVar[bool] = True
+    # Whether it adds more than a ΔW to what the layer computes, which then has to be called as it is.
+    beyond_weight: ClassVar[bool] = False
     # Whether it can sit on a quantised weight.
     over_quantized: ClassVar[bool] = True
     # Whether PEFT reads its files as LoRA; it then has no tensors but PEFT's.
@@ -69,6 +71,11 @@ class Adapter(nn.Module):
         # The weight to go on with, until the layer takes it.
         self.__dict__["rest"] = start.weight
         self.set_trainable(True)
+
+    @classmethod
+    def variant(cls, config: LoRAConfig) -> type[Adapter]:
+        """The class for ``config``, where a field of its own changes what the method computes."""
+        return cls
 
     if TYPE_CHECKING:
         # Its tensors.
@@ -239,4 +246,9 @@ def make(
 
 def place(site: Site) -> Adapter:
     """An adapter of the site's config, on it."""
-    return method(site.config.method)(site)
+    return class_of(site.config)(site)
+
+
+def class_of(config: LoRAConfig) -> type[Adapter]:
+    """The class of the adapters of ``config``."""
+    return method(config.method).variant(config)

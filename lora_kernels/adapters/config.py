@@ -28,6 +28,9 @@ class LoRAConfig:
         bias: which biases train: ``"none"``, ``"all"`` or ``"lora_only"`` (those of adapted linears).
         use_rslora: rsLoRA's scaling.
         modules_to_save: ends of the names of further modules to train and save whole.
+        lora_bias: whether a bias trains beside B; on linears and convolutions with ``method="lora"``.
+        alora_invocation_tokens: Activated LoRA: the adapter acts from where these token numbers last begin,
+            on linears of a model whose forward takes ``input_ids``.
         ensure_weight_tying: whether what shares a weight with one of these goes on sharing it.
         init_lora_weights: ``True`` (Kaiming-uniform A, zero B), ``False`` (both random), or a name in
             ``lora_kernels.init.INITIALISERS``, PEFT's among them; that one's options go into
@@ -61,6 +64,8 @@ class LoRAConfig:
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     use_dora: bool = False
+    lora_bias: bool = False
+    alora_invocation_tokens: list[int] | None = None
     ensure_weight_tying: bool = False
     method: str = "lora"
     method_options: dict[str, Any] = field(default_factory=dict)
@@ -88,6 +93,7 @@ class LoRAConfig:
         _check_pattern("alpha_pattern", self.alpha_pattern, _check_number)
         self._check_layers()
         self._settle_method()
+        self._check_variant()
         self._check_options()
 
     def _check_layers(self) -> None:
@@ -117,6 +123,23 @@ class LoRAConfig:
         self.method = "dora" if self.use_dora else self.method
         self.use_dora = self.method == "dora"
 
+    def _check_variant(self) -> None:
+        """What only LoRA itself has, one at a time."""
+        if not isinstance(self.lora_bias, bool):
+            raise TypeError(f"lora_bias: expected a bool, got {type(self.lora_bias).__name__}")
+        if self.alora_invocation_tokens is not None:
+            self.alora_invocation_tokens = _token_numbers(
+                "alora_invocation_tokens", self.alora_invocation_tokens
+            )
+        for name in ("lora_bias", "alora_invocation_tokens"):
+            if getattr(self, name) and self.method != "lora":
+                raise ValueError(f"{name}: expected it with the method 'lora', got {self.method!r}")
+        if self.lora_bias and self.alora_invocation_tokens:
+            raise ValueError("lora_bias: expected False beside alora_invocation_tokens, got True")
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            init = self.init_lora_weights
+            raise ValueError(f"lora_bias: expected init_lora_weights=True or False with it, got {init!r}")
+
     def _check_options(self) -> None:
         known = find_method(self.method).options | find_initialiser(self.init_lora_weights).options
         for key in self.method_options:
@@ -145,6 +168,21 @@ def _check_index(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected numbers of blocks, got {value!r}")
     if value < 0:
         raise ValueError(f"{name}: expected numbers of at least 0, got {value}")
+
+
+def _token_numbers(name: str, value: Any) -> list[int]:
+    """A list of token numbers, at least one."""
+    if isinstance(value, (str, dict)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name}: expected a list of token numbers, got {type(value).__name__}")
+    numbers = list(value)
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{name}: expected token numbers, got {number!r}")
+        if number < 0:
+            raise ValueError(f"{name}: expected token numbers of at least 0, got {number}")
+    if not numbers:
+        raise ValueError(f"{name}: expected at least one token number, got none")
+    return numbers
 
 
 def _check_number(name: str, value: Any) -> None:

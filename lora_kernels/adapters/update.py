@@ -101,7 +101,14 @@ class Routed(NamedTuple):
     batch_invariant: bool = False
 
 
-Update = LowRank | Dense | Added | Branched | Input | Routed
+class Shifted(NamedTuple):
+    """x Wᵀ + b' + what ``update`` adds, b' [N]."""
+
+    update: LowRank
+    shift: Tensor
+
+
+Update = LowRank | Shifted | Dense | Added | Branched | Input | Routed
 
 
 def apply_update(
@@ -126,6 +133,9 @@ def apply_update(
                 return y
             return fused(LoraInputs(x, weight, lora_a, lora_b, bias, None, x_lora, None, scaling, dropout_p))
         return _low_rank(x, weight, bias, update, dropout_p)
+    if type(update) is Shifted:
+        shift = update.shift.to(x.dtype) if bias is None else bias + update.shift.to(bias.dtype)
+        return apply_update(x, weight, shift, update.update, dropout_p)
     if type(update) is Branched:
         return branched_linear(x, weight, bias, *update)
     if type(update) is Routed:
@@ -180,6 +190,7 @@ def delta_of(update: Update, eye: Tensor | None = None, dtype: torch.dtype | Non
     """
     if isinstance(update, Dense):
         return update.delta.to(dtype)
+    update = update.update if isinstance(update, Shifted) else update
     if isinstance(update, LowRank) and (update.plain or update.magnitude is not None):
         lora_a, lora_b, scaling, gate, _, _ = update
         lora_b = lora_b.to(dtype)

@@ -136,7 +136,7 @@ def _delta(adapter: Adapter) -> Tensor:
     if adapter.plain:
         lora_a, lora_b, scaling = _factors(adapter)
         return scaling * (lora_b @ lora_a)
-    if not adapter.mergeable or adapter.method == "dora":
+    if not adapter.mergeable or adapter.beyond_weight or adapter.method == "dora":
         raise ValueError(f"method: {adapter.method} has no one ΔW that it adds to W")
     return adapter.delta()
 

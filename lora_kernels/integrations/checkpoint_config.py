@@ -27,6 +27,8 @@ _FIELDS = (
     "layers_pattern",
     "use_dora",
     "ensure_weight_tying",
+    "lora_bias",
+    "alora_invocation_tokens",
 )
 # Initialisers that leave the base weight alone: what they drew is in the checkpoint anyway.
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
@@ -70,6 +72,8 @@ def config_text(config: LoRAConfig, fan_in_fan_out: bool, taken: bool) -> str:
     if init == "mica" and not config.use_dora:  # PEFT freezes B by it, and does not know both
         values["init_lora_weights"] = init
     values |= {"peft_type": "LORA" if plain else _OWN_TYPE}
+    if config.alora_invocation_tokens:  # PEFT finds them in a causal model's input alone
+        values |= {"task_type": "CAUSAL_LM"}
     form = METHODS[config.method].peft_form
     theirs = None if form is None else form.values(config)
     if theirs is not None:

@@ -27,6 +27,8 @@ def factor_key(layer_name: str, layer: AdapterLayer, kind: type[Adapter], parame
     """The key of an adapter's parameter; the factors of an embedding have a name of their own."""
     if kind.peft_form is not None and parameter in kind.peft_form.shared:
         return f"base_model.{parameter}"
+    if parameter == "lora_bias":
+        return f"{PREFIX}{layer_name}.lora_B.bias"
     if parameter not in ("lora_A", "lora_B"):
         return f"{PREFIX}{layer_name}.{parameter}"
     if isinstance(layer, nn.Embedding):

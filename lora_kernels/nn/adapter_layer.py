@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ..adapters import METHODS, Adapter, LoRAConfig, Site, place
+from ..adapters import METHODS, Adapter, LoRAConfig, Site, class_of, current_call, place
 from ..ops._inputs import autocasts
 from .made_classes import Made
 
@@ -17,7 +17,7 @@ _HALF = (torch.float16, torch.bfloat16)
 # What a layer with adapters holds beside its base's own.
 OWN = (
     *("adapters", "active", "merged", "enabled"),
-    *("_single", "_unmerged", "_taker", "_taking", "_other_weight"),
+    *("_single", "_unmerged", "_unmerged_bias", "_taker", "_taking", "_other_weight"),
 )
 
 
@@ -56,6 +56,7 @@ class AdapterLayer(nn.Module):
     # Whether what runs is this package's forward, which computes a linear, a look-up or a convolution.
     plain_forward: ClassVar[bool] = True
     weight: Tensor
+    bias: Any
     adapters: _Adapters
     _unmerged: Tensor | None
 
@@ -91,6 +92,7 @@ class AdapterLayer(nn.Module):
         self._taking = False
         self.register_buffer("_other_weight", None, persistent=False)
         self.register_buffer("_unmerged", None, persistent=False)
+        self.register_buffer("_unmerged_bias", None, persistent=False)
         for parameter in (self._own_weight, getattr(self, "bias", None)):
             if isinstance(parameter, Tensor):
                 parameter.requires_grad_(False)
@@ -129,6 +131,9 @@ class AdapterLayer(nn.Module):
         self, config: LoRAConfig, matrix: Tensor, dtype: torch.dtype, where: dict[str, Any]
     ) -> Adapter:
         out_features, in_features = matrix.shape
+        if class_of(config).beyond_weight and not self.plain_forward:
+            kind, field = type(self).__name__, _field_of(config)
+            raise ValueError(f"{field}: expected layers of a plain forward, got a {kind} with its own")
         site = Site("", in_features, out_features, config, matrix, matrix.device, dtype, tensors={})
         return place(site._replace(**where))
 
@@ -275,6 +280,12 @@ class AdapterLayer(nn.Module):
         other = self._buffers["_other_weight"]
         return other if self._taking and other is not None else self.base_weight
 
+    @property
+    def bare_bias(self) -> Any:
+        """b without any adapter's."""
+        unmerged = self._buffers["_unmerged_bias"]
+        return self._parameters["bias"] if unmerged is None else unmerged
+
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """W + Σ ΔW_i over the active adapters, or what else their methods make of W.
@@ -315,10 +326,14 @@ class AdapterLayer(nn.Module):
         if self.merged or not self.active:
             return
         merged = self.merged_weight()  # raises where a method has no one weight, before anything changes
+        bias = self.merged_bias()
         base = self._own_weight
         # Not by attribute: a module files a Parameter as a parameter, also under the name of a buffer.
         self._buffers["_unmerged"] = base
         self.weight = nn.Parameter(merged, requires_grad=False)
+        if bias is not None:
+            self._buffers["_unmerged_bias"] = self._parameters["bias"]
+            self.bias = nn.Parameter(bias, requires_grad=False)
         self.merged = self.active
         self._refresh()
 
@@ -326,8 +341,11 @@ class AdapterLayer(nn.Module):
         """Undoes :meth:`merge`."""
         if not self.merged:
             return
-        base = self.base_weight
+        base, bias = self.base_weight, self._buffers["_unmerged_bias"]
         self._unmerged = None
+        if bias is not None:
+            self._buffers["_unmerged_bias"] = None
+            self.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
         # A move between devices or dtypes while merged leaves a plain tensor in the buffer.
         self.weight = base if isinstance(base, nn.Parameter) else nn.Parameter(base, requires_grad=False)
         self.merged = ()
@@ -341,10 +359,33 @@ class AdapterLayer(nn.Module):
         state = {key: value for key, value in vars(self).items() if key not in OWN}
         for table in ("_modules", "_buffers"):
             state[table] = {key: value for key, value in state[table].items() if key not in OWN}
-        state["_parameters"] = {**self._parameters, "weight": weight}
+        state["_parameters"] = {**self._parameters, "weight": weight, **self._base_bias(merge)}
         state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - set(OWN)
         base.__dict__.update(state)
         return base
+
+    def _base_bias(self, merge: bool) -> dict[str, nn.Parameter]:
+        """The bias of :meth:`to_base`, where it is not the one that stands there."""
+        bias = self.merged_bias() if merge else self._buffers["_unmerged_bias"]
+        if bias is None:
+            return {}
+        return {"bias": bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)}
+
+    @torch.no_grad()
+    def merged_bias(self) -> Tensor | None:
+        """b + Σ s_i · b_i over the active adapters that have a bias, or ``None`` where none has.
+
+        Raises:
+            RuntimeError: the layer has no bias that could take them.
+        """
+        active = [self.adapters[name] for name in self.active if self.adapters[name].config.lora_bias]
+        if not active:
+            return None
+        bias: Tensor | None = self.bare_bias
+        if bias is None:
+            raise RuntimeError("cannot merge: the adapter has a bias (lora_bias), and the layer has none")
+        shifts: list[Any] = [adapter.lower(None, current_call()) for adapter in active]
+        return bias + sum(one.shift for one in shifts).to(bias.dtype)
 
     def _must_be_unmerged(self, what: str) -> None:
         if self.merged:
@@ -363,6 +404,9 @@ class AdapterLayer(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = self.base_weight
         destination[prefix + "weight"] = weight if keep_vars else weight.detach()
+        bias = self._buffers["_unmerged_bias"]
+        if bias is not None:
+            destination[prefix + "bias"] = bias if keep_vars else bias.detach()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """What is loaded is a base weight, so a merged layer comes apart first."""
@@ -388,9 +432,15 @@ def own_weight(layer: Any) -> Tensor:
 
 
 def refuse_reader(config: LoRAConfig, what: str) -> None:
-    """Raises for a method that reads the x of a linear."""
+    """Raises for a method that reads the x of a linear, or changes more than the weight of ``what``."""
     if METHODS[config.method].reads_x:
         raise ValueError(f"method: {config.method} reads its input and sits on linears alone, got {what}")
+    if config.alora_invocation_tokens:
+        raise ValueError(f"alora_invocation_tokens: expected linears, got {what}")
+
+
+def _field_of(config: LoRAConfig) -> str:
+    return "lora_bias" if config.lora_bias else "alora_invocation_tokens"
 
 
 def _check_name(name: str, taken: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters import Adapter, Dense, LoRAConfig, LowRank, Update, apply_update, current_call
+from ..adapters import Adapter, Dense, LoRAConfig, LowRank, Shifted, Update, apply_update, current_call
 from ..ops.dora_linear import output_scale
 from .adapter_layer import AdapterLayer, own_weight, refuse_reader
 
@@ -114,7 +114,7 @@ class _LoRAConv(AdapterLayer, _Conv):
     def forward(self, input: Tensor) -> Tensor:
         """y for x ``[batch, in, *size]`` or ``[in, *size]``."""
         if not self.enabled:
-            return self._conv_forward(input, self.bare_weight, self.bias)
+            return self._conv_forward(input, self.bare_weight, self.bare_bias)
         if self.merged or not self.active:
             return self._conv_forward(input, self._own_weight, self.bias)
         active = [self.adapters[name] for name in self.active]
@@ -150,6 +150,8 @@ def convolve(conv: Any, x: Tensor, adapters: list[tuple[Update, float]]) -> Tens
 
 def _adapted(conv: Any, y: Tensor, x: Tensor, update: Any, p: float) -> Tensor:
     """y with what one adapter adds to it or makes of it; with DoRA y is without the bias."""
+    if type(update) is Shifted:
+        return _adapted(conv, y, x, update.update, p) + _by_channel(conv, update.shift.to(y.dtype))
     d = F.dropout(x, p) if p else x
     if type(update) is Dense:
         return y + conv._conv_forward(d, update.delta.to(y.dtype).view_as(own_weight(conv)), None)

@@ -96,6 +96,8 @@ class LoRAEmbedding(AdapterLayer, nn.Embedding):
     def make_adapter(self, config: LoRAConfig, **where: Any) -> Adapter:
         """An adapter that fits this layer; :meth:`add_adapter` adds it."""
         refuse_reader(config, "an embedding")
+        if config.lora_bias:
+            raise ValueError("lora_bias: expected linears and convolutions, got an embedding")
         adapter = super().make_adapter(config, **where)
         _swap_starts(adapter)
         return adapter

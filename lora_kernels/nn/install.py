@@ -10,6 +10,7 @@ from .adapted import CONFIGS, check_adapters, is_combined, lora_configs, lora_la
 from .adapter_layer import AdapterLayer
 from .exposed import expose_weights, hide_weights
 from .groups import group_layers, ungroup_layers
+from .invocation import find_invocations
 from .mlp import fuse_mlps, unfuse_mlps
 from .plan import Plan
 from .quantized import QuantizedLinear
@@ -38,8 +39,8 @@ def install(
     if fuse:
         combine(model)
     expose_weights(model)
-    open_side_calls(model)
     vars(unwrapped(model)).setdefault(CONFIGS, {})[adapter_name] = config
+    open_side_calls(model)
 
 
 def reinstall(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Plan) -> None:
@@ -72,8 +73,8 @@ def reinstall(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Pla
     if combined:
         combine(model)
     expose_weights(model)
-    open_side_calls(model)
     vars(unwrapped(model))[CONFIGS][adapter_name] = config
+    open_side_calls(model)
 
 
 def retune(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Plan) -> None:
@@ -81,6 +82,7 @@ def retune(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Plan) 
     for _, layer, adapter in plan.layers:
         layer.adapters[adapter_name].take_settings(adapter)
     vars(unwrapped(model))[CONFIGS][adapter_name] = config
+    open_side_calls(model)
 
 
 def _exchange(layer: AdapterLayer, name: str, adapter: Adapter, active: bool) -> None:
@@ -117,8 +119,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     if combined:
         combine(model)
     expose_weights(model)
-    open_side_calls(model)
     vars(unwrapped(model)).get(CONFIGS, {}).pop(name, None)
+    open_side_calls(model)
 
 
 def remove_lora(model: nn.Module, *, merge: bool = False) -> nn.Module:
@@ -140,8 +142,8 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> nn.Module:
                     if not isinstance(plain[id(child)], QuantizedLinear):  # it keeps off the fast path too
                         _drop_hook(plain[id(child)])
                 parent._modules[attribute] = plain[id(child)]
-    open_side_calls(model)
     vars(unwrapped(model)).pop(CONFIGS, None)
+    open_side_calls(model)
     return model
 
 
@@ -155,6 +157,8 @@ def open_side_calls(model: nn.Module) -> None:
     """Lets the model open a call a forward pass where one of its adapters passes values on."""
     adapters = (one for layer in lora_layers(model).values() for one in layer.adapters.values())
     open_calls(unwrapped(model), any(one.passes_on for one in adapters))
+    sequences = (config.alora_invocation_tokens for config in lora_configs(model).values())
+    find_invocations(unwrapped(model), {tuple(one) for one in sequences if one})
 
 
 def put_in_place(site: Target, layer: nn.Module) -> None:

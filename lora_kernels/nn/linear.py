@@ -84,7 +84,7 @@ class LinearAdapterLayer(AdapterLayer):
         return y
 
     def _base(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, self._matrix(weight), self.bias)
+        return F.linear(x, self._matrix(weight), self.bias if self.enabled else self.bare_bias)
 
     def _forward_scaled(self, x: Tensor, updates: list[Any], ps: list[float]) -> Tensor:
         """Several adapters with DoRA among them, as PEFT adds them up.

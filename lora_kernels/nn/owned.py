@@ -22,6 +22,8 @@ from .wrappers import plain_names
 CHILD = "lora_owned"
 # The version of the model itself.
 BASE = "__base__"
+# Where a merged layer keeps its own.
+_MERGED = {"weight": "_unmerged", "bias": "_unmerged_bias"}
 # A module and the name of one of its own parameters or buffers.
 Place = tuple[nn.Module, str]
 
@@ -70,7 +72,7 @@ def base_tensor(place: Place) -> Tensor:
         return _get(holder._modules[BASE], name)
     if name == "weight" and getattr(module, "_taking", False):  # an adapter has its start out of it
         return _get(module, "_other_weight")
-    unmerged = module._buffers.get("_unmerged") if name == "weight" else None
+    unmerged = module._buffers.get(_MERGED[name]) if name in _MERGED else None
     return _get(module, name) if unmerged is None else unmerged
 
 
@@ -174,9 +176,10 @@ def check_choice(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _check_free(model: nn.Module, at: str, module: nn.Module, holder: Any) -> None:
-    weights = any("weight" in names for names in holder.names.values())
-    if getattr(module, "merged", ()) and weights:
-        raise RuntimeError(f"cannot switch the weight of {at!r} while it is merged; call unmerge() first")
+    for name, kept in _MERGED.items():
+        owns = any(name in names for names in holder.names.values())
+        if owns and module._buffers.get(kept) is not None:
+            raise RuntimeError(f"cannot switch the {name} of {at!r} while it is merged; call unmerge() first")
     if _fully_sharded(model):
         raise RuntimeError(
             f"cannot switch the parameters of {at!r} that an adapter owns after fully_shard took them over;"

@@ -12,6 +12,7 @@ from ..adapters import Adapter, LoRAConfig
 from . import owned
 from .adapter_layer import AdapterLayer
 from .exposed import with_adapters
+from .invocation import check_invocation
 from .sites import Target, find_sites, layer_type
 
 # Plain name of a layer -> name of a statistic -> tensor.
@@ -40,6 +41,7 @@ def plan_adapter(
     check_types(model, config)
     if statistics is not None and not isinstance(statistics, Mapping):
         raise TypeError(f"statistics: expected those of calibrate, got {type(statistics).__name__}")
+    check_invocation(model, config)
     layers = _prepare_all(find_sites(model, config), config, draw, statistics or {})
     adapted = {site.linear: layer for site, layer, _ in layers}
     if config.ensure_weight_tying:

@@ -251,7 +251,12 @@ class QuantizedLoRALinear(_QuantizedBase, LoRALinear):  # type: ignore[misc]
 
     def to_base(self, *, merge: bool = False) -> nn.Module:
         """The :class:`QuantizedLinear` this layer was, or with ``merge`` a dense ``nn.Linear``."""
-        return _dense(self, self.merged_weight()) if merge else _transplant(QuantizedLinear, self, OWN)
+        if not merge:
+            return _transplant(QuantizedLinear, self, OWN)
+        linear = _dense(self, self.merged_weight())
+        for name, bias in self._base_bias(merge).items():
+            linear.register_parameter(name, bias)
+        return linear
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..adapters import METHODS, LoRAConfig
+from ..adapters import LoRAConfig, class_of
 from . import owned
 from .adapter_layer import AdapterLayer, inside_adapters
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
@@ -73,7 +73,7 @@ def find_sites(
     """
     if config.target_modules is None:
         raise ValueError(f"target_modules: expected names, an expression or {ALL_LINEAR!r}, got None")
-    called = kinds is not None or METHODS[config.method].reads_x  # else a weight is enough
+    called = kinds is not None or _has_to_be_called(config)
     reads = {i: read for i, read in weight_reads(model).items() if not read.called} if called else {}
     refusal = partial(_why_not, kinds=kinds, reads=reads)
     everything, listed = _is_all_linear(config), isinstance(config.target_modules, list)
@@ -104,6 +104,12 @@ def find_sites(
         warnings.warn(f"target_modules: left as they are, {_named(refused)}", stacklevel=3)
     _warn_of_strays(config, [site.plain for site in sites.values()])
     return list(sites.values())
+
+
+def _has_to_be_called(config: LoRAConfig) -> bool:
+    """Whether a layer needs more for an adapter than a weight that somebody reads."""
+    kind = class_of(config)
+    return kind.reads_x or kind.beyond_weight
 
 
 def _is_a(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
