@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from peft import VeraConfig
+from peft import DeloraConfig, PsoftConfig, TinyLoraConfig, UniLoraConfig, VBLoRAConfig, VeraConfig
 
-from lora_kernels.integrations.tuners import vera
+from lora_kernels.integrations.tuners import delora, psoft, tinylora, unilora, vblora, vera
 
 
 class Case(NamedTuple):
@@ -16,8 +16,17 @@ class Case(NamedTuple):
     options: dict
     # The option that is its dropout's probability, or None.
     dropout: str | None = None
+    # The layers it goes on.
+    kinds: tuple[str, ...] = ("Linear", "Conv1D")
 
 
 CASES = {
     "vera": Case(VeraConfig, vera.FusedVera, {"r": 5, "projection_prng_key": 1}, "vera_dropout"),
+    "vblora": Case(
+        VBLoRAConfig, vblora.FusedVBLora, {"r": 3, "num_vectors": 6, "vector_length": 4}, "vblora_dropout"
+    ),
+    "delora": Case(DeloraConfig, delora.FusedDelora, {"r": 5}, "module_dropout", ("Linear",)),
+    "tinylora": Case(TinyLoraConfig, tinylora.FusedTinyLora, {"r": 5, "u": 3}, "tinylora_dropout"),
+    "unilora": Case(UniLoraConfig, unilora.FusedUniLora, {"r": 5, "theta_d_length": 9}, "unilora_dropout"),
+    "psoft": Case(PsoftConfig, psoft.FusedPsoft, {"r": 5}, "psoft_dropout", ("Linear",)),
 }

@@ -86,8 +86,7 @@ def assert_same_as_peft(model, dtype, prepared=lambda model: model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
-@pytest.mark.parametrize("tuner", CASES)
+@pytest.mark.parametrize(("tuner", "kind"), [(name, kind) for name in CASES for kind in CASES[name].kinds])
 def test_outputs_and_gradients_are_pefts(tuner, kind, dtype):
     case = CASES[tuner]
     model = wrapped(case, kind).to(dtype)

@@ -10,10 +10,17 @@ from typing import Any
 
 from torch import nn
 
-from . import vera
+from . import delora, psoft, tinylora, unilora, vblora, vera
 from .base import Takeover
 
-_FILES = (vera,)
+_FILES = (
+    vera,
+    vblora,
+    delora,
+    tinylora,
+    unilora,
+    psoft,
+)
 
 # PEFT's class of a layer -> what takes it over.
 TAKEOVERS: dict[type[nn.Module], Takeover] = {

@@ -45,7 +45,7 @@ class FusedTuner(PeftNamed):
             return y
         weight, bias = _base(self)
         updates = [self.update(name, x) for name in names]
-        ps = [_dropout(self, name) for name in names]
+        ps = [dropout_now(self, name) for name in names]
         if len(names) > 1 and not any(ps) and all(type(one) is LowRank and one.plain for one in updates):
             return apply_update(x, weight, bias, stack(updates))
         y = apply_update(x, weight, bias, updates[0], ps[0])
@@ -61,7 +61,7 @@ class FusedTuner(PeftNamed):
             return None
         lora_a, lora_b, scaling, gate, *_ = update.numbered()
         weight, bias = _base(self)
-        p = _dropout(self, names[0])
+        p = dropout_now(self, names[0])
         return LoraInputs(x, weight, lora_a, lora_b, bias, gate, None, None, scaling, p)  # type: ignore[arg-type]
 
 
@@ -89,10 +89,10 @@ def _why_not(layer: Any, fused: type[FusedTuner]) -> str | None:
     fan_in_fan_out = getattr(layer, "fan_in_fan_out", is_conv1d(base))
     if fan_in_fan_out != is_conv1d(base):
         return f"fan_in_fan_out is {fan_in_fan_out} for a {type(base).__name__}"
-    return "its forward was replaced" if "forward" in vars(layer) else _why_not_now(layer, fused)
+    return "its forward was replaced" if "forward" in vars(layer) else why_not_now(layer, fused)
 
 
-def _why_not_now(layer: Any, fused: type[FusedTuner]) -> str | None:
+def why_not_now(layer: Any, fused: type[Any]) -> str | None:
     """Why no call is ours as the layer is now, or ``None``; what it asks may change after ``accelerate``."""
     for name in layer.active_adapters:
         if name not in getattr(layer, fused.per_adapter):
@@ -110,14 +110,18 @@ def _why_not_now(layer: Any, fused: type[FusedTuner]) -> str | None:
     return "it has forward or backward hooks inside" if inside else None
 
 
-def _names_now(layer: Any, x: Tensor) -> list[str]:
+def names_now(layer: Any) -> list[str]:
     """The adapters of a call that is ours, none where it is PEFT's."""
-    if layer.disable_adapters or layer.merged or _why_not_now(layer, type(layer)):
+    if layer.disable_adapters or layer.merged or why_not_now(layer, type(layer)):
         return []
     held = getattr(layer, layer.per_adapter)
-    names = [name for name in layer.active_adapters if name in held]
+    return [name for name in layer.active_adapters if name in held]
+
+
+def _names_now(layer: Any, x: Tensor) -> list[str]:
+    """The same where x is of the dtype that W is."""
     same = x.dtype == parameter(layer._modules["base_layer"], "weight").dtype
-    return names if same or torch.is_autocast_enabled(x.device.type) else []
+    return names_now(layer) if same or torch.is_autocast_enabled(x.device.type) else []
 
 
 def _base(layer: Any) -> tuple[Tensor, Tensor | None]:
@@ -127,7 +131,7 @@ def _base(layer: Any) -> tuple[Tensor, Tensor | None]:
     return weight.T if is_conv1d(base) else weight, parameter(base, "bias")
 
 
-def _dropout(layer: Any, name: str) -> float:
+def dropout_now(layer: Any, name: str) -> float:
     """The probability that acts in this call."""
     if layer.dropouts is None:
         return 0.0

@@ -1,0 +1,82 @@
+"""What single tuners have beside a plain linear: accelerate() against PEFT's own forward."""
+
+import copy
+
+import pytest
+import torch
+from peft import TinyLoraConfig, VBLoRAConfig, get_peft_model
+from test_peft_tuners import Model
+from torch import nn
+
+from lora_kernels.integrations.peft import accelerate, decelerate
+from lora_kernels.integrations.tuners.tinylora import FusedTinyLoraEmbedding
+from lora_kernels.testing import assert_close
+
+
+def given_back(model):
+    copied = copy.deepcopy(model)
+    decelerate(copied)
+    return copied
+
+
+def results(model, x):
+    """y and the gradient of each trained tensor, dropout from the same seed."""
+    torch.manual_seed(3)
+    y = model(x)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y.dtype)
+    return [y, *torch.autograd.grad((y * weights).sum(), list(trained.values()))]
+
+
+def assert_same(model, x):
+    """Ours against PEFT's, both against PEFT's in fp64."""
+    peft = given_back(model)
+    exact = results(copy.deepcopy(peft).double(), x)
+    for at, found in enumerate(zip(results(model, x), results(peft, x), exact, strict=True)):
+        assert_close(*found, f"result {at}", ulps=4.0)
+
+
+def tiny_embedding(dropout=0.0, **options):
+    torch.manual_seed(0)
+    config = TinyLoraConfig(r=3, u=4, target_modules=["0"], tinylora_dropout=dropout)
+    model = nn.Sequential(nn.Embedding(11, 6, **options), nn.Linear(6, 2))
+    return get_peft_model(model, config), config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dropout", "several"), [(0.0, False), (0.4, False), (0.0, True)])
+def test_tinylora_embedding(dropout, several, dtype):
+    model, config = tiny_embedding(dropout, padding_idx=2)
+    if several:
+        model.add_adapter("other", config)
+        model.base_model.set_adapter(["default", "other"])
+    assert len(accelerate(model.to(dtype)).accelerated) == 1
+    assert type(model.base_model.model[0]) is FusedTinyLoraEmbedding
+    tokens = torch.tensor([[0, 2, 2, 10], [5, 5, 1, 0]])
+    assert_same(model if dropout == 0 or dtype == torch.float32 else model.eval(), tokens)
+
+
+def test_tinylora_embedding_whose_look_up_shortens_rows_is_left_to_peft():
+    model, _ = tiny_embedding(max_norm=1.0)
+    assert accelerate(model).skipped == [("base_model.model.0", "its embedding has max_norm")]
+
+
+def test_tinylora_embedding_merged_and_disabled():
+    model, _ = tiny_embedding()
+    accelerate(model)
+    tokens = torch.arange(11)
+    model.base_model.model[0].tinylora_v["default"]["0"].data.fill_(0.5)
+    before = model(tokens)
+    with model.disable_adapter():
+        assert not torch.allclose(model(tokens), before)
+    model.merge_adapter()
+    torch.testing.assert_close(model(tokens), before)
+
+
+def test_vblora_with_frozen_vectors_does_not_train():
+    config = VBLoRAConfig(r=3, num_vectors=6, vector_length=4, target_modules=["first"])
+    model = get_peft_model(Model("Linear"), config)
+    accelerate(model)
+    model.base_model.model.first.vblora_logits_A["default"].data[0, 0, 0] = torch.inf
+    with pytest.raises(RuntimeError, match="save_only_topk_weights"):
+        model.train()(torch.ones(2, 12))
