@@ -13,6 +13,7 @@ from .._arguments import LoraInputs
 from ..ops._dispatch import direct
 from ..ops.branched_linear import Branch, branched_linear
 from ..ops.dora_linear import fused_dora, output_scale
+from ..ops.formed_linear import Former, formed_linear
 from ..ops.lora_linear import fused, scaling_as_gate
 from ..ops.multi_lora_fusion import multi_lora_fusion
 from ..ops.multi_lora_linear import AdapterStack, multi_lora_linear
@@ -65,6 +66,13 @@ class Dense(NamedTuple):
     delta: Tensor
 
 
+class Formed(NamedTuple):
+    """x W'ᵀ + b: a dense W' made of W and small tensors, which no pass keeps."""
+
+    former: Former
+    tensors: Sequence[Tensor]
+
+
 class Added(NamedTuple):
     """x Wᵀ + y: any differentiable branch, with an op of its own; it drops x itself."""
 
@@ -108,7 +116,7 @@ class Shifted(NamedTuple):
     shift: Tensor
 
 
-Update = LowRank | Shifted | Dense | Added | Branched | Input | Routed
+Update = LowRank | Shifted | Dense | Formed | Added | Branched | Input | Routed
 
 
 def apply_update(
@@ -145,6 +153,11 @@ def apply_update(
         if dropped is x and isinstance(weight, Tensor):
             return F.linear(x, weight + update.delta.to(weight.dtype), bias)
         return _plus(_base(x, weight, bias), F.linear(dropped, update.delta.to(x.dtype)))
+    if type(update) is Formed:
+        if isinstance(weight, QuantizedWeight) or dropout_p:
+            y = formed_linear(F.dropout(x, dropout_p), None, None, *update)
+            return _plus(_base(x, weight, bias), y)
+        return formed_linear(x, weight, bias, *update)
     if type(update) is Input:
         if weight is None:
             raise ValueError("weight: expected one for a method that changes what the base reads, got None")
@@ -190,6 +203,8 @@ def delta_of(update: Update, eye: Tensor | None = None, dtype: torch.dtype | Non
     """
     if isinstance(update, Dense):
         return update.delta.to(dtype)
+    if isinstance(update, Formed):
+        return update.former.form(None, *(tensor.to(dtype) for tensor in update.tensors))[0]
     update = update.update if isinstance(update, Shifted) else update
     if isinstance(update, LowRank) and (update.plain or update.magnitude is not None):
         lora_a, lora_b, scaling, gate, _, _ = update

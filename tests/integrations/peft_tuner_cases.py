@@ -2,9 +2,29 @@
 
 from typing import NamedTuple
 
-from peft import DeloraConfig, PsoftConfig, TinyLoraConfig, UniLoraConfig, VBLoRAConfig, VeraConfig
+from peft import (
+    DeloraConfig,
+    HiraConfig,
+    LoHaConfig,
+    LoKrConfig,
+    PsoftConfig,
+    TinyLoraConfig,
+    UniLoraConfig,
+    VBLoRAConfig,
+    VeraConfig,
+)
 
-from lora_kernels.integrations.tuners import delora, psoft, tinylora, unilora, vblora, vera
+from lora_kernels.integrations.tuners import (
+    delora,
+    hira,
+    loha,
+    lokr,
+    psoft,
+    tinylora,
+    unilora,
+    vblora,
+    vera,
+)
 
 
 class Case(NamedTuple):
@@ -18,9 +38,18 @@ class Case(NamedTuple):
     dropout: str | None = None
     # The layers it goes on.
     kinds: tuple[str, ...] = ("Linear", "Conv1D")
+    # Whether its dropout's bits are torch's, not those of our kernels.
+    torch_dropout: bool = False
 
+
+ONLY_LINEAR = ("Linear",)
 
 CASES = {
+    "hira": Case(HiraConfig, hira.FusedHira, {"r": 3}, "hira_dropout", torch_dropout=True),
+    "loha": Case(LoHaConfig, loha.FusedLoHa, {"r": 3}, kinds=ONLY_LINEAR),
+    "loha of rank 1": Case(LoHaConfig, loha.FusedLoHa, {"r": 1}, kinds=ONLY_LINEAR),
+    "lokr": Case(LoKrConfig, lokr.FusedLoKr, {"r": 1, "decompose_both": True}, kinds=ONLY_LINEAR),
+    "lokr whole": Case(LoKrConfig, lokr.FusedLoKr, {"r": 6}, kinds=ONLY_LINEAR),
     "vera": Case(VeraConfig, vera.FusedVera, {"r": 5, "projection_prng_key": 1}, "vera_dropout"),
     "vblora": Case(
         VBLoRAConfig, vblora.FusedVBLora, {"r": 3, "num_vectors": 6, "vector_length": 4}, "vblora_dropout"

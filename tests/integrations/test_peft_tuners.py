@@ -31,19 +31,19 @@ class Model(nn.Module):
 
 
 class FixedDropout(nn.Module):
-    """Dropout by given keep bits."""
+    """Dropout by what it made of ones."""
 
-    def __init__(self, mask, p):
+    def __init__(self, ones):
         super().__init__()
-        self.mask, self.p = mask, p
+        self.ones = ones
 
     def forward(self, x):
-        return dropout_apply(x, self.mask, self.p)
+        return x * self.ones.to(x.dtype)
 
 
-def wrapped(case, kind="Linear", dropout=0.0, targets=("first", "second")):
+def wrapped(case, kind="Linear", dropout=0.0, targets=("first", "second"), **more):
     torch.manual_seed(0)
-    options = dict(case.options) | ({case.dropout: dropout} if case.dropout else {})
+    options = dict(case.options) | more | ({case.dropout: dropout} if case.dropout else {})
     if kind == "Conv1D" and "fan_in_fan_out" in case.config.__dataclass_fields__:
         options["fan_in_fan_out"] = True
     config = case.config(target_modules=list(targets), **options)
@@ -102,12 +102,16 @@ def test_dropout_is_pefts_but_for_the_bits(tuner):
     model = wrapped(case, dropout=p, targets=["first"]).train()
     accelerate(model)
     torch.manual_seed(2)
-    seed = torch.empty(1, dtype=torch.int64).random_()
+    ones = torch.ones(ROWS, WIDTH, dtype=torch.float64)
+    if case.torch_dropout:
+        ones = torch.nn.functional.dropout(ones.float(), p).double()
+    else:
+        seed = torch.empty(1, dtype=torch.int64).random_()
+        ones = dropout_apply(ones, dropout_mask(seed, ROWS, WIDTH, p), p)
 
     def fixed(peft):
         for layer in layers_of(peft):
-            held = getattr(layer, case.fused.dropouts)
-            held["default"] = FixedDropout(dropout_mask(seed, ROWS, WIDTH, p), p)
+            getattr(layer, case.fused.dropouts)["default"] = FixedDropout(ones)
         return peft
 
     torch.manual_seed(2)
@@ -154,3 +158,70 @@ def test_what_listens_inside_is_left_to_peft(tuner):
     model.base_model.model.first.base_layer.register_forward_hook(lambda *_: None)
     report = accelerate(model)
     assert report.skipped == [("base_model.model.first", "it has forward or backward hooks inside")]
+
+
+@pytest.mark.parametrize("tuner", ["loha", "loha of rank 1", "lokr"])
+def test_rank_dropout_takes_pefts_rows(tuner):
+    model = wrapped(CASES[tuner], rank_dropout=0.4).train()
+    accelerate(model)
+
+    def run_at(model, dtype):
+        torch.manual_seed(3)
+        return run(model.to(dtype), dtype)
+
+    peft = copy.deepcopy(model)
+    decelerate(peft)
+    eager, exact = run_at(peft, torch.float32), run_at(copy.deepcopy(peft), torch.float64)
+    ours = run_at(model, torch.float32)
+    assert any((grad == 0).all(-1).any() for grad in ours.values())
+    for name in ours:
+        assert_close(ours[name], eager[name], exact[name], name, ulps=4.0)
+
+
+def test_module_dropout_is_left_to_peft():
+    model = wrapped(CASES["loha"], module_dropout=0.5)
+    assert accelerate(model).skipped[0][1] == "adapter 'default' has module_dropout"
+
+
+@pytest.mark.parametrize("tuner", CASES)
+def test_autocast_is_pefts(tuner):
+    def in_bf16(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            return run(model, torch.float32)
+
+    model = wrapped(CASES[tuner])
+    peft = copy.deepcopy(model)
+    accelerate(model)
+    ours, eager, exact = in_bf16(model), in_bf16(peft), run(peft.double(), torch.float64)
+    assert ours.keys() == eager.keys()
+    for name in ours:
+        assert ours[name].dtype == eager[name].dtype
+        assert_close(ours[name].bfloat16(), eager[name].bfloat16(), exact[name], name, ulps=4.0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("tuner", CASES)
+def test_gradient_checkpointing(tuner, reentrant):
+    model = wrapped(CASES[tuner])
+    accelerate(model)
+    x = torch.linspace(-2, 2, ROWS * WIDTH).sin().view(ROWS, WIDTH).requires_grad_()
+
+    def grads(call):
+        model.zero_grad()
+        call().square().sum().backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    plain = grads(lambda: model(x))
+    again = grads(lambda: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant))
+    torch.testing.assert_close(again, plain)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("tuner", CASES)
+def test_compiled_whole(tuner):
+    model = wrapped(CASES[tuner])
+    accelerate(model)
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    plain, found = run(model, torch.float32), run(compiled, torch.float32)
+    torch.testing.assert_close(found, plain)

@@ -73,9 +73,14 @@ class LoKr(Adapter):
         c2 = self.lokr_w2.flatten(1) if "lokr_w2" in own else self.lokr_w2_a @ self.lokr_w2_b
         if x is None or self.kernel:
             return Dense(self.scaling * torch.kron(c1, c2))
-        c1, c2 = c1.to(x.dtype), c2.to(x.dtype)
-        rows = self.drop(x).unflatten(-1, (c1.shape[1], c2.shape[1]))
-        return Added(self.scaling * (c1 @ (rows @ c2.T)).flatten(-2))
+        return Added(kronecker(self.drop(x), c1, c2, self.scaling))
+
+
+def kronecker(x: Tensor, c1: Tensor, c2: Tensor, scaling: float) -> Tensor:
+    """x (s · C₁ ⊗ C₂)ᵀ, in the dtype of x ``[..., in]``."""
+    c1, c2 = c1.to(x.dtype), c2.to(x.dtype)
+    rows = x.unflatten(-1, (c1.shape[1], c2.shape[1]))
+    return scaling * (c1 @ (rows @ c2.T)).flatten(-2)
 
 
 def divisors(size: int, factor: int = -1) -> tuple[int, int]:

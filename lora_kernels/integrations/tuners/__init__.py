@@ -10,7 +10,17 @@ from typing import Any
 
 from torch import nn
 
-from . import delora, psoft, tinylora, unilora, vblora, vera
+from . import (
+    delora,
+    hira,
+    loha,
+    lokr,
+    psoft,
+    tinylora,
+    unilora,
+    vblora,
+    vera,
+)
 from .base import Takeover
 
 _FILES = (
@@ -20,6 +30,9 @@ _FILES = (
     tinylora,
     unilora,
     psoft,
+    hira,
+    loha,
+    lokr,
 )
 
 # PEFT's class of a layer -> what takes it over.

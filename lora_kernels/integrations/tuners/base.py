@@ -26,6 +26,8 @@ class FusedTuner(PeftNamed):
     per_adapter: str
     # The attribute that holds its dropouts, or None where the tuner has none.
     dropouts: str | None = None
+    # Whether PEFT gives y in the dtype of x, under autocast too, and not in its base layer's.
+    in_dtype_of_x: bool = False
 
     def update(self, name: str, x: Tensor) -> Update:
         """What adapter ``name`` makes of this layer; ``x`` is for those that read it."""
@@ -41,17 +43,8 @@ class FusedTuner(PeftNamed):
         if not names:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         y = grouped(self, x) if len(names) == 1 else None
-        if y is not None:
-            return y
-        weight, bias = _base(self)
-        updates = [self.update(name, x) for name in names]
-        ps = [dropout_now(self, name) for name in names]
-        if len(names) > 1 and not any(ps) and all(type(one) is LowRank and one.plain for one in updates):
-            return apply_update(x, weight, bias, stack(updates))
-        y = apply_update(x, weight, bias, updates[0], ps[0])
-        for update, p in zip(updates[1:], ps[1:], strict=True):
-            y = y + apply_update(x, None, None, update, p)
-        return y
+        y = _computed(self, names, x) if y is None else y
+        return y.to(x.dtype) if self.in_dtype_of_x else y
 
     def group_member(self: Any, x: Tensor) -> LoraInputs | None:
         """What this layer computes for ``x``, where that is one plain fused linear."""
@@ -60,9 +53,22 @@ class FusedTuner(PeftNamed):
         if type(update) is not LowRank or not update.plain:
             return None
         lora_a, lora_b, scaling, gate, *_ = update.numbered()
-        weight, bias = _base(self)
+        weight, bias = base_of(self)
         p = dropout_now(self, names[0])
         return LoraInputs(x, weight, lora_a, lora_b, bias, gate, None, None, scaling, p)  # type: ignore[arg-type]
+
+
+def _computed(layer: Any, names: list[str], x: Tensor) -> Tensor:
+    """y with what each adapter adds."""
+    weight, bias = base_of(layer)
+    updates = [layer.update(name, x) for name in names]
+    ps = [dropout_now(layer, name) for name in names]
+    if len(names) > 1 and not any(ps) and all(type(one) is LowRank and one.plain for one in updates):
+        return apply_update(x, weight, bias, stack(updates))
+    y = apply_update(x, weight, bias, updates[0], ps[0])
+    for update, p in zip(updates[1:], ps[1:], strict=True):
+        y = y + apply_update(x, None, None, update, p)
+    return y
 
 
 class Takeover(NamedTuple):
@@ -124,7 +130,7 @@ def _names_now(layer: Any, x: Tensor) -> list[str]:
     return names_now(layer) if same or torch.is_autocast_enabled(x.device.type) else []
 
 
-def _base(layer: Any) -> tuple[Tensor, Tensor | None]:
+def base_of(layer: Any) -> tuple[Tensor, Tensor | None]:
     """W [N, K] and b."""
     base = layer._modules["base_layer"]
     weight = parameter(base, "weight")
