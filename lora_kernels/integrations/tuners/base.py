@@ -26,8 +26,8 @@ class FusedTuner(PeftNamed):
     per_adapter: str
     # The attribute that holds its dropouts, or None where the tuner has none.
     dropouts: str | None = None
-    # Whether PEFT gives y in the dtype of x, under autocast too, and not in its base layer's.
-    in_dtype_of_x: bool = False
+    # Whether PEFT gives y in the dtype of x, under autocast too; else it is in its base layer's.
+    in_dtype_of_x: bool = True
 
     def update(self, name: str, x: Tensor) -> Update:
         """What adapter ``name`` makes of this layer; ``x`` is for those that read it."""

@@ -17,6 +17,7 @@ class FusedHira(FusedTuner, Linear):
 
     per_adapter = "hira_A"
     dropouts = "hira_dropout"
+    in_dtype_of_x = False
 
     def update(self: Any, name: str, x: Tensor) -> Formed:
         """Of W as it is now."""

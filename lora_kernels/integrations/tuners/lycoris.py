@@ -14,7 +14,6 @@ class FusedLycoris(FusedTuner):
     """A linear of PEFT's ``LycorisLayer``."""
 
     per_adapter = "scaling"
-    in_dtype_of_x = True
 
     def why_not_adapter(self: Any, name: str) -> str | None:
         """Module dropout leaves out the adapter, which no update says."""

@@ -17,6 +17,7 @@ class FusedPsoft(FusedTuner, Linear):
 
     per_adapter = "psoft_R"
     dropouts = "psoft_dropout"
+    in_dtype_of_x = False
 
     def update(self: Any, name: str, x: Tensor) -> LowRank:
         """R - I goes into B, so that A has no gradient and x need not be saved."""

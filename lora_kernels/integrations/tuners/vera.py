@@ -16,7 +16,6 @@ class FusedVera(FusedTuner, Linear):
 
     per_adapter = "vera_lambda_d"
     dropouts = "vera_dropout"
-    in_dtype_of_x = True
 
     def update(self: Any, name: str, x: Tensor) -> LowRank:
         """The slices of the shared A and B that fit this layer."""
