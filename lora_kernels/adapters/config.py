@@ -31,6 +31,9 @@ class LoRAConfig:
         lora_bias: whether a bias trains beside B; on linears and convolutions with ``method="lora"``.
         alora_invocation_tokens: Activated LoRA: the adapter acts from where these token numbers last begin,
             on linears of a model whose forward takes ``input_ids``.
+        target_parameters: ends of the names of parameters that hold the matrices of all experts of a mixture
+            (``"experts.gate_up_proj"``), for Transformers' expert modules with ``method="lora"`` and no
+            dropout; with them ``target_modules`` may be ``None`` or empty.
         ensure_weight_tying: whether what shares a weight with one of these goes on sharing it.
         init_lora_weights: ``True`` (Kaiming-uniform A, zero B), ``False`` (both random), or a name in
             ``lora_kernels.init.INITIALISERS``, PEFT's among them; that one's options go into
@@ -66,6 +69,7 @@ class LoRAConfig:
     use_dora: bool = False
     lora_bias: bool = False
     alora_invocation_tokens: list[int] | None = None
+    target_parameters: list[str] | None = None
     ensure_weight_tying: bool = False
     method: str = "lora"
     method_options: dict[str, Any] = field(default_factory=dict)
@@ -89,6 +93,9 @@ class LoRAConfig:
                 f"modules_to_save: expected a list of names, got the str {self.modules_to_save!r}"
             )
         self.modules_to_save = _names("modules_to_save", self.modules_to_save)  # type: ignore[assignment]
+        if isinstance(self.target_parameters, str):
+            raise TypeError(f"target_parameters: expected a list, got the str {self.target_parameters!r}")
+        self.target_parameters = _names("target_parameters", self.target_parameters)  # type: ignore[assignment]
         _check_pattern("rank_pattern", self.rank_pattern, _check_rank)
         _check_pattern("alpha_pattern", self.alpha_pattern, _check_number)
         self._check_layers()
@@ -131,14 +138,27 @@ class LoRAConfig:
             self.alora_invocation_tokens = _token_numbers(
                 "alora_invocation_tokens", self.alora_invocation_tokens
             )
-        for name in ("lora_bias", "alora_invocation_tokens"):
+        for name in ("lora_bias", "alora_invocation_tokens", "target_parameters"):
             if getattr(self, name) and self.method != "lora":
                 raise ValueError(f"{name}: expected it with the method 'lora', got {self.method!r}")
+        if self.target_parameters:
+            self._check_target_parameters()
         if self.lora_bias and self.alora_invocation_tokens:
             raise ValueError("lora_bias: expected False beside alora_invocation_tokens, got True")
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             init = self.init_lora_weights
             raise ValueError(f"lora_bias: expected init_lora_weights=True or False with it, got {init!r}")
+
+    def _check_target_parameters(self) -> None:
+        for name in ("lora_dropout", "lora_bias", "alora_invocation_tokens"):
+            value = getattr(self, name)
+            if value:
+                raise ValueError(f"target_parameters: expected no {name} with it, got {value!r}")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            init = self.init_lora_weights
+            raise ValueError(
+                f"target_parameters: expected init_lora_weights True, False or 'gaussian', got {init!r}"
+            )
 
     def _check_options(self) -> None:
         known = find_method(self.method).options | find_initialiser(self.init_lora_weights).options

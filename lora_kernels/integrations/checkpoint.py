@@ -88,14 +88,14 @@ def _file_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Te
     state = {plain_key(key): value for key, value in lora_state_dict(model, adapter_name).items()}
     written: set[int] = set()
     for at, layer in layers.items():
-        kind = type(layer.adapters[adapter_name])
-        for parameter, tensor in layer.adapters[adapter_name].state_dict(keep_vars=True).items():
+        adapter = layer.adapters[adapter_name]
+        for parameter, tensor in adapter.state_dict(keep_vars=True).items():
             if id(tensor) in written:
                 continue
             written.add(id(tensor))
             value = whole(state[plain_key(f"{at}.adapters.{adapter_name}.{parameter}")])
             shape = factor_shape(layer, parameter, value.shape)
-            yield factor_key(plain[at], layer, kind, parameter), value.reshape(shape)
+            yield factor_key(plain[at], layer, adapter, parameter), value.reshape(shape)
     for (at, name), key in owned.state_keys(model, adapter_name).items():
         yield owned_key(plain[at], name, at in layers), state[plain_key(key)]
 

@@ -29,6 +29,7 @@ _FIELDS = (
     "ensure_weight_tying",
     "lora_bias",
     "alora_invocation_tokens",
+    "target_parameters",
 )
 # Initialisers that leave the base weight alone: what they drew is in the checkpoint anyway.
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")

@@ -85,7 +85,7 @@ def _slots(model: nn.Module, plan: Plan) -> list[Slot]:
         for name, tensor in adapter.state_dict(keep_vars=True).items():
             if name in GIVEN:  # the plan was made with them
                 continue
-            keys = tuple(factor_key(plain[one], layer, type(adapter), name) for one in names[layer])
+            keys = tuple(factor_key(plain[one], layer, adapter, name) for one in names[layer])
             shape = factor_shape(layer, name, tensor.shape)
             first = shared.get(id(tensor), Slot(names[layer][0], name, (), shape, tensor))
             shared[id(tensor)] = first._replace(keys=(*first.keys, *keys))

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..adapters import Adapter
+from ..adapters.expert_lora import ExpertLoRA
 from ..init import GIVEN
 from ..nn.adapter_layer import AdapterLayer
 from ..nn.wrappers import plain_key, plain_names, unwrapped
@@ -23,10 +24,13 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _Value = TypeVar("_Value")
 
 
-def factor_key(layer_name: str, layer: AdapterLayer, kind: type[Adapter], parameter: str) -> str:
+def factor_key(layer_name: str, layer: AdapterLayer, adapter: Adapter, parameter: str) -> str:
     """The key of an adapter's parameter; the factors of an embedding have a name of their own."""
-    if kind.peft_form is not None and parameter in kind.peft_form.shared:
+    if adapter.peft_form is not None and parameter in adapter.peft_form.shared:
         return f"base_model.{parameter}"
+    if isinstance(adapter, ExpertLoRA):
+        depth, name = adapter.place_of(parameter)
+        return f"{PREFIX}{layer_name}{'.base_layer' * depth}.{name}.weight"
     if parameter == "lora_bias":
         return f"{PREFIX}{layer_name}.lora_B.bias"
     if parameter not in ("lora_A", "lora_B"):

@@ -8,7 +8,8 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
-from ..nn.expert_parameters import ExpertFactors, experts_forward, is_routed, why_not_experts
+from ..adapters.expert_lora import ExpertFactors, side_by_side
+from ..nn.expert_parameters import experts_forward, is_routed, why_not_experts
 from .peft_linear import PeftNamed, hooked
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -49,22 +50,15 @@ def _autocast_differs(x: Tensor, base: Any) -> bool:
 def _factors(layer: Any) -> ExpertFactors | None:
     """Those of the active adapters, their ranks side by side."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    found = [_factors_of(layer, name) for name in names]
-    if len(found) < 2:
-        return found[0] if found else None
-    lora_bs = [lora_b * scaling for _, lora_b, scaling in found]
-    return ExpertFactors(torch.cat([one.lora_a for one in found], 1), torch.cat(lora_bs, 2), 1.0)
+    return side_by_side([_factors_of(layer, name) for name in names])
 
 
 def _factors_of(layer: Any, name: str) -> ExpertFactors:
-    """A's rows are the experts' one after another; a column of B is of rank j // E and expert j % E."""
     lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    lora_a = lora_a.view(layer.num_experts, -1, lora_a.shape[1])
-    lora_b = lora_b.view(lora_b.shape[0], -1, layer.num_experts).permute(2, 0, 1)
-    scaling = layer.scaling[name]
+    found, scaling = ExpertFactors.of(lora_a, lora_b, layer.num_experts, 1.0), layer.scaling[name]
     if isinstance(scaling, Tensor):  # of PEFT's hot swapping
-        return ExpertFactors(lora_a, lora_b * scaling.to(lora_b), 1.0)
-    return ExpertFactors(lora_a, lora_b, scaling)
+        return found._replace(lora_b=found.lora_b * scaling.to(lora_b))
+    return found._replace(scaling=scaling)
 
 
 def _why_not_now(layer: Any, base: Any) -> str | None:

@@ -26,7 +26,8 @@ def apply_lora(
 
     A target is an ``nn.Linear``, ``nn.Embedding`` or ``nn.Conv1d``, ``2d`` or ``3d``; it becomes a
     :class:`LoRALinear`, :class:`LoRAEmbedding`, … on the same parameters; so do a
-    :class:`QuantizedLinear` and the ``Conv1D`` of Transformers' GPT-2. A layer that is shared by several
+    :class:`QuantizedLinear`, the ``Conv1D`` of Transformers' GPT-2 and, by ``target_parameters``, its modules
+    of experts. A layer that is shared by several
     parents is replaced once, in all of them. A second call with another ``adapter_name`` adds an adapter to
     the layers, inactive until :func:`set_adapter`. Linears that a forward calls on one x (query, key and
     value; gate and up) are computed together; :func:`layer_groups` lists them.

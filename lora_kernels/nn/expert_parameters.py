@@ -8,15 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..adapters.expert_lora import ExpertFactors
 from ..ops.grouped_lora_linear import grouped_lora_linear
-
-
-class ExpertFactors(NamedTuple):
-    """ΔW_e = s · B_e A_e: A ``[E, r, in]``, B ``[E, out, r]``."""
-
-    lora_a: Tensor
-    lora_b: Tensor
-    scaling: float
 
 
 class Routing(NamedTuple):
@@ -84,10 +77,10 @@ _KNOWN = (None, "eager", "batched_mm", "grouped_mm")
 
 def why_not_experts(module: Any) -> str | None:
     """Why :func:`experts_forward` does not compute what a module does, or ``None``."""
-    kind = f"{type(module).__module__}.{type(module).__name__}"
-    decorated = hasattr(type(module).forward, "__wrapped__") and hasattr(type(module), "_apply_gate")
+    kind = getattr(type(module), "base_type", type(module))  # below a layer with adapters
+    decorated = hasattr(kind.forward, "__wrapped__") and hasattr(kind, "_apply_gate")
     if not decorated or not all(hasattr(module, flag) for flag in _FLAGS):
-        return f"{kind} is not one of Transformers' expert modules"
+        return f"{kind.__module__}.{kind.__name__} is not one of Transformers' expert modules"
     if "forward" in vars(module):
         return "the forward of its experts was replaced"
     way = getattr(module.config, "_experts_implementation", None)

@@ -13,7 +13,8 @@ from . import owned
 from .adapter_layer import AdapterLayer
 from .exposed import with_adapters
 from .invocation import check_invocation
-from .sites import Target, find_sites, layer_type
+from .lora_experts import experts_with_adapters
+from .sites import Target, find_parameter_sites, find_sites, layer_type
 
 # Plain name of a layer -> name of a statistic -> tensor.
 Statistics = Mapping[str, Mapping[str, Tensor]]
@@ -42,12 +43,24 @@ def plan_adapter(
     if statistics is not None and not isinstance(statistics, Mapping):
         raise TypeError(f"statistics: expected those of calibrate, got {type(statistics).__name__}")
     check_invocation(model, config)
-    layers = _prepare_all(find_sites(model, config), config, draw, statistics or {})
+    layers = _prepare_all(_all_sites(model, config), config, draw, statistics or {})
     adapted = {site.linear: layer for site, layer, _ in layers}
     if config.ensure_weight_tying:
         _check_ties(model, adapted)
     places = tuple(owned.config_places(model, config, adapted))
     return Plan(layers, owned.copies(places, config.ensure_weight_tying, draw), places)
+
+
+def _all_sites(model: nn.Module, config: LoRAConfig) -> list[Target]:
+    """The targeted modules, and those of targeted parameters."""
+    alone = config.target_parameters and not config.target_modules
+    modules = [] if alone else find_sites(model, config)
+    parameters = find_parameter_sites(model, config) if config.target_parameters else []
+    both = {id(site.linear) for site in modules}
+    for site in parameters:
+        if id(site.linear) in both:
+            raise ValueError(f"target_parameters: {site.plain} is among the target_modules too")
+    return [*modules, *parameters]
 
 
 def _check_ties(model: nn.Module, adapted: dict[nn.Module, AdapterLayer]) -> None:
@@ -81,6 +94,8 @@ def _prepare_all(
         role = target.plain.rpartition(".")[2]
         where: dict[str, Any] = {"name": target.plain, "tensors": tensors, "previous": latest.get(role)}
         where["statistics"] = statistics.get(target.plain, {})
+        if target.parameters:
+            where["parameters"] = target.parameters
         layer = _layer_for(target)
         make = layer.make_adapter if draw else layer.plan_adapter
         adapter = make(config.for_module(target.plain), **where)
@@ -96,10 +111,10 @@ def _layer_for(target: Target) -> AdapterLayer:
     if isinstance(layer, AdapterLayer):
         return layer
     trained = [p for p in layer.parameters() if p.requires_grad]
-    layer = with_adapters(layer, layer_type(layer))
+    made = experts_with_adapters(layer) if target.parameters else with_adapters(layer, layer_type(layer))
     for parameter in trained:  # who freezes it does so once everything is known to fit
         parameter.requires_grad_(True)
-    return layer
+    return made
 
 
 def _materialised(adapter: Adapter, layer: AdapterLayer, real: dict[int, Tensor]) -> dict[int, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .embedding import LoRAEmbedding
 from .exposed import why_no_layer
 from .linear import LinearAdapterLayer, LoRALinear
+from .lora_experts import why_no_stack
 from .quantized import QuantizedLinear, QuantizedLoRALinear
 from .weight_reads import Reads, weight_reads
 from .wrappers import is_wrapper, plain_names
@@ -59,6 +60,43 @@ class Target(NamedTuple):
     linear: nn.Module
     places: list[tuple[nn.Module, str]]
     plain: str
+    # Those of its parameters that are targeted by name; of a layer with one weight none.
+    parameters: tuple[str, ...] = ()
+
+
+def find_parameter_sites(model: nn.Module, config: LoRAConfig) -> list[Target]:
+    """The experts' modules of which ``config.target_parameters`` names parameters, by PEFT's rule.
+
+    Raises:
+        ValueError: there are none, or a parameter is none that an adapter can be put on.
+    """
+    sites: dict[int, Target] = {}
+    plain, inside = plain_names(model), inside_adapters(model)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_wrapper(module) or owned.is_inside(name) or id(module) in inside:
+            continue
+        found = [one for one in module._parameters if _names_parameter(config, f"{plain[name]}.{one}")]
+        for one in found:
+            reason = why_no_stack(module, one)
+            if reason is not None:
+                raise ValueError(f"target_parameters: {plain[name]}.{one} {reason}")
+        if found:
+            site = sites.setdefault(id(module), Target(name, module, [], plain[name], tuple(found)))
+            parent, _, attribute = name.rpartition(".")
+            site.places.append((model.get_submodule(parent), attribute))
+    _check_parameters_found(config, sites.values())
+    return list(sites.values())
+
+
+def _names_parameter(config: LoRAConfig, key: str) -> bool:
+    return any(key == one or key.endswith(f".{one}") for one in config.target_parameters or ())
+
+
+def _check_parameters_found(config: LoRAConfig, sites: Iterable[Target]) -> None:
+    keys = [f".{site.plain}.{one}" for site in sites for one in site.parameters]
+    for one in config.target_parameters or ():
+        if not any(key.endswith(f".{one}") for key in keys):
+            raise ValueError(f"target_parameters: no parameter of the model is named {one!r}")
 
 
 def find_sites(
