@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .checks import errors, judge
-from .measure import BACKWARD, BOTH, FORWARD, SAVED_BYTES
+from .measure import BACKWARD, BOTH, FORWARD, HOST_PEAK, SAVED_BYTES
 from .providers import needs
-from .suites import Benchmark, Goal, Mode, Plan, Provider, Runner
+from .suites import Benchmark, Goal, Plan, Provider, Runner
 
 OP = "experts"
 FROZEN, PEFT, OURS = "frozen", "peft", "ours"
@@ -157,29 +157,7 @@ def _check(provider: Provider, case: Case) -> str | None:
     return judge(_outputs(provider.build(problem), problem), exact, allowed, names)
 
 
-def _peak(runner: Runner, problem: Problem) -> int:
-    """Bytes of the CPU's allocator that a forward and backward pass needs above what is there before it."""
-
-    def step() -> object:
-        return torch.autograd.grad(runner.call(problem.x), (problem.x, *runner.factors), problem.dy)
-
-    step()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as seen:
-        step()
-    changes = [
-        event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"
-    ]
-    now = most = 0
-    for change in changes:
-        now += change
-        most = max(most, now)
-    return most
-
-
-PEAK = Mode("peak_memory", "bytes", count=_peak)
-_MODES = (FORWARD, BACKWARD, BOTH, SAVED_BYTES, PEAK)
+_MODES = (FORWARD, BACKWARD, BOTH, SAVED_BYTES, HOST_PEAK)
 
 
 def _plans(device: str, quick: bool) -> list[Plan]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,20 +52,24 @@ def _both(runner: Runner, problem: Any) -> tuple[Prepare, Run]:
     return lambda: None, lambda _: run(prepare())
 
 
+def _storages(tensor: Tensor) -> list[Any]:
+    """Of a sparse tensor those of its indices and of its values."""
+    parts = (tensor,) if tensor.layout is torch.strided else (tensor._indices(), tensor._values())
+    return [part.untyped_storage() for part in parts]
+
+
 def saved_bytes(runner: Runner, problem: Any) -> int:
     """Bytes that a forward pass keeps for backward: each storage once, the layer's own parameters aside.
 
     x counts where it is kept: in a model it is the output of the layer before.
     """
-    own = {t.untyped_storage().data_ptr() for t in (*tensors(problem.weight), *runner.factors)}
+    own = {s.data_ptr() for t in (*tensors(problem.weight), *runner.factors) for s in _storages(t)}
     kept: dict[int, int] = {}
     alive = []
 
     def pack(tensor: Tensor) -> Tensor:
         alive.append(tensor)  # so that no address is used twice
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept.update({s.data_ptr(): s.nbytes() for s in _storages(tensor) if s.data_ptr() not in own})
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -85,12 +90,27 @@ def peak_memory(runner: Runner, problem: Any) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def host_peak(runner: Runner, problem: Any) -> int:
+    """Bytes of the CPU's allocator that a forward and backward pass needs above what is there before it."""
+    _, run = _both(runner, problem)
+    run(None)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as seen:
+        run(None)
+    changes = [
+        event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
+    return max(0, *itertools.accumulate(changes))
+
+
 FORWARD = Mode("forward", "timed", work=_forward, plotted=False)
 BACKWARD = Mode("backward", "timed", work=_backward, plotted=False)
 BOTH = Mode("both", "timed", work=_both)
 OVERHEAD_FORWARD = Mode("overhead_forward", "overhead", work=_forward, calls=OVERHEAD_CALLS, plotted=False)
 OVERHEAD = Mode("overhead", "overhead", work=_both, calls=OVERHEAD_CALLS)
 SAVED_BYTES = Mode("saved_bytes", "bytes", count=saved_bytes)
+HOST_PEAK = Mode("peak_memory", "bytes", count=host_peak)
 PEAK_MEMORY = Mode("peak_memory", "bytes", count=peak_memory)
 
 

@@ -59,6 +59,7 @@ MODULES = (
     "bench_methods",
     "bench_routing",
     "bench_experts",
+    "bench_peft_tuners",
     "bench_compose",
 )
 DEFAULT, TRAINING, SERVING = "default", "training", "serving"
