@@ -28,7 +28,15 @@ CUDA_MAX_RANK = 256
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for by name cannot run here; the message says why."""
+    """A backend that was asked for by name cannot run here; the message says why.
+
+    Examples:
+        >>> try:
+        ...     with use_backend("cuda"):
+        ...         lora_linear(torch.randn(1, 4), torch.randn(4, 4), torch.randn(1, 4), torch.randn(4, 1))
+        ... except BackendError as error:
+        ...     reason = str(error)
+    """
 
 
 def _check_name(name: str) -> str:
@@ -41,7 +49,13 @@ _active = _check_name(_settings.read().backend)
 
 
 def active_backend() -> str:
-    """The name in force: set by :func:`use_backend`, else by ``LORA_KERNELS_BACKEND``, else ``auto``."""
+    """The name in force: set by :func:`use_backend`, else by ``LORA_KERNELS_BACKEND``, else ``auto``.
+
+    Examples:
+        >>> with use_backend("reference"):
+        ...     active_backend()
+        'reference'
+    """
     return _active
 
 
@@ -57,6 +71,11 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: the name is not a backend.
+
+    Examples:
+        >>> x, weight, a, b = (torch.randn(*shape) for shape in ((2, 8), (4, 8), (2, 8), (4, 2)))
+        >>> with use_backend("reference"):
+        ...     y = lora_linear(x, weight, a, b)
     """
     global _active
     before, _active = _active, _check_name(name)

@@ -210,7 +210,16 @@ _Method = TypeVar("_Method", bound=type[Adapter])
 
 
 def register(name: str) -> Callable[[_Method], _Method]:
-    """Class decorator: makes an :class:`Adapter` known as ``LoRAConfig(method=name)``."""
+    """Class decorator: makes an :class:`Adapter` known as ``LoRAConfig(method=name)``.
+
+    Examples:
+        >>> @register("doubled")
+        ... class Doubled(LoRA):
+        ...     def lower(self, x, call):
+        ...         return super().lower(x, call)._replace(scaling=2 * self.scaling)
+        >>> LoRAConfig(method="doubled").method
+        'doubled'
+    """
 
     def add(cls: _Method) -> _Method:
         cls.method = name
@@ -240,15 +249,31 @@ def make(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Adapter:
-    """An adapter of ``config.method`` for a base weight ``[out_features, in_features]``."""
+    """An adapter of ``config.method`` for a base weight ``[out_features, in_features]``.
+
+    Examples:
+        >>> sorted(make(8, 4, LoRAConfig(r=2)).state_dict())
+        ['lora_A', 'lora_B']
+    """
     return place(Site("", in_features, out_features, config, weight, device, dtype, tensors={}))
 
 
 def place(site: Site) -> Adapter:
-    """An adapter of the site's config, on it."""
+    """An adapter of the site's config, on it.
+
+    Examples:
+        >>> adapter = place(Site("layer", 8, 4, LoRAConfig(r=2)))
+        >>> adapter.lower(torch.randn(3, 8), Call()).lora_b.shape
+        torch.Size([4, 2])
+    """
     return class_of(site.config)(site)
 
 
 def class_of(config: LoRAConfig) -> type[Adapter]:
-    """The class of the adapters of ``config``."""
+    """The class of the adapters of ``config``.
+
+    Examples:
+        >>> class_of(LoRAConfig(use_dora=True)).__name__
+        'DoRA'
+    """
     return method(config.method).variant(config)

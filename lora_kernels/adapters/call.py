@@ -68,7 +68,12 @@ _state = _State()
 
 
 def current_call() -> Call:
-    """The side inputs in force; empty outside of any block."""
+    """The side inputs in force; empty outside of any block.
+
+    Examples:
+        >>> current_call()
+        {}
+    """
     return _state.call
 
 

@@ -51,6 +51,11 @@ class LoRAConfig:
     Raises:
         TypeError: a field has the wrong type.
         ValueError: a field is out of range; the message names it.
+
+    Examples:
+        >>> config = LoRAConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+        >>> config.method
+        'lora'
     """
 
     r: int = 8

@@ -130,6 +130,11 @@ def apply_update(
         bias: b ``[N]``, or ``None``.
         update: what :meth:`Adapter.lower` gave for this x.
         dropout_p: the probability in this call.
+
+    Examples:
+        >>> x, weight, a, b = (torch.randn(*shape) for shape in ((2, 8), (4, 8), (2, 8), (4, 2)))
+        >>> apply_update(x, weight, None, LowRank(a, b, scaling=2.0)).shape
+        torch.Size([2, 4])
     """
     if type(update) is LowRank:
         scaling: Any
@@ -215,7 +220,13 @@ def delta_of(update: Update, eye: Tensor | None = None, dtype: torch.dtype | Non
 
 
 def merge_update(weight: Tensor, base: Tensor, update: Update, eye: Tensor | None = None) -> Tensor:
-    """What ``update`` makes of ``weight``, in its dtype; ``base`` is W, whose norms DoRA takes."""
+    """What ``update`` makes of ``weight``, in its dtype; ``base`` is W, whose norms DoRA takes.
+
+    Examples:
+        >>> weight, a, b = torch.zeros(4, 8), torch.randn(2, 8), torch.randn(4, 2)
+        >>> torch.allclose(merge_update(weight, weight, LowRank(a, b)), b @ a, atol=1e-5)
+        True
+    """
     total = weight + delta_of(update, eye, weight.dtype)
     if not isinstance(update, LowRank) or update.magnitude is None:
         return total
@@ -225,7 +236,13 @@ def merge_update(weight: Tensor, base: Tensor, update: Update, eye: Tensor | Non
 
 
 def stack(updates: list[Any]) -> LowRank:
-    """Σ_i s_i · (B_i ⊙ g_i) A_i of plain updates: ranks side by side, the scales in the gate."""
+    """Σ_i s_i · (B_i ⊙ g_i) A_i of plain updates: ranks side by side, the scales in the gate.
+
+    Examples:
+        >>> one, two = (LowRank(torch.randn(r, 8), torch.randn(4, r)) for r in (2, 3))
+        >>> stack([one, two]).lora_a.shape
+        torch.Size([5, 8])
+    """
     lora_a = torch.cat([f.lora_a for f in updates])
     lora_b = torch.cat([f.lora_b for f in updates], 1)
     same = all(f.gate is None and f.scaling is updates[0].scaling for f in updates)

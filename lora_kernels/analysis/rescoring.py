@@ -24,6 +24,10 @@ def mwer_loss(scores: Tensor, errors: Tensor) -> Tensor:
 
     Raises:
         ValueError: no two matrices of one shape, or a list without a hypothesis.
+
+    Examples:
+        >>> scores, errors = torch.randn(2, 5, requires_grad=True), torch.randint(0, 9, (2, 5)).float()
+        >>> mwer_loss(scores, errors).backward()
     """
     if scores.dim() != 2 or scores.shape != errors.shape:
         raise ValueError(
@@ -51,6 +55,10 @@ def correlation_penalty(hidden: Tensor, eps: float = 1e-6) -> Tensor:
 
     Raises:
         ValueError: h is no matrix of at least two rows.
+
+    Examples:
+        >>> correlation_penalty(torch.randn(16, 4)) >= 0
+        tensor(True)
     """
     check_number("eps", eps)
     if hidden.dim() != 2 or len(hidden) < 2:
@@ -64,7 +72,12 @@ def correlation_penalty(hidden: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def word_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
-    """The fewest insertions, deletions and replacements that turn one list of words into the other."""
+    """The fewest insertions, deletions and replacements that turn one list of words into the other.
+
+    Examples:
+        >>> word_errors("we like kernels".split(), "we like a kernel".split())
+        2
+    """
     before = list(range(len(hypothesis) + 1))
     for i, word in enumerate(reference, 1):
         row = [i]
@@ -79,6 +92,10 @@ def word_error_rate(references: Sequence[Sequence[str]], hypotheses: Sequence[Se
 
     Raises:
         ValueError: other numbers of sentences, or references without words.
+
+    Examples:
+        >>> word_error_rate([["a", "b"]], [["a", "c"]])
+        0.5
     """
     if len(references) != len(hypotheses):
         raise ValueError(f"hypotheses: expected {len(references)} sentences, got {len(hypotheses)}")
@@ -97,6 +114,10 @@ def nprr(clean: float, perturbed: float) -> float:
 
     Raises:
         ValueError: a rate below 0, or a clean one of 0.
+
+    Examples:
+        >>> nprr(0.5, 0.75)
+        0.5
     """
     check_number("clean", clean, above=True)
     check_number("perturbed", perturbed)

@@ -34,6 +34,10 @@ def spectrum(before: Tensor, after: Tensor) -> Spectrum:
 
     Raises:
         ValueError: the weights are no matrices of one shape.
+
+    Examples:
+        >>> spectrum(torch.zeros(2, 2), torch.eye(2)).change
+        tensor([1., 1.])
     """
     if before.dim() != 2 or before.shape != after.shape:
         want = f"a matrix of shape {tuple(before.shape)}" if before.dim() == 2 else "matrices"
@@ -48,6 +52,10 @@ def factor_spectrum(lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0) -> Ten
 
     Raises:
         ValueError: the ranks differ.
+
+    Examples:
+        >>> factor_spectrum(torch.eye(2, 8), torch.eye(4, 2), scaling=2.0)
+        tensor([2., 2.])
     """
     if lora_a.dim() != 2 or lora_b.dim() != 2 or len(lora_a) != lora_b.shape[1]:
         raise ValueError(
@@ -67,6 +75,10 @@ def effective_rank(change: Tensor, var: float = 0.9) -> int:
 
     Raises:
         ValueError: ``var`` is not in (0, 1], or ``change`` has other dimensions.
+
+    Examples:
+        >>> effective_rank(torch.diag(torch.tensor([3.0, 1.0, 0.0])))
+        1
     """
     check_number("var", var, above=True)
     if var > 1:
@@ -89,6 +101,11 @@ def effective_ranks(model: nn.Module, var: float = 0.9) -> dict[str, int]:
     Raises:
         TypeError: not a module.
         ValueError: there are no adapters, or one is more than s · B A.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> effective_ranks(model)  # B is zero at the start
+        {'0': 0}
     """
     found = {}
     for pair in pairs_of(model):
@@ -113,6 +130,11 @@ def learning_forgetting(
         target: the score before and after, on what is learnt.
         source: the same on what was known before.
         higher_is_better: whether the scores are accuracies.
+
+    Examples:
+        >>> balance = learning_forgetting(target=(2.0, 1.5), source=(1.0, 1.25))
+        >>> tuple(balance)
+        (0.5, 0.25)
     """
     sign = -1.0 if higher_is_better else 1.0
     return Balance(sign * (target[0] - target[1]), sign * (source[1] - source[0]))
@@ -127,6 +149,10 @@ def biderman2024(rank: int, **options: Any) -> LoRAConfig:
     Args:
         rank: r.
         options: further fields of :class:`LoRAConfig`.
+
+    Examples:
+        >>> biderman2024(16).lora_alpha
+        32
     """
     check_count("rank", rank)
     return LoRAConfig(**{"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", **options})

@@ -63,6 +63,12 @@ def composite_forward(
 
     Raises:
         ValueError: as :func:`forward_each`, or another ``combine``.
+
+    Examples:
+        >>> config = LoRAConfig(r=2, target_modules="all-linear")
+        >>> model = apply_lora(apply_lora(nn.Sequential(nn.Linear(4, 4)), config, "hat"), config, "coat")
+        >>> composite_forward(model, ["hat", "coat"], torch.randn(3, 4)).shape
+        torch.Size([3, 4])
     """
     if combine not in ("mean", "sum"):
         raise ValueError(f"combine: expected 'mean' or 'sum', got {combine!r}")

@@ -20,6 +20,12 @@ def split_state(model: nn.Module) -> tuple[State, State]:
 
     Raises:
         ValueError: the model has no adapters.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> shared, personal = split_state(model)
+        >>> sorted(shared)
+        ['0.bias', '0.weight']
     """
     personal = set(lora_state_dict(model))
     if not personal:

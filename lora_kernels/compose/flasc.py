@@ -20,6 +20,10 @@ def topk_mask(values: Tensor, density: float) -> Tensor:
 
     Raises:
         ValueError: the density is not.
+
+    Examples:
+        >>> topk_mask(torch.tensor([1.0, -3.0, 2.0, 0.5]), density=0.5)
+        tensor([False,  True,  True, False])
     """
     if not 0 <= density <= 1:
         raise ValueError(f"density: expected 0 to 1, got {density}")

@@ -88,6 +88,12 @@ def merge_factors(
 
     Raises:
         ValueError: the ranks differ where A and B are added.
+
+    Examples:
+        >>> factors = [(torch.randn(2, 8), torch.randn(4, 2), 1.0) for _ in range(2)]
+        >>> a, b = merge_factors(factors, [0.5, 0.5], Merging("cat"))
+        >>> a.shape, b.shape
+        (torch.Size([4, 8]), torch.Size([4, 4]))
     """
     scaled = [w * s for w, (_, _, s) in zip(weights, factors, strict=True)]
     lora_as, lora_bs = [a for a, _, _ in factors], [b for _, b, _ in factors]
@@ -109,6 +115,10 @@ def combine(tensors: Sequence[Tensor], weights: Sequence[float], how: Merging) -
     """Σ w_i t_i by the rule of ``how``: task arithmetic, TIES (Yadav et al., 2023, arXiv 2306.01708) or DARE.
 
     DARE: Yu et al., 2023, arXiv 2311.03099.
+
+    Examples:
+        >>> combine([torch.ones(2), torch.ones(2)], [0.25, 0.5], Merging("linear"))
+        tensor([0.7500, 0.7500])
     """
     drop, elect = how.rule
     if drop is not None and how.density is not None and how.density < 1:

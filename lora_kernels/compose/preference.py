@@ -15,6 +15,10 @@ def draw_preference(
 
     Raises:
         ValueError: fewer than one task, or a concentration that is not above 0.
+
+    Examples:
+        >>> draw_preference(3).sum().round(decimals=4)
+        tensor(1.)
     """
     if tasks < 1 or not concentration > 0:
         raise ValueError(
@@ -33,6 +37,11 @@ def orthogonal_penalty(model: nn.Module, adapter_name: str = "default", eps: flo
 
     Raises:
         ValueError: no layer has an adapter of that name and of ``method="lorpman"``.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> model = apply_lora(model, LoRAConfig(r=2, method="lorpman", target_modules="all-linear"))
+        >>> orthogonal_penalty(model).backward()
     """
     found = [
         layer.adapters[adapter_name]

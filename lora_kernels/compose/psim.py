@@ -16,6 +16,10 @@ def reset_labels(labels: Tensor, classes: int, generator: torch.Generator | None
 
     Raises:
         ValueError: fewer than two classes.
+
+    Examples:
+        >>> reset_labels(torch.tensor([0, 1, 1]), classes=4).shape
+        torch.Size([3])
     """
     if classes < 2:
         raise ValueError(f"classes: expected at least 2, got {classes}")
@@ -28,6 +32,10 @@ def psim_flag(logits: Tensor, threshold: float = 0.7) -> Tensor:
 
     Raises:
         ValueError: the threshold is not 0 to 1.
+
+    Examples:
+        >>> psim_flag(torch.tensor([[4.0, 0.0], [0.1, 0.0]]))
+        tensor([ True, False])
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold: expected 0 to 1, got {threshold}")

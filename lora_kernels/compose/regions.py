@@ -29,6 +29,10 @@ def region_masks(boxes: Sequence[Box], height: int, width: int) -> Tensor:
 
     Raises:
         ValueError: a box is empty or not within the image.
+
+    Examples:
+        >>> region_masks([(0, 0, 1, 2)], height=2, width=2)
+        tensor([[ True,  True, False, False]])
     """
     masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
     for i, (top, left, bottom, right) in enumerate(boxes):
@@ -39,7 +43,11 @@ def region_masks(boxes: Sequence[Box], height: int, width: int) -> Tensor:
 
 
 def region_row_index(boxes: Sequence[Box], height: int, width: int) -> RegionRows:
-    """The rows of an image that is composed of regions, pixel by pixel."""
+    """The rows of an image that is composed of regions, pixel by pixel.
+
+    Examples:
+        >>> rows = region_row_index([(0, 0, 2, 2), (2, 2, 4, 4)], height=4, width=4)
+    """
     masks = region_masks(boxes, height, width)
     cover = masks.sum(0)
     bare = (cover == 0)[None]
@@ -48,7 +56,12 @@ def region_row_index(boxes: Sequence[Box], height: int, width: int) -> RegionRow
 
 
 def region_self_attn_mask(boxes: Sequence[Box], height: int, width: int, penalty: float = -1e6) -> Tensor:
-    """``[pixels, pixels]`` to add to scores: no query in a box sees keys that lie in other boxes alone."""
+    """``[pixels, pixels]`` to add to scores: no query in a box sees keys that lie in other boxes alone.
+
+    Examples:
+        >>> region_self_attn_mask([(0, 0, 2, 2), (2, 2, 4, 4)], height=4, width=4).shape
+        torch.Size([16, 16])
+    """
     masks = region_masks(boxes, height, width).float()
     together = (masks.T @ masks) > 0
     inside = masks.sum(0) > 0
@@ -162,6 +175,10 @@ def composer_loss(
         self_attention: ``[pixels, pixels]``, queries first.
         boxes: one a region.
         weights: of the three terms.
+
+    Examples:
+        >>> cross, within = torch.rand(1, 8, 8), torch.rand(64, 64)
+        >>> loss = composer_loss(cross, within, boxes=[(0, 0, 4, 4)])
     """
     height, width = cross.shape[-2:]
     masks = region_masks(boxes, height, width).to(cross.device)

@@ -32,6 +32,12 @@ def aggregate_lora(
 
     Raises:
         ValueError: no clients, factors that do not fit, weights that do not, or no such ``pad``.
+
+    Examples:
+        >>> clients = [(torch.ones(2, 8), torch.ones(4, 2)), (torch.zeros(1, 8), torch.zeros(4, 1))]
+        >>> a, b = aggregate_lora(clients)
+        >>> a[:, 0]
+        tensor([0.5000, 1.0000])
     """
     if pad not in PADS:
         raise ValueError(f"pad: expected one of {', '.join(PADS)}, got {pad!r}")
@@ -49,6 +55,11 @@ def truncate_lora(lora_a: Tensor, lora_b: Tensor, rank: int) -> tuple[Tensor, Te
 
     Raises:
         ValueError: the rank is not 1 to that of A.
+
+    Examples:
+        >>> a, b = truncate_lora(torch.randn(4, 8), torch.randn(6, 4), rank=2)
+        >>> a.shape, b.shape
+        (torch.Size([2, 8]), torch.Size([6, 2]))
     """
     if not 1 <= rank <= lora_a.shape[0]:
         raise ValueError(f"rank: expected 1 to {lora_a.shape[0]}, got {rank}")

@@ -30,6 +30,10 @@ def kl_penalty(logprobs: Tensor, reference: Tensor, kind: str = "kl") -> Tensor:
 
     Raises:
         ValueError: another kind, or shapes that differ.
+
+    Examples:
+        >>> kl_penalty(torch.tensor([[-1.0]]), torch.tensor([[-1.5]]))
+        tensor([[0.5000]])
     """
     if kind not in PENALTIES:
         raise ValueError(f"kind: expected one of {', '.join(PENALTIES)}, got {kind!r}")
@@ -60,6 +64,11 @@ def token_rewards(scores: Tensor, penalty: Tensor, mask: Tensor, beta: float = 0
 
     Raises:
         ValueError: shapes that do not fit, or a sample without any token.
+
+    Examples:
+        >>> penalty, mask = torch.tensor([[0.0, 5.0]]), torch.tensor([[True, True]])
+        >>> token_rewards(torch.tensor([1.0]), penalty, mask, beta=0.1)
+        tensor([[0.0000, 0.5000]])
     """
     _same_shape("mask", mask, penalty)
     if scores.shape != penalty.shape[:1]:
@@ -83,6 +92,11 @@ def gae(rewards: Tensor, values: Tensor, gamma: float = 1.0, lam: float = 0.95) 
         values: V, the same; what comes after the last is 0.
         gamma: γ.
         lam: λ.
+
+    Examples:
+        >>> advantages, returns = gae(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2), lam=1.0)
+        >>> advantages
+        tensor([[1., 1.]])
     """
     _same_shape("values", values, rewards)
     after = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
@@ -96,7 +110,12 @@ def gae(rewards: Tensor, values: Tensor, gamma: float = 1.0, lam: float = 0.95) 
 
 
 def whiten(values: Tensor, mask: Tensor, *, shift: bool = True) -> Tensor:
-    """(v − μ)/√(σ² + 1e-8) over the mask, or with μ added again where ``shift`` is false."""
+    """(v − μ)/√(σ² + 1e-8) over the mask, or with μ added again where ``shift`` is false.
+
+    Examples:
+        >>> whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]])).shape
+        torch.Size([1, 3])
+    """
     _same_shape("mask", mask, values)
     mean = _mean(values, mask)
     variance = _mean((values - mean).square(), mask)
@@ -139,6 +158,11 @@ def ppo_loss(
 
     Raises:
         ValueError: shapes that differ.
+
+    Examples:
+        >>> logprobs, values, mask = torch.randn(2, 3), torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool)
+        >>> rollout = Rollout(logprobs, values, torch.randn(2, 3), torch.randn(2, 3), mask)
+        >>> loss = ppo_loss(logprobs.requires_grad_(), values.requires_grad_(), rollout)
     """
     for name, tensor in (("values", values), *rollout._asdict().items()):
         _same_shape(name, tensor, logprobs)

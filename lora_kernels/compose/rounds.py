@@ -61,6 +61,11 @@ def run_round(server: Server, clients: Mapping[int, Client]) -> Traffic:
 
     Raises:
         ValueError: there are none.
+
+    Examples:
+        >>> server = Server({"lora_A": torch.zeros(2, 8)})
+        >>> run_round(server, {0: lambda state: Upload({"lora_A": torch.ones(2, 8)})}).up
+        64
     """
     if not clients:
         raise ValueError("clients: expected at least one, got none")
@@ -74,7 +79,12 @@ def run_round(server: Server, clients: Mapping[int, Client]) -> Traffic:
 
 
 def payload_bytes(state: Mapping[str, Tensor]) -> int:
-    """Bytes of the elements that are not zero: what a sparse message carries, its indices not counted."""
+    """Bytes of the elements that are not zero: what a sparse message carries, its indices not counted.
+
+    Examples:
+        >>> payload_bytes({"a": torch.tensor([0.0, 1.0, 2.0])})
+        8
+    """
     return sum(int(tensor.count_nonzero()) * tensor.element_size() for tensor in state.values())
 
 
@@ -89,6 +99,10 @@ def fed_average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
 
     Raises:
         ValueError: no states, other names or shapes in one of them, or weights that do not fit.
+
+    Examples:
+        >>> fed_average([{"a": torch.zeros(2)}, {"a": torch.ones(2)}], weights=[1, 3])
+        {'a': tensor([0.7500, 0.7500])}
     """
     shares = shares_of(len(states), weights)
     first = states[0]

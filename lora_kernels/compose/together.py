@@ -39,6 +39,10 @@ def forward_each(
 
     Raises:
         ValueError: no adapter, one twice, no tensor among the arguments, or as :func:`mixed_adapters`.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> tuned, base = forward_each(model, ["default", None], torch.randn(3, 4))
     """
     if isinstance(adapters, str) or not adapters or len(set(adapters)) != len(adapters):
         raise ValueError(f"adapters: expected names or None, each once, got {adapters!r}")

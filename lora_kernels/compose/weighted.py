@@ -62,6 +62,11 @@ def add_weighted_adapter(
         ValueError: an adapter is not there, owns parameters of the model, or is of a method without such a
             ΔW; the name is taken; ranks differ where A and B are added; or an option is out of range. The
             model is then as it was.
+
+    Examples:
+        >>> config = LoRAConfig(r=2, target_modules="all-linear")
+        >>> model = apply_lora(apply_lora(nn.Sequential(nn.Linear(4, 4)), config, "a"), config, "b")
+        >>> model = add_weighted_adapter(model, ["a", "b"], [0.5, 0.5], "both", "cat")
     """
     how = Merging(combination_type, density, majority_sign_method, svd_rank, svd_clamp, generator).checked()
     how = how._replace(kind="linear") if len(adapters) == 1 else how

@@ -20,6 +20,10 @@ def adaptive_rank(weight: Tensor, eps: float) -> int:
 
     Raises:
         ValueError: W is no matrix, or ε is below 0.
+
+    Examples:
+        >>> adaptive_rank(torch.diag(torch.tensor([3.0, 1.0, 0.0])), eps=0.2)
+        1
     """
     check_number("eps", eps)
     if weight.dim() != 2:

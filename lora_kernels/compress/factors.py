@@ -19,6 +19,12 @@ def truncate_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Raises:
         TypeError: the rank is no int.
         ValueError: W is no matrix, or the rank not in 1..min(out, in).
+
+    Examples:
+        >>> weight = torch.outer(torch.arange(3.0), torch.arange(4.0))
+        >>> a, b = truncate_svd(weight, rank=1)
+        >>> torch.allclose(b @ a, weight, atol=1e-5)
+        True
     """
     return awsvd(weight, torch.ones_like(weight[0]), rank)
 
@@ -35,6 +41,11 @@ def awsvd(weight: Tensor, squares: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         TypeError: the rank is no int.
         ValueError: W is no matrix, ``squares`` of another length or negative, or the rank out of
             1..min(out, in).
+
+    Examples:
+        >>> a, b = awsvd(torch.randn(6, 8), torch.rand(8) + 0.1, rank=3)
+        >>> a.shape, b.shape
+        (torch.Size([3, 8]), torch.Size([6, 3]))
     """
     check_count("rank", rank)
     if weight.dim() != 2 or rank > min(weight.shape):
@@ -61,6 +72,11 @@ def factorise(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
     Raises:
         TypeError: no module, or a rank that is no int.
         ValueError: a name that is no linear's, or a rank above its sides; nothing is changed.
+
+    Examples:
+        >>> model = factorise(nn.Sequential(nn.Linear(8, 8)), {"0": 2})
+        >>> type(model[0]).__name__
+        'LowRankLinear'
     """
     check_model(model)
     found = {}

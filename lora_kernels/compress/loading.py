@@ -27,6 +27,10 @@ def load_compressed(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     Raises:
         TypeError: no module, or no mapping.
         ValueError: the state is not that of this model, compressed; the model is then as it was.
+
+    Examples:
+        >>> small = factorise(nn.Sequential(nn.Linear(8, 8)), {"0": 2})
+        >>> model = load_compressed(nn.Sequential(nn.Linear(8, 8)), small.state_dict())
     """
     check_model(model)
     if not isinstance(state, Mapping):

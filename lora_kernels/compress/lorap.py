@@ -80,6 +80,12 @@ def lorap(
         TypeError: of a wrong type.
         ValueError: a number out of range, no batches, or no linears of these roles, or one that never
             ran; nothing is changed.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 9}
+        >>> model = LlamaModel(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> kept = lorap(model, [{"input_ids": torch.tensor([[1, 2, 3]])}], sparsity=0.5)
     """
     check_model(model)
     check_number("sparsity", sparsity, 0.0, 1.0, above=True)
@@ -120,6 +126,10 @@ def lorap_ranks(
 
     Two factors of rank h have as many numbers as W. Where k_high ≥ h it is ``None``, the weight stays dense,
     and k_low = ⌊2 (1-p) h⌋ - ⌊h⌋, which keeps the sum.
+
+    Examples:
+        >>> lorap_ranks(0.5, in_features=64)
+        (8, 24)
     """
     out_features = in_features if out_features is None else out_features
     half = in_features * out_features / (in_features + out_features)
@@ -139,6 +149,11 @@ def neuron_scores(ups: list[nn.Linear], down: nn.Linear, squares: Tensor, square
         down: the linear that reads them.
         squares: s ``[in]``, sums of x² of what ``ups`` read.
         squares_down: s' ``[neurons]``, of what ``down`` reads.
+
+    Examples:
+        >>> up, down = nn.Linear(4, 6), nn.Linear(6, 4)
+        >>> neuron_scores([up], down, torch.ones(4), torch.ones(6)).shape
+        torch.Size([6])
     """
     wide = torch.promote_types(down.weight.dtype, torch.float32)
     total = (down.weight.to(wide) * squares_down.to(wide).sqrt()).norm(dim=0)
@@ -158,6 +173,11 @@ def prune_mlp(
 
     Raises:
         ValueError: as many scores as there are neurons are not there, or none would be left.
+
+    Examples:
+        >>> up, down = nn.Linear(4, 6), nn.Linear(6, 4)
+        >>> prune_mlp([up], down, torch.arange(6.0), sparsity=0.5), up.out_features
+        (3, 3)
     """
     count = down.in_features
     if scores.shape != (count,):

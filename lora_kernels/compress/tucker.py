@@ -27,6 +27,11 @@ def tucker2(weight: Tensor, ranks: tuple[int, int], rounds: int = _ROUNDS) -> tu
 
     Raises:
         ValueError: W has fewer than two dimensions, or a rank is out of range.
+
+    Examples:
+        >>> core, outer, inner = tucker2(torch.randn(6, 5, 3, 3), ranks=(2, 2))
+        >>> core.shape
+        torch.Size([2, 2, 3, 3])
     """
     for place, rank in enumerate(ranks):
         if weight.dim() < 2 or not 1 <= rank <= weight.shape[place]:
@@ -43,7 +48,13 @@ def tucker2(weight: Tensor, ranks: tuple[int, int], rounds: int = _ROUNDS) -> tu
 
 
 def tucker2_weight(core: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
-    """core ×₁ U_o ×₂ U_i ``[out, in, ...]``."""
+    """core ×₁ U_o ×₂ U_i ``[out, in, ...]``.
+
+    Examples:
+        >>> weight = torch.randn(6, 5)
+        >>> torch.allclose(tucker2_weight(*tucker2(weight, ranks=(5, 5))), weight, atol=1e-4)
+        True
+    """
     return torch.einsum("pq...,op,iq->oi...", core, outer, inner)
 
 
@@ -58,6 +69,11 @@ def tucker2_conv(conv: Any, core: Tensor, outer: Tensor, inner: Tensor) -> nn.Se
 
     Raises:
         ValueError: a convolution with groups.
+
+    Examples:
+        >>> conv = nn.Conv2d(5, 6, 3)
+        >>> tucker2_conv(conv, *tucker2(conv.weight, ranks=(2, 2)))(torch.randn(1, 5, 8, 8)).shape
+        torch.Size([1, 6, 6, 6])
     """
     if conv.groups != 1:
         raise ValueError(f"conv: expected one without groups, got {conv.groups} groups")

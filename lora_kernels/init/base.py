@@ -56,7 +56,14 @@ def register(
     options: Iterable[str] = (),
     hint: str | None = None,
 ) -> Callable[[Callable[[Site], Drawn]], Callable[[Site], Drawn]]:
-    """Decorator: makes a function known as ``LoRAConfig(init_lora_weights=name)``."""
+    """Decorator: makes a function known as ``LoRAConfig(init_lora_weights=name)``.
+
+    Examples:
+        >>> @register("ones")
+        ... def ones(site):
+        ...     a = torch.ones(site.config.r, site.in_features)
+        ...     return Drawn(a, torch.zeros(site.out_features, site.config.r))
+    """
 
     def add(draw: Callable[[Site], Drawn]) -> Callable[[Site], Drawn]:
         INITIALISERS[name] = Initialiser(name, draw, needs, takes, frozenset(options), hint)
@@ -70,6 +77,10 @@ def find(name: Any) -> Initialiser:
 
     Raises:
         ValueError: there is none; the message lists those there are.
+
+    Examples:
+        >>> find("eva").needs
+        'activation_svd'
     """
     if isinstance(name, bool):
         return INITIALISERS["_true" if name else "_false"]
@@ -89,6 +100,11 @@ def draw(site: Site) -> Drawn:
 
     Raises:
         ValueError: the site has no weight, or not the statistics, that it needs; or the rank does not fit.
+
+    Examples:
+        >>> from lora_kernels.adapters import Site
+        >>> weight = torch.randn(4, 8)
+        >>> drawn = draw(Site("layer", 8, 4, LoRAConfig(r=2, init_lora_weights="pissa"), weight=weight))
     """
     one = find(site.config.init_lora_weights)
     if GIVEN[0] in site.statistics:

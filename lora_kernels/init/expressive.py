@@ -45,7 +45,12 @@ def draw_expressive(site: Site) -> Drawn:
 
 
 def expressive_rank(width: int, depth: int, target_depth: int = 1) -> int:
-    """⌈D · L̄ / L⌉: the rank with which L frozen layers, L a multiple of L̄, can be L̄ target layers."""
+    """⌈D · L̄ / L⌉: the rank with which L frozen layers, L a multiple of L̄, can be L̄ target layers.
+
+    Examples:
+        >>> expressive_rank(width=64, depth=8)
+        8
+    """
     for name, value in (("width", width), ("depth", depth), ("target_depth", target_depth)):
         _check_count(name, value)
     return -(-width * target_depth // depth)
@@ -53,7 +58,12 @@ def expressive_rank(width: int, depth: int, target_depth: int = 1) -> int:
 
 @torch.no_grad()
 def expressive_bound(weights: Sequence[Tensor], target: Tensor, rank: int) -> float:
-    """σ_{RL+1}(T - W_L ⋯ W_1): no updates of rank R come nearer to T in the spectral norm."""
+    """σ_{RL+1}(T - W_L ⋯ W_1): no updates of rank R come nearer to T in the spectral norm.
+
+    Examples:
+        >>> expressive_bound([torch.eye(3), torch.eye(3)], torch.diag(torch.tensor([4.0, 3.0, 2.0])), rank=1)
+        1.0
+    """
     wide, goal = _square(weights, target, rank)
     values = torch.linalg.svdvals(goal - _product(wide))
     place = rank * len(wide)
@@ -78,6 +88,10 @@ def expressive_adapters(weights: Sequence[Tensor], target: Tensor, rank: int) ->
 
     Raises:
         ValueError: shapes do not fit, or a product that has to be inverted is singular.
+
+    Examples:
+        >>> weights, target = [torch.randn(4, 4), torch.randn(4, 4)], torch.randn(4, 4)
+        >>> pairs = expressive_adapters(weights, target, rank=2)
     """
     wide, goal = _square(weights, target, rank)
     error = goal - _product(wide)
@@ -115,6 +129,10 @@ def expressive_network(
 
     Raises:
         ValueError: L is no multiple of L̄, a layer has no bias, or as :func:`expressive_adapters`.
+
+    Examples:
+        >>> layers, targets = [nn.Linear(2, 2), nn.Linear(2, 2)], [nn.Linear(2, 2)]
+        >>> pieces = expressive_network(layers, targets, rank=1, radius=1.0)
     """
     if not targets or not layers or len(layers) % len(targets):
         raise ValueError(

@@ -61,6 +61,14 @@ def save_adapter(
 
     Raises:
         ValueError: no such adapter, or a model that does not name its embeddings.
+
+    Examples:
+        >>> import os, tempfile
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapter(model, folder)
+        ...     sorted(os.listdir(folder))
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     configs = lora_configs(model)
     if adapter_name not in configs:
@@ -175,6 +183,13 @@ def load_adapter(
         ValueError: a file is damaged, has keys that are not known, which are named, sets an option that is
             not supported, or does not fit the model.
         RuntimeError: a layer is merged of which the adapter has to be replaced.
+
+    Examples:
+        >>> import tempfile
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapter(model, folder)
+        ...     model = load_adapter(nn.Sequential(nn.Linear(4, 4)), folder)
     """
     source = foreign_file(Path(directory), layout)
     statistics: dict[str, dict[str, Tensor]] = {}

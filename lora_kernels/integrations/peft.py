@@ -121,6 +121,11 @@ def accelerate(model: nn.Module) -> Report:
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: it holds no layer of PEFT's.
+
+    Examples:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+        >>> report = accelerate(model)
     """
     report, types = Report(), _fused_types()
     for name, layer in _tuner_layers(model):
@@ -155,7 +160,15 @@ def _read_layers(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def decelerate(model: nn.Module) -> int:
-    """Gives every layer back to PEFT; returns how many there were."""
+    """Gives every layer back to PEFT; returns how many there were.
+
+    Examples:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+        >>> report = accelerate(model)
+        >>> decelerate(model)
+        1
+    """
     plain = {fused_type: peft_type for peft_type, fused_type in _fused_types().items()}
     layers = [layer for _, layer in _tuner_layers(model) if type(layer) in plain]
     ungroup_layers(model)

@@ -17,12 +17,24 @@ CONFIGS = "_lora_configs"
 
 
 def lora_configs(model: nn.Module) -> dict[str, LoRAConfig]:
-    """The config of each adapter that :func:`apply_lora` put on ``model``, by name."""
+    """The config of each adapter that :func:`apply_lora` put on ``model``, by name.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> lora_configs(model)["default"].r
+        2
+    """
     return dict(vars(unwrapped(model)).get(CONFIGS, {}))
 
 
 def lora_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """Dotted name -> layer, each layer once."""
+    """Dotted name -> layer, each layer once.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> list(lora_layers(model))
+        ['0']
+    """
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, AdapterLayer)}
 
 
@@ -59,6 +71,11 @@ def lora_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[s
 
     Raises:
         ValueError: no layer has that adapter.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> list(lora_state_dict(model))
+        ['0.adapters.default.lora_A', '0.adapters.default.lora_B']
     """
     if adapter_name is not None:
         check_adapters(lora_layers(model), (adapter_name,))
@@ -75,13 +92,25 @@ def lora_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[s
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """How many parameters train, and how many there are."""
+    """How many parameters train, and how many there are.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> count_parameters(model)
+        (16, 36)
+    """
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Prints both counts of :func:`count_parameters` and their ratio."""
+    """Prints both counts of :func:`count_parameters` and their ratio.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> print_trainable_parameters(model)
+        trainable parameters: 16 of 36 (44.4444%)
+    """
     trainable, total = count_parameters(model)
     share = 100 * trainable / max(total, 1)
     print(f"trainable parameters: {trainable:,} of {total:,} ({share:.4f}%)")

@@ -49,6 +49,11 @@ def apply_lora(
         ValueError: no layer matches ``target_modules``, a match cannot be adapted, the name is taken, or the
             statistics that the initialiser needs are not there. The model is then as it was.
         RuntimeError: the adapter owns parameters (``modules_to_save``, biases) that FSDP2 has taken over.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model = apply_lora(model, LoRAConfig(r=2, lora_alpha=4, target_modules="all-linear"))
+        >>> model(torch.randn(3, 4)).sum().backward()
     """
     check_types(model, config)
     _check_name(adapter_name, lora_configs(model))

@@ -129,6 +129,10 @@ def evolve_gates(net: CoLoRANet, gates: Tensor, rate: Rate, x: Tensor, times: Se
 
     Raises:
         ValueError: the gates are of another shape, or a rate of another than u.
+
+    Examples:
+        >>> net, start = CoLoRANet(1, 0, width=4, depth=2), torch.full((2, 1), 0.1)
+        >>> gates = evolve_gates(net, start, lambda u, x: -u(x), torch.rand(6, 1), [0.0, 0.1])
     """
     if tuple(gates.shape) not in {(net.gates[0], width) for width in (1, net.gates[1])}:
         raise ValueError(f"gates: expected shape {net.gates}, got {tuple(gates.shape)}")

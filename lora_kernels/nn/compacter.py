@@ -132,6 +132,10 @@ def insert_compacter(
     Raises:
         ValueError: nothing matches, a match has a ``compacter`` or is no linear, or an option does not fit.
             The model is then as it was.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+        >>> rule = insert_compacter(model, ["0"], reduction=2, n=2)
     """
     found = {
         name: module

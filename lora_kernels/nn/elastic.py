@@ -40,6 +40,12 @@ def elastic(model: nn.Module, slices: Mapping[str, Slice]) -> Iterator[None]:
         ValueError: no such layer, one that is no :class:`LoRALinear` with one active adapter of A and B, a
             size that it has not, or a quantised weight that would be narrowed.
         RuntimeError: a layer is merged.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 8)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> with elastic(model, {"0": Slice(out_features=6)}):
+        ...     model(torch.randn(3, 4)).shape
+        torch.Size([3, 6])
     """
     layers = check_slices(model, slices)
     for name, one in slices.items():

@@ -31,6 +31,13 @@ def fill_experts(model: nn.Module, names: Sequence[str], adapter_name: str) -> n
     Raises:
         ValueError: no such mixture or adapter, another number of experts, an adapter that is more than A, B
             and s, or of a higher rank than the experts. The model is then as it was.
+
+    Examples:
+        >>> model, config = nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear")
+        >>> mixture = LoRAConfig(2, 2, "all-linear", method="mixlora", method_options={"experts": 2})
+        >>> for name, one in {"a": config, "b": config, "both": mixture}.items():
+        ...     model = apply_lora(model, one, name)
+        >>> model = fill_experts(model, ["a", "b"], "both")
     """
     layers = {at: one for at, one in lora_layers(model).items() if adapter_name in one.adapters}
     known = {name for layer in layers.values() for name in layer.adapters}

@@ -237,6 +237,11 @@ def group_layers(model: nn.Module) -> list[tuple[str, ...]]:
     """Lets the LoRA layers that share an input be computed together; returns the names in each group.
 
     Calling it again after layers came or went finds the groups anew.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> group_layers(model)
+        []
     """
     ungroup_layers(model)
     for parent in model.modules():
@@ -249,7 +254,13 @@ def group_layers(model: nn.Module) -> list[tuple[str, ...]]:
 
 
 def layer_groups(model: nn.Module) -> list[tuple[str, ...]]:
-    """The names in each group of layers that are computed together."""
+    """The names in each group of layers that are computed together.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> layer_groups(model)
+        []
+    """
     found = []
     for name, parent in model.named_modules():
         prefix = f"{name}." if name else ""
@@ -260,7 +271,12 @@ def layer_groups(model: nn.Module) -> list[tuple[str, ...]]:
 
 
 def ungroup_layers(model: nn.Module) -> None:
-    """Undoes :func:`group_layers`."""
+    """Undoes :func:`group_layers`.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> ungroup_layers(model)
+    """
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, _Open):

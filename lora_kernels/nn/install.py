@@ -106,6 +106,13 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: no layer has an adapter of that name.
         RuntimeError: it is merged.
+
+    Examples:
+        >>> config = LoRAConfig(r=2, target_modules="all-linear")
+        >>> model = apply_lora(apply_lora(nn.Sequential(nn.Linear(4, 4)), config, "a"), config, "b")
+        >>> delete_adapter(model, "b")
+        >>> list(model[0].adapters)
+        ['a']
     """
     layers = {at: layer for at, layer in lora_layers(model).items() if name in layer.adapters}
     check_adapters(layers, (name,))
@@ -128,6 +135,11 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> nn.Module:
 
     The base parameters are the original ones and stay frozen. With ``merge`` the layers carry the active
     adapters in new weights, and what these own stays in the model.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> type(remove_lora(model, merge=True)[0]).__name__
+        'Linear'
     """
     ungroup_layers(model)
     unfuse_mlps(model)

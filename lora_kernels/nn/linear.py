@@ -135,6 +135,11 @@ class LoRALinear(LinearAdapterLayer, nn.Linear):
     Raises:
         TypeError: an option of the wrong type, or x of another dtype than W outside autocast.
         ValueError: an option out of range, or x's last dimension is not ``in_features``.
+
+    Examples:
+        >>> layer = LoRALinear(64, 128, r=8, lora_alpha=16, lora_dropout=0.1)
+        >>> layer(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 128])
     """
 
     base_type = nn.Linear

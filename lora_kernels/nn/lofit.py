@@ -22,6 +22,12 @@ def lofit_heads(model: nn.Module, count: int, adapter_name: str = "default") -> 
 
     Raises:
         ValueError: the model has no such adapters, or fewer heads.
+
+    Examples:
+        >>> options = {"stage": "scale", "heads": 2}
+        >>> config = LoRAConfig(method="lofit", method_options=options, target_modules="all-linear")
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), config)
+        >>> chosen = lofit_heads(model, 1)
     """
     norms: list[tuple[float, str, int]] = []
     for layer in lora_layers(model).values():

@@ -91,6 +91,11 @@ def apply_memvp(model: nn.Module, targets: list[str], scale: float = 0.1, dropou
 
     Raises:
         ValueError: a name that no module's ends in; the model is then as it was.
+
+    Examples:
+        >>> model = apply_memvp(nn.Sequential(nn.Linear(4, 4)), ["0"])
+        >>> type(model[0]).__name__
+        'MemVPFFN'
     """
     names = [name for name, _ in unwrapped(model).named_modules()]
     found = {one: [name for name in names if name == one or name.endswith(f".{one}")] for one in targets}

@@ -39,6 +39,11 @@ def train_adapters(model: nn.Module, configs: Mapping[str, LoRAConfig]) -> dict[
 
     Raises:
         ValueError: no config, or as :func:`apply_lora`; the adapters before the one that failed stay.
+
+    Examples:
+        >>> config = LoRAConfig(r=2, target_modules="all-linear")
+        >>> trained = train_adapters(nn.Sequential(nn.Linear(4, 4)), {"a": config, "b": config})
+        >>> optimizers = {name: torch.optim.AdamW(own) for name, own in trained.items()}
     """
     if not configs:
         raise ValueError("configs: expected at least one adapter, got none")
@@ -93,6 +98,12 @@ def mixed_adapters(
             is no linear, or a method that scales its output (DoRA), is asked for; or nothing tells which
             rows of an input are which sample's.
         RuntimeError: a layer is merged.
+
+    Examples:
+        >>> config = LoRAConfig(r=2, target_modules="all-linear")
+        >>> model = apply_lora(apply_lora(nn.Sequential(nn.Linear(4, 4)), config, "a"), config, "b")
+        >>> with mixed_adapters(model, ["a", "b", "a"]):
+        ...     y = model(torch.randn(3, 4))
     """
     used = _checked_names(adapter_names, weights, fusion)
     # With weights no two samples are alike, whatever their names.

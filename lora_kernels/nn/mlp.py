@@ -50,7 +50,13 @@ class _Forward:
 
 
 def fuse_mlps(model: nn.Module) -> list[str]:
-    """Lets the MLPs whose three layers have LoRA compute with ``lora_mlp``; returns their names."""
+    """Lets the MLPs whose three layers have LoRA compute with ``lora_mlp``; returns their names.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> fuse_mlps(model)
+        []
+    """
     unfuse_mlps(model)
     for module in model.modules():
         if _is_gated_mlp(module) and all(_fusible(module._modules[name]) for name in _LAYERS):
@@ -65,12 +71,23 @@ def _fusible(layer: Any) -> bool:
 
 
 def fused_mlps(model: nn.Module) -> list[str]:
-    """The names of the MLPs that :func:`fuse_mlps` found."""
+    """The names of the MLPs that :func:`fuse_mlps` found.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> fused_mlps(model)
+        []
+    """
     return [name for name, module in model.named_modules() if type(vars(module).get("forward")) is _Forward]
 
 
 def unfuse_mlps(model: nn.Module) -> None:
-    """Undoes :func:`fuse_mlps`."""
+    """Undoes :func:`fuse_mlps`.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> unfuse_mlps(model)
+    """
     for module in model.modules():
         if type(vars(module).get("forward")) is _Forward:
             del module.__dict__["forward"]

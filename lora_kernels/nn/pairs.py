@@ -62,6 +62,11 @@ def lora_pairs(model: nn.Module) -> Iterator[Pair]:
 
     Raises:
         TypeError: ``model`` is not a module.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> [pair.lora_a.shape for pair in lora_pairs(model)]
+        [torch.Size([2, 4])]
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")

@@ -97,6 +97,11 @@ class QuantizedLinear(_QuantizedBase):
     Raises:
         TypeError: no :class:`QuantizedWeight`.
         ValueError: x's last dimension is not ``in_features``.
+
+    Examples:
+        >>> layer = QuantizedLinear(quantize(torch.randn(128, 64), "nf4"))
+        >>> layer(torch.randn(2, 64)).shape
+        torch.Size([2, 128])
     """
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:

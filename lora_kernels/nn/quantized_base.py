@@ -42,6 +42,11 @@ def quantize_base(
         TypeError: ``model`` is not a module.
         ValueError: nothing matches, or a match cannot be quantised (merged, DoRA). The model is then as it
             was.
+
+    Examples:
+        >>> model = quantize_base(nn.Sequential(nn.Linear(64, 64)), "int8")
+        >>> type(model[0]).__name__
+        'QuantizedLinear'
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")

@@ -33,6 +33,11 @@ def side_inputs(model: nn.Module, **inputs: Any) -> Iterator[Call]:
     Raises:
         TypeError: ``model`` is not a module.
         RuntimeError: a block of another thread is open.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> with side_inputs(model, task=1) as call:
+        ...     y = model(torch.randn(3, 4))
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")

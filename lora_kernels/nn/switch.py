@@ -22,6 +22,12 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
 
     Raises:
         ValueError: no such ``bias``.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> mark_only_lora_as_trainable(model, bias="lora_only")
+        >>> model[0].bias.requires_grad
+        True
     """
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f"bias: expected 'none', 'all' or 'lora_only', got {bias!r}")
@@ -48,6 +54,11 @@ def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
     Raises:
         ValueError: no layer has an adapter of that name, or several own parameters of one module.
         RuntimeError: a layer is merged, or FSDP2 has taken over parameters that would be switched.
+
+    Examples:
+        >>> config = LoRAConfig(r=2, target_modules="all-linear")
+        >>> model = apply_lora(apply_lora(nn.Sequential(nn.Linear(4, 4)), config, "a"), config, "b")
+        >>> set_adapter(model, ["a", "b"])
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     layers = lora_layers(model)
@@ -62,7 +73,13 @@ def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside the ``with`` block ``model`` computes what its base does."""
+    """Inside the ``with`` block ``model`` computes what its base does.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> with disable_adapters(model):
+        ...     base = model(torch.randn(3, 4))
+    """
     resume = owned.suspend(model)
     with contextlib.ExitStack() as scope:
         scope.callback(resume)
@@ -72,12 +89,25 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Merges every layer's active adapters into its weight; see :meth:`LoRALinear.merge`."""
+    """Merges every layer's active adapters into its weight; see :meth:`LoRALinear.merge`.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> merge_adapters(model)
+        >>> model[0].merged
+        ('default',)
+    """
     for layer in lora_layers(model).values():
         layer.merge()
 
 
 def unmerge_adapters(model: nn.Module) -> None:
-    """Undoes :func:`merge_adapters`, bit for bit."""
+    """Undoes :func:`merge_adapters`, bit for bit.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> merge_adapters(model)
+        >>> unmerge_adapters(model)
+    """
     for layer in lora_layers(model).values():
         layer.unmerge()

@@ -17,6 +17,11 @@ class BatchPlan(NamedTuple):
     ``order`` has the slots sorted by adapter, those without one last as if they were adapter D's; adapter i
     has ``order[offsets[i]:offsets[i + 1]]``. ``tiles`` cuts that into programs: (adapter, first place), with
     adapter -1 for a program that has nothing to do. ``ids`` are int64, the others int32.
+
+    Examples:
+        >>> plan = plan_batch(torch.tensor([1, 0, 1, -1]), adapters=2)
+        >>> plan.order
+        tensor([1, 0, 2, 3], dtype=torch.int32)
     """
 
     ids: Tensor
@@ -59,6 +64,11 @@ def plan_batch(adapter_ids: Tensor, adapters: int, *, out: BatchPlan | None = No
     Raises:
         TypeError: ``adapter_ids`` are no integers.
         ValueError: ``out`` has fewer slots than there are ids, or is for another number of adapters.
+
+    Examples:
+        >>> plan = plan_batch(torch.tensor([1, 0, 1, -1]), adapters=2)
+        >>> plan.offsets
+        tensor([0, 1, 3, 4], dtype=torch.int32)
     """
     if not isinstance(adapter_ids, Tensor) or adapter_ids.is_floating_point():
         got = adapter_ids.dtype if isinstance(adapter_ids, Tensor) else type(adapter_ids).__name__

@@ -25,6 +25,11 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> Ten
 
     Raises:
         TypeError: no :class:`QuantizedWeight`, or no floating dtype.
+
+    Examples:
+        >>> weight = torch.randn(4, 64)
+        >>> (dequantize(quantize(weight, "int8")) - weight).abs().max() < 0.05
+        tensor(True)
     """
     if not isinstance(weight, QuantizedWeight):
         raise TypeError(f"weight: expected a QuantizedWeight, got {type(weight).__name__}")

@@ -56,6 +56,11 @@ def dora_linear(
         TypeError: an argument is not a tensor, or of the wrong dtype.
         ValueError: a shape, a device or ``dropout_p`` does not fit; the message names it.
         BackendError: a backend forced by ``use_backend`` cannot run for these tensors.
+
+    Examples:
+        >>> x, weight, a, b = (torch.randn(*shape) for shape in ((2, 8), (4, 8), (2, 8), (4, 2)))
+        >>> dora_linear(x, weight, a, b, magnitude=weight.norm(dim=1)).shape
+        torch.Size([2, 4])
     """
     if not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling: expected a number, got {type(scaling).__name__}")

@@ -38,6 +38,11 @@ def grouped_lora_linear(
     Raises:
         TypeError: an argument is not a tensor, or of the wrong dtype.
         ValueError: a shape or a device does not fit; the message names it.
+
+    Examples:
+        >>> x, weight, a, b = (torch.randn(*shape) for shape in ((5, 8), (2, 4, 8), (2, 3, 8), (2, 4, 3)))
+        >>> grouped_lora_linear(x, weight, a, b, offsets=torch.tensor([0, 2, 5])).shape
+        torch.Size([5, 4])
     """
     _check(x, weight, lora_a, lora_b, offsets, bias)
     if _dispatch.functorch_active():

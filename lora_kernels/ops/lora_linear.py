@@ -57,6 +57,11 @@ def lora_linear(
         TypeError: an argument is not a tensor, or of the wrong dtype.
         ValueError: a shape, a device or ``dropout_p`` does not fit; the message names it.
         BackendError: a backend forced by ``use_backend`` cannot run for these tensors.
+
+    Examples:
+        >>> x, weight, a, b = (torch.randn(*shape) for shape in ((2, 8), (4, 8), (2, 8), (4, 2)))
+        >>> y = lora_linear(x, weight, a.requires_grad_(), b.requires_grad_(), scaling=2.0, dropout_p=0.1)
+        >>> y.sum().backward()
     """
     if x_lora is None and training:
         y = _dispatch.direct(x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p)

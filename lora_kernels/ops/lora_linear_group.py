@@ -66,6 +66,10 @@ def lora_linear_group(
         TypeError: an argument is not of the right type or dtype; the message names it and the member.
         ValueError: a length, a shape, a device or a probability does not fit; the message names it.
         BackendError: a backend forced by ``use_backend`` cannot run for these tensors.
+
+    Examples:
+        >>> x, weight, a, b = (torch.randn(*shape) for shape in ((2, 8), (4, 8), (2, 8), (4, 2)))
+        >>> q, k = lora_linear_group(x, [weight, weight], [a, a], [b, b], scalings=[1.0, 2.0])
     """
     size = _size(weights)
     biases = (None,) * size if biases is None else biases

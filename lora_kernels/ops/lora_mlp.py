@@ -23,6 +23,10 @@ class LoRAProjection(NamedTuple):
 
     Shapes: weight ``[N, K]``, lora_a ``[r, K]``, lora_b ``[N, r]``, bias ``[N]``; scaling and dropout_p
     are numbers.
+
+    Examples:
+        >>> weight, a, b = (torch.randn(*shape) for shape in ((8, 8), (2, 8), (8, 2)))
+        >>> gate = LoRAProjection(weight, a, b, scaling=2.0)
     """
 
     weight: Tensor
@@ -66,6 +70,11 @@ def lora_mlp(
         TypeError: an argument is not of the right type or dtype; the message names it and the projection.
         ValueError: a shape, a device, a probability or the activation does not fit; the message names it.
         BackendError: a backend forced by ``use_backend`` cannot run for these tensors.
+
+    Examples:
+        >>> gate = up = down = LoRAProjection(torch.randn(8, 8), torch.randn(2, 8), torch.randn(8, 2))
+        >>> lora_mlp(torch.randn(3, 8), gate, up, down).shape
+        torch.Size([3, 8])
     """
     if activation not in _ops.ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(_ops.ACTIVATIONS)}, got {activation!r}")

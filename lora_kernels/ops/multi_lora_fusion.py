@@ -51,6 +51,12 @@ def multi_lora_fusion(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape does not fit, or ``dropout_p`` or (on the CPU) an id is out of range.
+
+    Examples:
+        >>> a, b = [torch.randn(r, 8) for r in (2, 3)], [torch.randn(4, r) for r in (2, 3)]
+        >>> ids, weights = torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]])
+        >>> multi_lora_fusion(torch.randn(1, 8), torch.randn(4, 8), stack_adapters(a, b), ids, weights).shape
+        torch.Size([1, 4])
     """
     if not isinstance(weights, Tensor):
         raise TypeError(f"weights: expected a Tensor, got {type(weights).__name__}")

@@ -32,6 +32,11 @@ class AdapterStack:
         spans: int32 ``[D, 2]``.
         scalings: float32 ``[D]``.
         max_rank: the widest rank among the D adapters.
+
+    Examples:
+        >>> stack = stack_adapters([torch.randn(2, 8)], [torch.randn(4, 2)])
+        >>> stack.max_rank
+        2
     """
 
     a_pages: Tensor
@@ -58,6 +63,12 @@ def stack_adapters(
 
     Raises:
         ValueError: no adapter, or shapes that do not fit each other; the message names which.
+
+    Examples:
+        >>> stack = stack_adapters([torch.randn(r, 8) for r in (2, 3)], [torch.randn(4, r) for r in (2, 3)])
+        >>> stack.spans
+        tensor([[0, 2],
+                [2, 3]], dtype=torch.int32)
     """
     ranks = _check_factors(lora_as, lora_bs)
     device = lora_as[0].device
@@ -96,6 +107,10 @@ class AdapterSlices:
     """Linears that share x (query, key and value; gate and up), each with its stack of the same D adapters.
 
     Of :func:`slice_adapters`. Ranks may differ between the linears, and be 0 where an adapter leaves one out.
+
+    Examples:
+        >>> stack = stack_adapters([torch.randn(2, 8)], [torch.randn(4, 2)])
+        >>> slices = slice_adapters(stack, stack)
     """
 
     stacks: tuple[AdapterStack, ...]
@@ -124,6 +139,10 @@ def slice_adapters(*stacks: AdapterStack) -> AdapterSlices:
     Raises:
         TypeError: not a stack.
         ValueError: none, or they differ in K, in the number of adapters, in dtype or in device.
+
+    Examples:
+        >>> stack = stack_adapters([torch.randn(2, 8)], [torch.randn(4, 2)])
+        >>> slices = slice_adapters(stack, stack)
     """
     for stack in stacks:
         if not isinstance(stack, AdapterStack):
@@ -189,6 +208,11 @@ def multi_lora_linear(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape does not fit, or (on the CPU) an id is not below the number of adapters.
+
+    Examples:
+        >>> stack = stack_adapters([torch.randn(r, 8) for r in (2, 3)], [torch.randn(4, r) for r in (2, 3)])
+        >>> multi_lora_linear(torch.randn(3, 8), torch.randn(4, 8), stack, torch.tensor([0, 1, -1])).shape
+        torch.Size([3, 4])
     """
     if isinstance(x, Tensor) and x.is_floating_point() and autocasts(x):
         # Outside the Function, so that autograd casts the gradients back.
@@ -251,6 +275,12 @@ def add_multi_lora_(
         RuntimeError: a gradient is wanted.
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape does not fit.
+
+    Examples:
+        >>> stack = stack_adapters([torch.randn(2, 8)], [torch.randn(4, 2)])
+        >>> y = add_multi_lora_(torch.zeros(3, 4), torch.randn(3, 8), stack, torch.tensor([0, -1, 0]))
+        >>> y[1]
+        tensor([0., 0., 0., 0.])
     """
     slices = AdapterSlices((adapters,), None) if isinstance(adapters, AdapterStack) else adapters
     if not isinstance(slices, AdapterSlices):
@@ -297,6 +327,11 @@ def multi_lora_linear_slices(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape does not fit, or there are not as many weights or biases as linears.
+
+    Examples:
+        >>> stack = stack_adapters([torch.randn(2, 8)], [torch.randn(4, 2)])
+        >>> weights, slices = [torch.randn(4, 8), None], slice_adapters(stack, stack)
+        >>> q, k = multi_lora_linear_slices(torch.randn(3, 8), weights, slices, torch.tensor([0, 0, -1]))
     """
     if not isinstance(slices, AdapterSlices):
         raise TypeError(f"slices: expected AdapterSlices, got {type(slices).__name__}")

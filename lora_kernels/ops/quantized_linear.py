@@ -27,6 +27,10 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape or a device does not fit.
+
+    Examples:
+        >>> quantized_linear(torch.randn(2, 64), quantize(torch.randn(8, 64))).shape
+        torch.Size([2, 8])
     """
     _check(x, weight, bias)
     if autocasts(x):

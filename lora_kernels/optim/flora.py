@@ -39,6 +39,10 @@ def compressed_weight_grad(x: Tensor, dy: Tensor, projection: Tensor) -> Tensor:
 
     Raises:
         ValueError: P has another width.
+
+    Examples:
+        >>> compressed_weight_grad(torch.randn(5, 8), torch.randn(5, 16), torch.randn(2, 8)).shape
+        torch.Size([16, 2])
     """
     x, dy = x.flatten(0, -2), dy.flatten(0, -2)
     right = _over_columns(torch.Size((dy.shape[1], x.shape[1])))

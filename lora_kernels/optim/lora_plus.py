@@ -35,6 +35,11 @@ def lora_plus_groups(
     Raises:
         TypeError: ``model`` is not a module, or a number is none.
         ValueError: the model has no LoRA layers, or a number is out of range.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> [group["lr"] for group in lora_plus_groups(model, lr=1.0, ratio=16) if group["params"]]
+        [1.0, 16.0]
     """
     pairs = pairs_of(model)
     check_number("lr", lr)
@@ -83,6 +88,10 @@ def lora_plus(
     Raises:
         TypeError: ``optimizer_cls`` is no optimiser, or as :func:`lora_plus_groups`.
         ValueError: as :func:`lora_plus_groups`.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> optimizer = lora_plus(model, lr=1e-4, ratio=16)
     """
     check_optimizer_class(optimizer_cls)
     groups = lora_plus_groups(model, lr, ratio, lr_embedding=lr_embedding, weight_decay=weight_decay)

@@ -40,6 +40,10 @@ def riemannian(
         TypeError: ``model`` is not a module, or ``optimizer_cls`` no optimiser.
         ValueError: no layer has an A and a B that both train, ``reg`` is out of range, or a step is given a
             closure: it would compute the gradients anew.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> optimizer = riemannian(model, torch.optim.SGD, lr=0.1)
     """
     check_optimizer_class(optimizer_cls)
     check_number("lr", lr)

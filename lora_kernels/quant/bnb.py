@@ -26,6 +26,12 @@ def from_bitsandbytes(module: Any) -> QuantizedWeight:
         TypeError: neither of the two.
         ValueError: it is not quantised yet, or in a form that has no counterpart here; the message says
             which.
+
+    Examples:
+        >>> import bitsandbytes
+        >>> layer = bitsandbytes.nn.Linear4bit(64, 8, quant_type="nf4").to("cpu")
+        >>> from_bitsandbytes(layer).format
+        'nf4'
     """
     reason = why_not_bitsandbytes(module)
     if reason is not None:

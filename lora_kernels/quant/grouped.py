@@ -28,6 +28,11 @@ def quantize_int4(weight: Tensor, group: int = 32) -> tuple[Tensor, Tensor, Tens
 
     Raises:
         ValueError: no matrix, or ``group`` is odd or does not divide K.
+
+    Examples:
+        >>> codes, scales, zeros = quantize_int4(torch.randn(4, 64))
+        >>> codes.shape
+        torch.Size([4, 32])
     """
     groups = _groups(weight, group)
     least, largest = groups.amin(-1), groups.amax(-1)
@@ -64,6 +69,9 @@ def icq_quantize(
 
     Raises:
         ValueError: no matrix, or ``block`` does not divide K.
+
+    Examples:
+        >>> quantised, offsets = icq_quantize(torch.randn(4, 64), count=3)
     """
     groups = _groups(weight, block)
     middle = groups.median(-1).values

@@ -37,6 +37,10 @@ def quantize(
     Raises:
         TypeError: the weight is no floating tensor.
         ValueError: no matrix or an empty one, no such format, or an option that the format does not have.
+
+    Examples:
+        >>> quantize(torch.randn(4, 64), "nf4").codes.dtype
+        torch.uint8
     """
     _check(weight, format, block_size, double_quant, per_tensor)
     # Rows of float32 or narrower are exact in float32; float64 is rounded, once.

@@ -48,6 +48,11 @@ class QuantizedWeight:
     Raises:
         TypeError: a tensor of the wrong dtype, or one that requires a gradient.
         ValueError: no such format, or a size that does not fit.
+
+    Examples:
+        >>> weight = quantize(torch.randn(4, 64), "fp8")
+        >>> weight.shape, weight.format
+        ((4, 64), 'fp8')
     """
 
     codes: Tensor

@@ -21,6 +21,13 @@ def balance_loss(call: Call) -> Tensor:
 
     Raises:
         ValueError: no router ran in the block.
+
+    Examples:
+        >>> from lora_kernels.nn import side_inputs
+        >>> config = LoRAConfig(r=2, target_modules="all-linear", method="mixlora")
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), config)
+        >>> with side_inputs(model) as call:
+        ...     loss = model(torch.randn(3, 4)).sum() + 0.01 * balance_loss(call)
     """
     return torch.stack([_of_layer(one) for one in seen(call).values()]).sum()
 

@@ -127,6 +127,15 @@ def seen(call: Call) -> dict[str, Seen]:
 
     Raises:
         ValueError: no layer with a router ran in it.
+
+    Examples:
+        >>> from lora_kernels.nn import side_inputs
+        >>> config = LoRAConfig(r=2, target_modules="all-linear", method="mixlora")
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), config)
+        >>> with side_inputs(model) as call:
+        ...     y = model(torch.randn(3, 4))
+        >>> list(seen(call))
+        ['0']
     """
     found: dict[str, Seen] = call.get(ROUTES, {})
     if not found:

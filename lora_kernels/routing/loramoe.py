@@ -47,6 +47,14 @@ def localized_balance_loss(call: Call, kinds: Tensor, delta: float = 0.1) -> Ten
 
     Raises:
         ValueError: no router ran in the block, ``delta`` is out of range, or ``kinds`` are not one a sample.
+
+    Examples:
+        >>> from lora_kernels.nn import side_inputs
+        >>> config = LoRAConfig(r=2, target_modules="all-linear", method="loramoe")
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), config)
+        >>> with side_inputs(model) as call:
+        ...     y = model(torch.randn(3, 2, 4))
+        >>> loss = localized_balance_loss(call, kinds=torch.tensor([0, 1, 1]))
     """
     if not 0.0 <= delta <= 1.0:
         raise ValueError(f"delta: expected 0 <= delta <= 1, got {delta}")

@@ -57,12 +57,29 @@ def domain_loss(call: Call, domain: Tensor) -> Tensor:
 
     Raises:
         ValueError: no router ran in the block.
+
+    Examples:
+        >>> from lora_kernels.nn import side_inputs
+        >>> config = LoRAConfig(r=2, target_modules="all-linear", method="moa")
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), config)
+        >>> with side_inputs(model) as call:
+        ...     y = model(torch.randn(3, 2, 4))
+        >>> loss = domain_loss(call, torch.tensor([0, 1, 1]))
     """
     losses = [F.cross_entropy(one.scores, _checked(domain, one.scores)) for one in seen(call).values()]
     return torch.stack(losses).mean()
 
 
 def majority(call: Call) -> Tensor:
-    """For each sequence what most layers' routers would take: a ``domain`` for the passes to come."""
+    """For each sequence what most layers' routers would take: a ``domain`` for the passes to come.
+
+    Examples:
+        >>> from lora_kernels.nn import side_inputs
+        >>> config = LoRAConfig(r=2, target_modules="all-linear", method="moa")
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), config)
+        >>> with side_inputs(model) as call:
+        ...     y = model(torch.randn(3, 2, 4))
+        >>> domain = majority(call)
+    """
     votes = torch.stack([one.scores.argmax(-1) for one in seen(call).values()])
     return votes.mode(0).values

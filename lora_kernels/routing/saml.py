@@ -96,7 +96,15 @@ class UtteranceRouter(nn.Module):
 
 
 def train_by_turns(step: int, router: nn.Module, model: nn.Module) -> None:
-    """Lets the router train in even steps, and in odd ones the experts of ``model`` (SAML's interleaving)."""
+    """Lets the router train in even steps, and in odd ones the experts of ``model`` (SAML's interleaving).
+
+    Examples:
+        >>> config = LoRAConfig(r=2, target_modules="all-linear", method="saml")
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), config)
+        >>> train_by_turns(0, UtteranceRouter(4, 4), model)
+        >>> any(p.requires_grad for p in model.parameters())
+        False
+    """
     router.requires_grad_(step % 2 == 0)
     for module in model.modules():
         if isinstance(module, _Given):

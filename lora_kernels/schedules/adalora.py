@@ -131,7 +131,13 @@ class AdaLoRA(Schedule):
 
 
 def adalora_penalty(model: nn.Module) -> Tensor:
-    """The mean over all A and B of ‖A Aᵀ - I‖ and ‖Bᵀ B - I‖, PEFT's; it takes half of it into the loss."""
+    """The mean over all A and B of ‖A Aᵀ - I‖ and ‖Bᵀ B - I‖, PEFT's; it takes half of it into the loss.
+
+    Examples:
+        >>> config = LoRAConfig(r=2, target_modules="all-linear", method="adalora")
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), config)
+        >>> loss = 0.5 * adalora_penalty(model)
+    """
     adapters = active_of(model, AdaLoRA.key).values()
     factors = [one.lora_A for one in adapters] + [one.lora_B.T for one in adapters]
     penalty: Tensor = _Orthogonality.apply(*factors)

@@ -40,6 +40,10 @@ def advlora_loss(
     Raises:
         TypeError: of a wrong type.
         ValueError: a number is out of range.
+
+    Examples:
+        >>> model, x, labels = nn.Linear(4, 2), torch.rand(3, 4), torch.tensor([0, 1, 1])
+        >>> advlora_loss(lambda x: nn.functional.cross_entropy(model(x), labels), x).backward()
     """
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating dtype, got {x.dtype}")

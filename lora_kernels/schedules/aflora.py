@@ -134,7 +134,12 @@ class AFLoRAFreezer(Schedule):
 
 
 def aflora_fraction(step: float, total_steps: float, t_i: float, t_f: float) -> float:
-    """p: 1 up to t_i, 0 after T - t_f, between them (1 - (t - t_i) / (T - t_i - t_f))³."""
+    """p: 1 up to t_i, 0 after T - t_f, between them (1 - (t - t_i) / (T - t_i - t_f))³.
+
+    Examples:
+        >>> aflora_fraction(step=0, total_steps=100, t_i=10, t_f=20)
+        1.0
+    """
     if step <= t_i:
         return 1.0
     if step > total_steps - t_f:

@@ -78,6 +78,10 @@ def autolora_lambdas(accuracy: float, lambda2_max: float = 6.0) -> tuple[float, 
 
     Raises:
         ValueError: the accuracy is not in [0, 1].
+
+    Examples:
+        >>> autolora_lambdas(0.5)
+        (0.5, 3.0)
     """
     if not 0 <= accuracy <= 1:
         raise ValueError(f"accuracy: expected 0 <= accuracy <= 1, got {accuracy}")
@@ -85,7 +89,12 @@ def autolora_lambdas(accuracy: float, lambda2_max: float = 6.0) -> tuple[float, 
 
 
 def two_branch_loss(natural: Tensor, adversarial: Tensor, labels: Tensor, l1: float, l2: float) -> Tensor:
-    """λ₁ CE(z_n) + (1-λ₁) CE(z_a) + λ₂ · KL(softmax z_n ‖ softmax z_a), the mean over the batch."""
+    """λ₁ CE(z_n) + (1-λ₁) CE(z_a) + λ₂ · KL(softmax z_n ‖ softmax z_a), the mean over the batch.
+
+    Examples:
+        >>> labels = torch.tensor([0, 1, 1])
+        >>> loss = two_branch_loss(torch.randn(3, 2), torch.randn(3, 2), labels, *autolora_lambdas(0.5))
+    """
     kl = F.kl_div(adversarial.log_softmax(-1), natural.softmax(-1), reduction="batchmean")
     ce = l1 * F.cross_entropy(natural, labels) + (1 - l1) * F.cross_entropy(adversarial, labels)
     return ce + l2 * kl
@@ -102,7 +111,12 @@ def pgd(
     bounds: tuple[float, float] = (0.0, 1.0),
     start: float = 1e-3,
 ) -> Tensor:
-    """x' ← clip(x' + η sign ∇ CE(f(x'), y)) into the ball of ``radius`` around x and into ``bounds``."""
+    """x' ← clip(x' + η sign ∇ CE(f(x'), y)) into the ball of ``radius`` around x and into ``bounds``.
+
+    Examples:
+        >>> model, x = nn.Linear(4, 2), torch.rand(3, 4)
+        >>> worst = pgd(model, x, torch.tensor([0, 1, 1]), steps=2)
+    """
     limits: dict[str, Any] = {"radius": radius, "step": step, "steps": steps, "bounds": bounds}
     return ascend(lambda z: F.cross_entropy(forward(z), labels), x, **limits, start=start)
 

@@ -38,6 +38,10 @@ def hypergradient(
         values: e.
         radius: R.
         unroll: ξ.
+
+    Examples:
+        >>> v, e = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+        >>> [g] = hypergradient(lambda: (v * e).sum(), lambda: (v * v * e).sum(), [v], [e])
     """
     kept = [weight.detach().clone() for weight in weights]
     if unroll is not None:
@@ -143,7 +147,13 @@ class BiLoRA(Schedule):
 
 
 def orthogonality(model: nn.Module) -> Tensor:
-    """Σ ‖Bᵀ B - I‖² + ‖A Aᵀ - I‖² over the adapters of the method ``bilora``, for the lower loss."""
+    """Σ ‖Bᵀ B - I‖² + ‖A Aᵀ - I‖² over the adapters of the method ``bilora``, for the lower loss.
+
+    Examples:
+        >>> config = LoRAConfig(r=2, target_modules="all-linear", method="bilora")
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), config)
+        >>> loss = 0.1 * orthogonality(model)
+    """
     total = []
     for one in active_of(model, "bilora").values():
         unit = torch.eye(one.r, device=one.lora_A.device, dtype=one.lora_A.dtype)

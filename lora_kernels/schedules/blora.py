@@ -71,6 +71,11 @@ def blora_gate_loss(model: nn.Module) -> Tensor:
 
     Raises:
         ValueError: the model has no adapters of the method ``blora``.
+
+    Examples:
+        >>> config = LoRAConfig(r=2, target_modules="all-linear", method="blora")
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), config)
+        >>> loss = 0.01 * blora_gate_loss(model)
     """
     total = []
     for one in active_of(model, BLoRA.key).values():
@@ -86,6 +91,11 @@ def bit_operations(model: nn.Module, bits_of_x: int = 32) -> int:
 
     Raises:
         ValueError: the model has no adapters of the method ``blora``.
+
+    Examples:
+        >>> config = LoRAConfig(r=2, target_modules="all-linear", method="blora")
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), config)
+        >>> cost = bit_operations(model)
     """
     total = 0
     for one in active_of(model, BLoRA.key).values():

@@ -33,6 +33,10 @@ def as_callback(schedule: Schedule, *, resume_from: str | Path | None = None) ->
         TypeError: no schedule.
         ImportError: Transformers is not there.
         ValueError: later on, where a resumed run finds no state of this schedule.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> callbacks = [as_callback(ReLoRA(model, torch.optim.AdamW(model.parameters()), every=100))]
     """
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule: expected a Schedule, got {type(schedule).__name__}")

@@ -47,6 +47,11 @@ def compact(model: nn.Module) -> dict[str, int]:
         TypeError: not a module.
         ValueError: there are no adapters, a method cannot be made smaller, a layer is merged or is no matrix;
             nothing is changed.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
+        >>> compact(model)
+        {'0': 1}
     """
     pairs = pairs_of(model)
     check_unmerged(pairs)

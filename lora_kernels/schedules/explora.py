@@ -41,6 +41,10 @@ def apply_explora(
         TypeError: of a wrong type.
         ValueError: there are no blocks, no such block, a block is not in the model, or no linear matches; the
             model is then as it was.
+
+    Examples:
+        >>> blocks = [nn.ModuleDict({"q_proj": nn.Linear(4, 4), "v_proj": nn.Linear(4, 4)}) for _ in range(2)]
+        >>> model = apply_explora(nn.Sequential(*blocks), blocks, r=2)
     """
     names = {id(module): name for name, module in model.named_modules()}
     for i, block in enumerate(blocks):
@@ -68,6 +72,11 @@ def apply_explora(
 
 
 def merge_and_restart(model: nn.Module) -> nn.Module:
-    """W_S + Δ in the model's own layers, everything trains: ready for a probe or another LoRA."""
+    """W_S + Δ in the model's own layers, everything trains: ready for a probe or another LoRA.
+
+    Examples:
+        >>> blocks = [nn.ModuleDict({"q_proj": nn.Linear(4, 4), "v_proj": nn.Linear(4, 4)}) for _ in range(2)]
+        >>> model = merge_and_restart(apply_explora(nn.Sequential(*blocks), blocks, r=2))
+    """
     remove_lora(model, merge=True)
     return model.requires_grad_(True)

@@ -53,6 +53,10 @@ def adversarial_step(
     Raises:
         TypeError: of a wrong type.
         ValueError: a number is out of range, no such mode, or embeddings of no three dimensions.
+
+    Examples:
+        >>> model, embeddings = nn.Linear(4, 2), torch.randn(2, 3, 4)
+        >>> size = adversarial_step(model, embeddings, lambda logits: logits.square().mean())
     """
     check_count("steps", steps)
     for name, number in (("lr", lr), ("radius", radius), ("smooth", smooth), ("start", start)):

@@ -42,6 +42,10 @@ def slices_of(groups: Sequence[Group], sizes: Mapping[str, int]) -> dict[str, Sl
 
     Raises:
         ValueError: a group without a size, or one of none of its choices.
+
+    Examples:
+        >>> slices_of([Group("hidden", (8, 6, 4), (("0", "out_features"),))], {"hidden": 6})["0"].out_features
+        6
     """
     found: dict[str, Slice] = {}
     for group in groups:
@@ -54,19 +58,36 @@ def slices_of(groups: Sequence[Group], sizes: Mapping[str, int]) -> dict[str, Sl
 
 
 def draw_sizes(groups: Sequence[Group], generator: torch.Generator | None = None) -> dict[str, int]:
-    """A size for each group at random: what to train in a step, inside ``elastic(model, slices_of(…))``."""
+    """A size for each group at random: what to train in a step, inside ``elastic(model, slices_of(…))``.
+
+    Examples:
+        >>> groups = [Group("hidden", (8, 6, 4), (("0", "out_features"),))]
+        >>> draw_sizes(groups)["hidden"] in (8, 6, 4)
+        True
+    """
     return {
         one.name: one.choices[int(torch.randint(len(one.choices), (), generator=generator))] for one in groups
     }
 
 
 def middle_sizes(groups: Sequence[Group]) -> dict[str, int]:
-    """LoNAS's heuristic: of each group the choice ⌊(n-1)/2⌋, from the largest down."""
+    """LoNAS's heuristic: of each group the choice ⌊(n-1)/2⌋, from the largest down.
+
+    Examples:
+        >>> middle_sizes([Group("hidden", (8, 6, 4), (("0", "out_features"),))])
+        {'hidden': 6}
+    """
     return {one.name: sorted(one.choices, reverse=True)[(len(one.choices) - 1) // 2] for one in groups}
 
 
 def multiplications(model: nn.Module, slices: Mapping[str, Slice] | None = None) -> int:
-    """Σ o · i + ρ (o + i) over all adapted layers, of the sizes in use."""
+    """Σ o · i + ρ (o + i) over all adapted layers, of the sizes in use.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 8)), LoRAConfig(2, 2, "all-linear", method="lonas"))
+        >>> multiplications(model)
+        56
+    """
     total = 0
     for name, layer in lora_layers(model).items():
         total += _of_layer(layer, (slices or {}).get(name, Slice()))
@@ -109,6 +130,11 @@ def search_subnetworks(
         ImportError: ``pymoo`` is needed and not there.
         TypeError: a number is no int.
         ValueError: no groups, two of a name, one without choices, or a part that no layer has.
+
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 8)), LoRAConfig(2, 2, "all-linear", method="lonas"))
+        >>> groups = [Group("hidden", (8, 6, 4), (("0", "out_features"),))]
+        >>> front = search_subnetworks(model, groups, evaluate=lambda: float(model(torch.ones(1, 4)).sum()))
     """
     for name, count in (("evaluations", evaluations), ("population", population)):
         check_count(name, count)

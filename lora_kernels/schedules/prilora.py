@@ -18,6 +18,10 @@ def linear_ranks(layers: int, first: int = 4, last: int = 12) -> list[int]:
     Raises:
         TypeError: a number is no int.
         ValueError: a number is below 1.
+
+    Examples:
+        >>> linear_ranks(5)
+        [4, 6, 8, 10, 12]
     """
     for name, value in (("layers", layers), ("first", first), ("last", last)):
         check_count(name, value)

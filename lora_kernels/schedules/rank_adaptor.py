@@ -57,6 +57,11 @@ def search_ranks(
     Raises:
         TypeError: a number is no int.
         ValueError: no profiles, one without choices, or a budget below the least ranks.
+
+    Examples:
+        >>> profile = Profile("0", 8, 8, (2, 4))
+        >>> search_ranks([profile], budget=64, evaluate=lambda ranks: ranks["0"], init=2, rounds=1)
+        {'0': 4}
     """
     for name, value in (("init", init), ("rounds", rounds), ("candidates", candidates), ("budget", budget)):
         check_count(name, value)

@@ -25,6 +25,11 @@ def shrink_rank(lora_a: Tensor, lora_b: Tensor, rank: int) -> tuple[Tensor, Tens
     Raises:
         TypeError: ``rank`` is no int.
         ValueError: it is not in 1 … r.
+
+    Examples:
+        >>> a, b = shrink_rank(torch.randn(4, 8), torch.randn(6, 4), rank=2)
+        >>> a.shape, b.shape
+        (torch.Size([2, 8]), torch.Size([6, 2]))
     """
     check_count("rank", rank)
     if rank > len(lora_a):

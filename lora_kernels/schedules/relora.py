@@ -97,6 +97,11 @@ def jagged_cosine(
     Raises:
         TypeError: a number is none.
         ValueError: a number is out of range; a phase does not fit: w ≥ R, or S ≤ w₀ or S < R.
+
+    Examples:
+        >>> optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1))])
+        >>> curve = jagged_cosine(1000, 250, warmup=10)
+        >>> rate = torch.optim.lr_scheduler.LambdaLR(optimizer, curve)
     """
     first = warmup if first_warmup is None else first_warmup
     for name, value in (("total", total), ("restart", restart), ("warmup", warmup), ("first_warmup", first)):

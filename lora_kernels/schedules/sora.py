@@ -70,6 +70,11 @@ def gate_penalty(model: nn.Module) -> Tensor:
 
     Raises:
         ValueError: there are none.
+
+    Examples:
+        >>> config = LoRAConfig(r=2, target_modules="all-linear", method="sora")
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), config)
+        >>> loss = 0.1 * gate_penalty(model)
     """
     gates = [one.gate.flatten() for one in model.modules() if isinstance(one, SoRA)]
     if not gates:

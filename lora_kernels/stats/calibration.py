@@ -67,6 +67,12 @@ def calibrate(
         TypeError: ``model`` is not a module.
         ValueError: no such statistic, no batches, no matching linear, one that never ran, adapters in the
             model, a quantised weight where gradients are asked for, or a forward without a loss.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> statistics = calibrate(model, [torch.randn(8, 4)], collect=("covariance",))
+        >>> config = LoRAConfig(r=2, target_modules="all-linear", init_lora_weights="corda")
+        >>> model = apply_lora(model, config, statistics=statistics)
     """
     names = _checked(model, collect)
     config = LoRAConfig(target_modules=target_modules, exclude_modules=exclude_modules)

@@ -17,6 +17,10 @@ def lora_spectrum(lora_a: Tensor, lora_b: Tensor) -> dict[str, Tensor]:
 
     Raises:
         ValueError: the factors do not fit each other.
+
+    Examples:
+        >>> sorted(lora_spectrum(torch.randn(2, 8), torch.randn(4, 2)))
+        ['A', 'B', 'BA']
     """
     if lora_a.dim() != 2 or lora_b.dim() != 2 or lora_a.shape[0] != lora_b.shape[1]:
         got = f"{tuple(lora_a.shape)} and {tuple(lora_b.shape)}"

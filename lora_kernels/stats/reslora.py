@@ -36,6 +36,11 @@ def estimate_reslora_merge(
 
     Raises:
         ValueError: no such adapter, or a layer that never ran and whose input is asked for.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        >>> config = LoRAConfig(2, 2, "all-linear", method="reslora", method_options={"mode": "is"})
+        >>> estimate_reslora_merge(apply_lora(model, config), [torch.randn(3, 4)])
     """
     layers: _Layers = {
         adapter.key: (layer, adapter)

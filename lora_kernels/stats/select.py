@@ -46,6 +46,12 @@ def select_blocks(
 
     Raises:
         ValueError: an unknown score, fewer blocks than ``count``, or a side that is not whole blocks.
+
+    Examples:
+        >>> gradient = torch.zeros(4, 4)
+        >>> gradient[2:, :2] = 1
+        >>> select_blocks({"layer": gradient}, count=1, block=2)
+        {'layer': [(1, 0)]}
     """
     if score not in SCORES:
         raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
@@ -83,6 +89,11 @@ def select_neurons(
 
     Raises:
         ValueError: a fraction out of range, no neurons, or weights that do not match.
+
+    Examples:
+        >>> before, after = torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+        >>> select_neurons({"up_proj": before}, {"up_proj": after}, fraction=0.5)
+        {'rows': {'up_proj': [1]}}
     """
     if not 0.0 < fraction <= 1.0:
         raise ValueError(f"fraction: expected 0 < fraction <= 1, got {fraction}")
@@ -119,6 +130,11 @@ def energy_ranks(weights: Mapping[str, Tensor], mean_rank: int) -> dict[str, int
 
     Raises:
         ValueError: no weights, one that is no matrix or is zero, or a mean out of range.
+
+    Examples:
+        >>> steep = torch.diag(torch.tensor([9.0, 1, 1, 1]))
+        >>> energy_ranks({"flat": torch.eye(4), "steep": steep}, mean_rank=2)
+        {'flat': 3, 'steep': 1}
     """
     energies: dict[str, Tensor] = {}
     for name, weight in weights.items():

@@ -7,7 +7,12 @@ from torch import Tensor
 
 
 def error_of(actual: Tensor, exact: Tensor) -> Tensor:
-    """|actual − exact| in fp64; infinite where ``actual`` is not a number, so that no NaN passes."""
+    """|actual − exact| in fp64; infinite where ``actual`` is not a number, so that no NaN passes.
+
+    Examples:
+        >>> error_of(torch.tensor([1.5, float("nan")]), torch.ones(2, dtype=torch.float64))
+        tensor([0.5000,    inf], dtype=torch.float64)
+    """
     difference = (actual.detach().double() - exact.detach().double()).abs()
     return torch.nan_to_num(difference, nan=torch.inf, posinf=torch.inf)
 
@@ -46,6 +51,11 @@ def assert_close(
     Raises:
         AssertionError: the shape differs, or the error is above the bound; the message has the worst
             index and both errors there.
+
+    Examples:
+        >>> exact = torch.randn(8, dtype=torch.float64)
+        >>> eager = exact.float()
+        >>> assert_close(eager.clone(), eager, exact)
     """
     __tracebackhide__ = True
     if actual.shape != exact.shape:

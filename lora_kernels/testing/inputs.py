@@ -113,7 +113,11 @@ def _weight(make: _Maker, case: LoraCase) -> Tensor | None:
 
 
 def lora_inputs(case: LoraCase, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
-    """The tensors of ``case``, scaled so that every product of them is of order one."""
+    """The tensors of ``case``, scaled so that every product of them is of order one.
+
+    Examples:
+        >>> inputs = lora_inputs(LoraCase())
+    """
     make = _Maker(seed, device)
     lora_a, lora_b = _factors(make, case)
     shapes = {"rank": (case.rank,), "rows": (*case.lead, case.rank), "scale": (*case.lead, 1)}
@@ -131,7 +135,12 @@ def lora_inputs(case: LoraCase, device: torch.device | str = "cpu", seed: int = 
 
 
 def leaves(inputs: Inputs, requires_grad: Iterable[str] = (), dtype: torch.dtype | None = None) -> Inputs:
-    """Leaf tensors with the same values and strides, those named requiring grad."""
+    """Leaf tensors with the same values and strides, those named requiring grad.
+
+    Examples:
+        >>> leaves({"x": torch.ones(2)}, requires_grad=["x"])["x"].requires_grad
+        True
+    """
     wanted = set(requires_grad)
     made: Inputs = {}
     for name, tensor in inputs.items():
