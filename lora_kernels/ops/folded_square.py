@@ -50,6 +50,40 @@ class FoldedSquare(NamedTuple):
         return [dv.T @ folded if needs[0] else None]
 
 
+class FoldedColumns(NamedTuple):
+    """y += Dᵀ P x with D ``[width, out]`` and P as of a cyclic :class:`FoldedSquare` that does not wrap
+
+    One pass over x and one over y, in which the base product then accumulates; P x and D are saved, x is not.
+    """
+
+    out_features: int
+
+    @property
+    def wide(self) -> bool:
+        """Whether its tensors keep their dtype."""
+        return False
+
+    @property
+    def writes(self) -> bool:
+        """Whether it fills new memory as well."""
+        return True
+
+    def add_(self, y: Tensor, x: Tensor, columns: Tensor, write: bool = False) -> tuple[Tensor, ...]:
+        """Adds it for rows x; with ``write`` into memory that nobody has filled."""
+        folded = _sum(x, len(columns), cyclic=True)
+        y.addmm_(folded, columns, beta=0 if write else 1)
+        return folded, columns
+
+    def gradients(
+        self, dy: Tensor, dx: Tensor | None, needs: Sequence[bool], *saved: Any, write: bool = False
+    ) -> list[Any]:
+        """Of D."""
+        folded, columns = saved
+        if dx is not None:
+            _spread_(dx, dy @ columns.T, cyclic=True, write=write)
+        return [folded.T @ dy if needs[0] else None]
+
+
 def _sum(x: Tensor, width: int, cyclic: bool, wrap: bool = False) -> Tensor:
     """[rows, width]: the sum over each group."""
     if not cyclic:

@@ -4,9 +4,11 @@ from typing import NamedTuple
 
 from peft import (
     DeloraConfig,
+    GraloraConfig,
     HiraConfig,
     LoHaConfig,
     LoKrConfig,
+    MissConfig,
     PsoftConfig,
     TinyLoraConfig,
     UniLoraConfig,
@@ -16,9 +18,11 @@ from peft import (
 
 from lora_kernels.integrations.tuners import (
     delora,
+    gralora,
     hira,
     loha,
     lokr,
+    miss,
     psoft,
     tinylora,
     unilora,
@@ -54,8 +58,17 @@ CASES = {
     "vblora": Case(
         VBLoRAConfig, vblora.FusedVBLora, {"r": 3, "num_vectors": 6, "vector_length": 4}, "vblora_dropout"
     ),
-    "delora": Case(DeloraConfig, delora.FusedDelora, {"r": 5}, "module_dropout", ("Linear",)),
+    "delora": Case(DeloraConfig, delora.FusedDelora, {"r": 5}, "module_dropout", ONLY_LINEAR),
     "tinylora": Case(TinyLoraConfig, tinylora.FusedTinyLora, {"r": 5, "u": 3}, "tinylora_dropout"),
     "unilora": Case(UniLoraConfig, unilora.FusedUniLora, {"r": 5, "theta_d_length": 9}, "unilora_dropout"),
-    "psoft": Case(PsoftConfig, psoft.FusedPsoft, {"r": 5}, "psoft_dropout", ("Linear",)),
+    "psoft": Case(PsoftConfig, psoft.FusedPsoft, {"r": 5}, "psoft_dropout", ONLY_LINEAR),
+    "miss": Case(MissConfig, miss.FusedMiss, {"r": 4}, "miss_dropout", ONLY_LINEAR),
+    "miss_uneven": Case(MissConfig, miss.FusedMiss, {"r": 5}, None, ONLY_LINEAR),
+    "miss_mini": Case(
+        MissConfig, miss.FusedMiss, {"r": 4, "mini_r": 2, "init_weights": "mini"}, "miss_dropout", ONLY_LINEAR
+    ),
+    "miss_bat": Case(MissConfig, miss.FusedMiss, {"r": 4, "init_weights": "bat"}, None, ONLY_LINEAR),
+    "gralora": Case(
+        GraloraConfig, gralora.FusedGraLora, {"r": 4, "alpha": 8}, "gralora_dropout", torch_dropout=True
+    ),
 }

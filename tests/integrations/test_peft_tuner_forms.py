@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import TinyLoraConfig, VBLoRAConfig, get_peft_model
+from peft import GraloraConfig, TinyLoraConfig, VBLoRAConfig, get_peft_model
 from test_peft_tuners import Model
 from torch import nn
 
@@ -80,3 +80,9 @@ def test_vblora_with_frozen_vectors_does_not_train():
     model.base_model.model.first.vblora_logits_A["default"].data[0, 0, 0] = torch.inf
     with pytest.raises(RuntimeError, match="save_only_topk_weights"):
         model.train()(torch.ones(2, 12))
+
+
+def test_gralora_with_a_lora_beside_the_blocks_is_left_to_peft():
+    config = GraloraConfig(r=4, hybrid_r=2, target_modules=["first"])
+    report = accelerate(get_peft_model(Model("Linear"), config))
+    assert report.skipped[0][1] == "adapter 'default' has a hybrid_r, a LoRA beside the blocks"

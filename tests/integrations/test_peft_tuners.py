@@ -38,7 +38,7 @@ class FixedDropout(nn.Module):
         self.ones = ones
 
     def forward(self, x):
-        return x * self.ones.to(x.dtype)
+        return x * self.ones.to(x.dtype).view(x.shape)
 
 
 def wrapped(case, kind="Linear", dropout=0.0, targets=("first", "second"), **more):

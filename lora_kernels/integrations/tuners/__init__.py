@@ -12,9 +12,11 @@ from torch import nn
 
 from . import (
     delora,
+    gralora,
     hira,
     loha,
     lokr,
+    miss,
     psoft,
     tinylora,
     unilora,
@@ -27,6 +29,8 @@ _FILES = (
     vera,
     vblora,
     delora,
+    gralora,
+    miss,
     tinylora,
     unilora,
     psoft,

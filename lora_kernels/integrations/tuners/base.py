@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..._arguments import LoraInputs
@@ -143,3 +144,9 @@ def dropout_now(layer: Any, name: str) -> float:
         return 0.0
     module = getattr(layer, layer.dropouts)[name]
     return module.p if module.training and isinstance(module, nn.Dropout) else 0.0
+
+
+def dropped(layer: Any, name: str, x: Tensor) -> Tensor | None:
+    """x after dropout for an update that reads it itself, or ``None`` where nothing is dropped."""
+    p = dropout_now(layer, name)
+    return F.dropout(x, p) if p else None
