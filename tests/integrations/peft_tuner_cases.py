@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 from peft import (
     DeloraConfig,
+    FourierFTConfig,
     GraloraConfig,
     HiraConfig,
+    HRAConfig,
     LoHaConfig,
     LoKrConfig,
     MissConfig,
@@ -18,8 +20,10 @@ from peft import (
 
 from lora_kernels.integrations.tuners import (
     delora,
+    fourierft,
     gralora,
     hira,
+    hra,
     loha,
     lokr,
     miss,
@@ -44,11 +48,17 @@ class Case(NamedTuple):
     kinds: tuple[str, ...] = ("Linear", "Conv1D")
     # Whether its dropout's bits are torch's, not those of our kernels.
     torch_dropout: bool = False
+    # Whether PEFT computes in float32 where the model is in float64.
+    half_exact: bool = False
 
 
 ONLY_LINEAR = ("Linear",)
 
 CASES = {
+    "fourierft": Case(
+        FourierFTConfig, fourierft.FusedFourierFT, {"n_frequency": 9, "scaling": 20.0}, half_exact=True
+    ),
+    "hra": Case(HRAConfig, hra.FusedHra, {"r": 4}, kinds=("Linear",)),
     "hira": Case(HiraConfig, hira.FusedHira, {"r": 3}, "hira_dropout", torch_dropout=True),
     "loha": Case(LoHaConfig, loha.FusedLoHa, {"r": 3}, kinds=ONLY_LINEAR),
     "loha of rank 1": Case(LoHaConfig, loha.FusedLoHa, {"r": 1}, kinds=ONLY_LINEAR),

@@ -89,6 +89,8 @@ def assert_same_as_peft(model, dtype, prepared=lambda model: model):
 @pytest.mark.parametrize(("tuner", "kind"), [(name, kind) for name in CASES for kind in CASES[name].kinds])
 def test_outputs_and_gradients_are_pefts(tuner, kind, dtype):
     case = CASES[tuner]
+    if case.half_exact and dtype == torch.float64:
+        pytest.skip("PEFT computes in float32")
     model = wrapped(case, kind).to(dtype)
     report = accelerate(model)
     assert len(report.accelerated) == 2 and not report.skipped, str(report)

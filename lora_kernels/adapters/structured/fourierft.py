@@ -51,8 +51,8 @@ class FourierFT(Structured):
         if n > size:
             raise ValueError(f"n_frequency: fourierft expects at most in · out = {size}, got {n}")
         self.scaling = float(site.option("scaling", 150.0))
-        positions = _positions(size, n, site.whole_option("random_loc_seed", 777, 0))
-        self.few = n <= _FEW * min(site.in_features, site.out_features)
+        positions = places(size, n, site.whole_option("random_loc_seed", 777, 0))
+        self.few = is_few(n, site.in_features, site.out_features)
         self.plain = self.few  # type: ignore[misc]
         self.branch, indices = plan(positions, site.in_features, site.out_features, self.scaling)
         device: Any = "cpu" if torch.device(site.device or "cpu").type == "meta" else site.device
@@ -66,15 +66,24 @@ class FourierFT(Structured):
         c = self.fourierft_spectrum
         if not self.few:
             return self.branched(x, self.branch, c, *(getattr(self, name) for name in INDICES))
-        rows, columns = self.positions // self.in_features, self.positions % self.in_features
-        lora_a, lora_b = _waves(columns, self.in_features, c.dtype), _waves(rows, self.out_features, c.dtype)
-        scale = self.scaling / (self.in_features * self.out_features)
-        return LowRank(lora_a, lora_b.T, scale, torch.cat((c, -c)))
+        return waves(c, self.positions, self.in_features, self.out_features, self.scaling)
+
+
+def is_few(n: int, in_features: int, out_features: int) -> bool:
+    """Whether n entries cost less as a low rank than by transforms."""
+    return n <= _FEW * min(in_features, out_features)
+
+
+def waves(c: Tensor, positions: Tensor, in_features: int, out_features: int, scaling: float) -> LowRank:
+    """The update as A = [cos; sin](2π k q/in), B = [cos, sin](2π j p/out) with ±c as the gate."""
+    rows, columns = positions // in_features, positions % in_features
+    lora_a, lora_b = _waves(columns, in_features, c.dtype), _waves(rows, out_features, c.dtype)
+    return LowRank(lora_a, lora_b.T, scaling / (in_features * out_features), torch.cat((c, -c)))
 
 
 @functools.lru_cache(maxsize=16)
-def _positions(size: int, n: int, seed: int) -> Tensor:
-    """Kept, since layers of one size have the same and the permutation is of in · out."""
+def places(size: int, n: int, seed: int) -> Tensor:
+    """row · in + column of each entry. Kept, since layers of one size have the same, of in · out numbers."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:n].clone()
 
 

@@ -12,8 +12,10 @@ from torch import nn
 
 from . import (
     delora,
+    fourierft,
     gralora,
     hira,
+    hra,
     loha,
     lokr,
     miss,
@@ -37,6 +39,8 @@ _FILES = (
     hira,
     loha,
     lokr,
+    fourierft,
+    hra,
 )
 
 # PEFT's class of a layer -> what takes it over.

@@ -27,6 +27,8 @@ class FusedTuner(PeftNamed):
     per_adapter: str
     # The attribute that holds its dropouts, or None where the tuner has none.
     dropouts: str | None = None
+    # The keyword arguments of a call that its `update` takes.
+    reads: frozenset[str] = frozenset()
     # Whether PEFT gives y in the dtype of x, under autocast too; else it is in its base layer's.
     in_dtype_of_x: bool = True
 
@@ -40,11 +42,11 @@ class FusedTuner(PeftNamed):
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y, or PEFT's forward where this call is none of ours."""
-        names = [] if args or kwargs else _names_now(self, x)
+        names = [] if args or not kwargs.keys() <= self.reads else _names_now(self, x)
         if not names:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         y = grouped(self, x) if len(names) == 1 else None
-        y = _computed(self, names, x) if y is None else y
+        y = _computed(self, names, x, kwargs) if y is None else y
         return y.to(x.dtype) if self.in_dtype_of_x else y
 
     def group_member(self: Any, x: Tensor) -> LoraInputs | None:
@@ -59,10 +61,10 @@ class FusedTuner(PeftNamed):
         return LoraInputs(x, weight, lora_a, lora_b, bias, gate, None, None, scaling, p)  # type: ignore[arg-type]
 
 
-def _computed(layer: Any, names: list[str], x: Tensor) -> Tensor:
+def _computed(layer: Any, names: list[str], x: Tensor, read: dict[str, Any]) -> Tensor:
     """y with what each adapter adds."""
     weight, bias = base_of(layer)
-    updates = [layer.update(name, x) for name in names]
+    updates = [layer.update(name, x, **read) for name in names]
     ps = [dropout_now(layer, name) for name in names]
     if len(names) > 1 and not any(ps) and all(type(one) is LowRank and one.plain for one in updates):
         return apply_update(x, weight, bias, stack(updates))
