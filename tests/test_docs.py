@@ -85,6 +85,14 @@ def test_every_page_is_in_the_navigation():
     assert pages == set(re.findall(r"^  - (\S+\.md)$", site, re.MULTILINE))
 
 
+def test_every_package_that_exports_is_in_the_reference():
+    page = read(ROOT / "docs" / "api.md")
+    for source in (ROOT / "lora_kernels").glob("**/__init__.py"):
+        if "__all__" in read(source):
+            package = ".".join(source.parent.relative_to(ROOT).parts)
+            assert f"\n::: {package}\n" in page, package
+
+
 def test_what_is_made_of_the_register_is_up_to_date():
     assert read(ROOT / "docs" / "methods.md") == methods.listing(), "run lora-kernels methods --write"
     readme = read(README)
