@@ -25,8 +25,7 @@ def pytest_configure(config):
 
 def accelerate_all():
     """Whatever makes adapters in PEFT ends in its tuners' ``inject_adapter``; after each, ``accelerate``."""
-    from peft.tuners.lora.layer import LoraLayer
-    from peft.tuners.tuners_utils import BaseTuner
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
     from lora_kernels import accelerate
 
@@ -34,7 +33,7 @@ def accelerate_all():
         @functools.wraps(inject)
         def inject_adapter(self, model, *args, **kwargs):
             result = inject(self, model, *args, **kwargs)
-            if any(isinstance(module, LoraLayer) for module in model.modules()):
+            if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
                 accelerate(model)
             return result
 
