@@ -34,6 +34,8 @@ class LoRAConfig:
         target_parameters: ends of the names of parameters that hold the matrices of all experts of a mixture
             (``"experts.gate_up_proj"``), for Transformers' expert modules with ``method="lora"`` and no
             dropout; with them ``target_modules`` may be ``None`` or empty.
+        trainable_token_indices: token numbers whose rows of the input embedding train, or the end of an
+            embedding's name -> such numbers; the output head's rows too where the model ties it.
         ensure_weight_tying: whether what shares a weight with one of these goes on sharing it.
         init_lora_weights: ``True`` (Kaiming-uniform A, zero B), ``False`` (both random), or a name in
             ``lora_kernels.init.INITIALISERS``, PEFT's among them; that one's options go into
@@ -75,6 +77,7 @@ class LoRAConfig:
     lora_bias: bool = False
     alora_invocation_tokens: list[int] | None = None
     target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
     method: str = "lora"
     method_options: dict[str, Any] = field(default_factory=dict)
@@ -103,6 +106,8 @@ class LoRAConfig:
         self.target_parameters = _names("target_parameters", self.target_parameters)  # type: ignore[assignment]
         _check_pattern("rank_pattern", self.rank_pattern, _check_rank)
         _check_pattern("alpha_pattern", self.alpha_pattern, _check_number)
+        if self.trainable_token_indices is not None:
+            self.trainable_token_indices = _token_rows(self.trainable_token_indices)
         self._check_layers()
         self._settle_method()
         self._check_variant()
@@ -193,6 +198,20 @@ def _check_index(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected numbers of blocks, got {value!r}")
     if value < 0:
         raise ValueError(f"{name}: expected numbers of at least 0, got {value}")
+
+
+def _token_rows(value: Any) -> list[int] | dict[str, list[int]]:
+    """Token numbers, each once; by the end of a name where that is given."""
+    name = "trainable_token_indices"
+    named = value if isinstance(value, dict) else {"": value}
+    found = {}
+    for key, tokens in named.items():
+        if not isinstance(key, str):
+            raise TypeError(f"{name}: expected names of embeddings, got {key!r}")
+        found[key] = _token_numbers(name, tokens)
+        if len(set(found[key])) < len(found[key]):
+            raise ValueError(f"{name}: expected each token number once, got {found[key]}")
+    return found if isinstance(value, dict) else found[""]
 
 
 def _token_numbers(name: str, value: Any) -> list[int]:

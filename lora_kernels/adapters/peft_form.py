@@ -38,7 +38,8 @@ class PeftForm(NamedTuple):
         given = config.method_options
         patterns = config.rank_pattern or config.alpha_pattern
         undropped = config.lora_dropout and "lora_dropout" not in self.fields.values()
-        if self.peft_type != "LORA" and (patterns or undropped or config.bias == "lora_only"):
+        rows = config.trainable_token_indices
+        if self.peft_type != "LORA" and (patterns or rows or undropped or config.bias == "lora_only"):
             return None
         if any(given.get(name) != value for name, value in self.implied.items()):
             return None

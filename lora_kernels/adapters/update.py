@@ -116,7 +116,16 @@ class Shifted(NamedTuple):
     shift: Tensor
 
 
-Update = LowRank | Shifted | Dense | Formed | Added | Branched | Input | Routed
+class Replaced(NamedTuple):
+    """x W'ᵀ + b, the rows ``at`` of W' being ``values`` [chosen, K] and all others W's."""
+
+    at: Tensor
+    values: Tensor
+    # Of an embedding: which of the values each token has, [tokens], -1 for none.
+    slots: Tensor
+
+
+Update = LowRank | Shifted | Replaced | Dense | Formed | Added | Branched | Input | Routed
 
 
 def apply_update(
@@ -149,6 +158,8 @@ def apply_update(
     if type(update) is Shifted:
         shift = update.shift.to(x.dtype) if bias is None else bias + update.shift.to(bias.dtype)
         return apply_update(x, weight, shift, update.update, dropout_p)
+    if type(update) is Replaced:
+        return _replaced(x, weight, bias, update)
     if type(update) is Branched:
         return branched_linear(x, weight, bias, *update)
     if type(update) is Routed:
@@ -168,6 +179,15 @@ def apply_update(
             raise ValueError("weight: expected one for a method that changes what the base reads, got None")
         return _base(update.x, weight, bias)  # type: ignore[return-value]
     return _plus(_base(x, weight, bias), update.y)  # type: ignore[union-attr]
+
+
+def _replaced(x: Tensor, weight: Any, bias: Tensor | None, update: Replaced) -> Tensor:
+    if weight is None:
+        raise ValueError("weight: expected one for rows that take the place of its own, got None")
+    own = None if bias is None else bias.index_select(0, update.at)
+    rows = F.linear(x, update.values.to(x.dtype), own)
+    y: Any = _base(x, weight, bias)
+    return y.index_copy_(-1, update.at, rows.to(y.dtype))  # type: ignore[no-any-return]
 
 
 def _routed(x: Tensor, weight: Any, bias: Tensor | None, update: Routed, p: float) -> Tensor:

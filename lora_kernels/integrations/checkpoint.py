@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..adapters import METHODS, LoRAConfig
+from ..adapters.token_rows import TokenRows
 from ..init import GIVEN
 from ..nn import owned
 from ..nn.adapted import is_combined, lora_configs, lora_layers, lora_state_dict
@@ -97,6 +98,8 @@ def _file_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Te
     written: set[int] = set()
     for at, layer in layers.items():
         adapter = layer.adapters[adapter_name]
+        if isinstance(adapter, TokenRows) and adapter.tied:  # its rows are the embedding's
+            continue
         for parameter, tensor in adapter.state_dict(keep_vars=True).items():
             if id(tensor) in written:
                 continue

@@ -30,6 +30,7 @@ _FIELDS = (
     "lora_bias",
     "alora_invocation_tokens",
     "target_parameters",
+    "trainable_token_indices",
 )
 # Initialisers that leave the base weight alone: what they drew is in the checkpoint anyway.
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")

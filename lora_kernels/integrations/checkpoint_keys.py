@@ -15,6 +15,7 @@ from torch import nn
 
 from ..adapters import Adapter
 from ..adapters.expert_lora import ExpertLoRA
+from ..adapters.token_rows import TokenRows
 from ..init import GIVEN
 from ..nn.adapter_layer import AdapterLayer
 from ..nn.wrappers import plain_key, plain_names, unwrapped
@@ -31,6 +32,8 @@ def factor_key(layer_name: str, layer: AdapterLayer, adapter: Adapter, parameter
     if isinstance(adapter, ExpertLoRA):
         depth, name = adapter.place_of(parameter)
         return f"{PREFIX}{layer_name}{'.base_layer' * depth}.{name}.weight"
+    if isinstance(adapter, TokenRows):
+        return f"{PREFIX}{layer_name}.token_adapter.{parameter}"
     if parameter == "lora_bias":
         return f"{PREFIX}{layer_name}.lora_B.bias"
     if parameter not in ("lora_A", "lora_B"):

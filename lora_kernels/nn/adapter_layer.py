@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import METHODS, Adapter, LoRAConfig, Site, class_of, current_call, place
+from ..adapters.token_rows import TokenRows
+from ..adapters.variants import BiasedLoRA
 from ..ops._inputs import autocasts
 from .made_classes import Made
 
@@ -131,10 +133,13 @@ class AdapterLayer(nn.Module):
         self, config: LoRAConfig, matrix: Tensor, dtype: torch.dtype, where: dict[str, Any]
     ) -> Adapter:
         out_features, in_features = matrix.shape
+        rows = where.pop("rows", None)
+        site = Site("", in_features, out_features, config, matrix, matrix.device, dtype, tensors={})
+        if rows is not None:
+            return TokenRows(site._replace(**where), rows, isinstance(self, nn.Embedding))
         if class_of(config).beyond_weight and not self.plain_forward:
             kind, field = type(self).__name__, _field_of(config)
             raise ValueError(f"{field}: expected layers of a plain forward, got a {kind} with its own")
-        site = Site("", in_features, out_features, config, matrix, matrix.device, dtype, tensors={})
         return place(site._replace(**where))
 
     def plan_adapter(self, config: LoRAConfig, **where: Any) -> Adapter:
@@ -378,7 +383,8 @@ class AdapterLayer(nn.Module):
         Raises:
             RuntimeError: the layer has no bias that could take them.
         """
-        active = [self.adapters[name] for name in self.active if self.adapters[name].config.lora_bias]
+        acting = [self.adapters[name] for name in self.active]
+        active = [adapter for adapter in acting if isinstance(adapter, BiasedLoRA)]
         if not active:
             return None
         bias: Tensor | None = self.bare_bias

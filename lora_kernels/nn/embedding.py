@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters import Adapter, Dense, LoRA, LoRAConfig, current_call
+from ..adapters import Adapter, Dense, LoRA, LoRAConfig, Replaced, current_call
 from ..ops.dora_linear import output_scale
 from .adapter_layer import AdapterLayer, own_weight, refuse_reader
 
@@ -95,6 +95,8 @@ class LoRAEmbedding(AdapterLayer, nn.Embedding):
 
     def make_adapter(self, config: LoRAConfig, **where: Any) -> Adapter:
         """An adapter that fits this layer; :meth:`add_adapter` adds it."""
+        if "rows" in where:
+            return super().make_adapter(config, **where)
         refuse_reader(config, "an embedding")
         if config.lora_bias:
             raise ValueError("lora_bias: expected linears and convolutions, got an embedding")
@@ -118,6 +120,9 @@ def embed(base: nn.Embedding, input: Tensor, adapters: Iterable[Any]) -> Tensor:
     tokens, weight = input.reshape(-1), own_weight(base)
     y = look_up(base, tokens, weight, base.sparse)
     for update in adapters:
+        if isinstance(update, Replaced):
+            y = _with_rows(base, tokens, y, update)
+            continue
         if isinstance(update, Dense):
             y = y + look_up(base, tokens, update.delta.T.to(y.dtype))
             continue
@@ -128,6 +133,19 @@ def embed(base: nn.Embedding, input: Tensor, adapters: Iterable[Any]) -> Tensor:
         if magnitude is not None:
             y = y * output_scale(weight.T, lora_a, lora_b, magnitude, scaling).to(y.dtype)
     return y.view(*input.shape, base.embedding_dim)
+
+
+def _with_rows(base: nn.Embedding, tokens: Tensor, y: Tensor, update: Replaced) -> Tensor:
+    """y with its own values for the tokens that have some."""
+    values = update.values.to(y.dtype)
+    if base.max_norm is not None or base.scale_grad_by_freq:  # which go by rows of the whole
+        return look_up(base, tokens, own_weight(base).index_copy(0, update.at, values))
+    slots = update.slots[tokens]
+    rows = F.embedding(slots.clamp_min(0), values)
+    has = slots >= 0
+    if base.padding_idx is not None:
+        rows = torch.where((tokens == base.padding_idx)[:, None], rows.detach(), rows)
+    return torch.where(has[:, None], rows, y)
 
 
 def look_up(base: nn.Embedding, tokens: Tensor, weight: Tensor, sparse: bool = False) -> Tensor:

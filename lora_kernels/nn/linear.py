@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._arguments import LoraInputs
-from ..adapters import Input, LoRAConfig, LowRank, apply_update, current_call, stack
+from ..adapters import Input, LoRAConfig, LowRank, Replaced, apply_update, current_call, stack
 from ..ops._inputs import autocasts
 from ..ops.dora_linear import output_scale
 from .adapter_layer import AdapterLayer
@@ -70,6 +70,8 @@ class LinearAdapterLayer(AdapterLayer):
         weight, active = self._matrix(self._own_weight), [self.adapters[name] for name in self.active]
         call = current_call()
         updates = [adapter.lower(x, call) for adapter in active]
+        if len(updates) > 1 and any(type(one) is Replaced for one in updates):
+            return self._base(x, self._adapted())
         ps = [adapter.lora_dropout if self.training else 0.0 for adapter in active]
         if any(type(one) is LowRank and one.magnitude is not None for one in updates):
             return self._forward_scaled(x, updates, ps)

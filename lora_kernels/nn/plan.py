@@ -15,6 +15,7 @@ from .exposed import with_adapters
 from .invocation import check_invocation
 from .lora_experts import experts_with_adapters
 from .sites import Target, find_parameter_sites, find_sites, layer_type
+from .token_sites import find_token_sites
 
 # Plain name of a layer -> name of a statistic -> tensor.
 Statistics = Mapping[str, Mapping[str, Tensor]]
@@ -46,7 +47,7 @@ def plan_adapter(
     layers = _prepare_all(_all_sites(model, config), config, draw, statistics or {})
     adapted = {site.linear: layer for site, layer, _ in layers}
     if config.ensure_weight_tying:
-        _check_ties(model, adapted)
+        _check_ties(model, {site.linear: layer for site, layer, _ in layers if site.rows is None})
     places = tuple(owned.config_places(model, config, adapted))
     return Plan(layers, owned.copies(places, config.ensure_weight_tying, draw), places)
 
@@ -60,6 +61,8 @@ def _all_sites(model: nn.Module, config: LoRAConfig) -> list[Target]:
     for site in parameters:
         if id(site.linear) in both:
             raise ValueError(f"target_parameters: {site.plain} is among the target_modules too")
+    if config.trainable_token_indices:
+        parameters += find_token_sites(model, config, [site.linear for site in modules])
     return [*modules, *parameters]
 
 
@@ -96,6 +99,8 @@ def _prepare_all(
         where["statistics"] = statistics.get(target.plain, {})
         if target.parameters:
             where["parameters"] = target.parameters
+        if target.rows:
+            where["rows"] = target.rows
         layer = _layer_for(target)
         make = layer.make_adapter if draw else layer.plan_adapter
         adapter = make(config.for_module(target.plain), **where)

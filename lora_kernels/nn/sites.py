@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..adapters import LoRAConfig, class_of
+from ..adapters.token_rows import Rows
 from . import owned
 from .adapter_layer import AdapterLayer, inside_adapters
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
@@ -62,6 +63,8 @@ class Target(NamedTuple):
     plain: str
     # Those of its parameters that are targeted by name; of a layer with one weight none.
     parameters: tuple[str, ...] = ()
+    # Of an embedding, or what shares its weight: the rows that train by themselves.
+    rows: Rows | None = None
 
 
 def find_parameter_sites(model: nn.Module, config: LoRAConfig) -> list[Target]:

@@ -25,7 +25,11 @@ from lora_kernels.nn import (
 TABLE = Path(__file__).parents[2] / "docs" / "lora_config.md"
 INVOCATION = [5, 9]
 OPTIONS = {"r": 4, "lora_alpha": 6}
+TOKENS = {"target_modules": ["q_proj"], "trainable_token_indices": [12, 3, 20]}
 FIELDS = {
+    "trainable_token_indices": TOKENS,
+    "tied": {**TOKENS, "bias": "all"},
+    "by name": {**TOKENS, "trainable_token_indices": {"embed_tokens": [9, 12], "lm_head": [5]}},
     "lora_bias": {"target_modules": ["fc", "conv"], "lora_bias": True},
     "alora_invocation_tokens": {
         "target_modules": ["q_proj", "up_proj", "lm_head"],
@@ -53,7 +57,7 @@ def llama(**options):
 
 def base_of(field):
     torch.manual_seed(0)
-    return Net().eval() if field == "lora_bias" else llama()
+    return Net().eval() if field == "lora_bias" else llama(tie_word_embeddings=field == "tied")
 
 
 def inputs_of(field):
@@ -123,7 +127,7 @@ def save_gradients(model):
             parameter.copy_(parameter.grad)
 
 
-@pytest.mark.parametrize("field", ["lora_bias"])
+@pytest.mark.parametrize("field", ["lora_bias", "trainable_token_indices", "tied", "by name"])
 def test_merged_disabled_and_removed(field):
     base, inputs = base_of(field), inputs_of(field)
     plain = y_of(base, inputs)
@@ -179,6 +183,9 @@ def test_alora_of_a_cache_is_that_of_the_whole():
         {"alora_invocation_tokens": [-1]},
         {"alora_invocation_tokens": [True]},
         {"alora_invocation_tokens": [3], "method": "lora_fa"},
+        {"trainable_token_indices": [3, 3]},
+        {"trainable_token_indices": {"embed_tokens": []}},
+        {"trainable_token_indices": {3: [4]}},
     ],
     ids=str,
 )
@@ -193,8 +200,18 @@ def test_a_bad_field_is_named(options):
         (lambda: nn.Sequential(nn.Embedding(5, 4)), {"target_modules": ["0"], "lora_bias": True}),
         (Net, {"target_modules": ["fc"], "alora_invocation_tokens": [3]}),
         (llama, {"target_modules": ["embed_tokens"], "alora_invocation_tokens": [3]}),
+        (llama, {"target_modules": ["q_proj"], "trainable_token_indices": [24]}),
+        (llama, {"target_modules": ["embed_tokens"], "trainable_token_indices": [4]}),
+        (llama, {"target_modules": ["q_proj"], "trainable_token_indices": {"nothing": [4]}}),
     ],
-    ids=["bias of an embedding", "no token numbers", "invocation of an embedding"],
+    ids=[
+        "bias of an embedding",
+        "no input_ids",
+        "aLoRA of an embedding",
+        "too large",
+        "adapted",
+        "no module",
+    ],
 )
 def test_what_does_not_fit_a_model_is_named_and_changes_nothing(base, options):
     model = base()
@@ -225,3 +242,17 @@ def test_what_we_have_not_is_refused_by_name(name, tmp_path):
     with pytest.raises(ValueError, match=name):
         load_adapter(model, tmp_path)
     assert not lora_layers(model)
+
+
+def test_rows_of_a_tied_head_are_one_parameter_and_no_weight_is_made():
+    model = apply_lora(llama(tie_word_embeddings=True), LoRAConfig(**OPTIONS, **TOKENS))
+    layers = lora_layers(model)
+    rows = [layers[name].adapters["default"] for name in ("model.embed_tokens", "lm_head")]
+    assert rows[0].trainable_tokens_delta is rows[1].trainable_tokens_delta and rows[1].tied
+    assert torch.equal(rows[0].trainable_tokens_delta, model.lm_head.weight[[12, 3, 20]])
+    assert sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "delta" in n) == 3 * 16
+    padded = nn.Sequential(nn.Embedding(6, 4, padding_idx=2), nn.Linear(4, 4))
+    apply_lora(padded, LoRAConfig(target_modules=["1"], trainable_token_indices={"0": [2, 5]}))
+    padded(torch.tensor([2, 5, 1])).sum().backward()
+    grad = padded[0].adapters["default"].trainable_tokens_delta.grad
+    assert not grad[0].any() and grad[1].any()
