@@ -1,9 +1,12 @@
-"""A tiny Llama and a batch of tokens, for the examples beside this."""
+"""A tiny Llama, a batch of tokens, and a tokenizer, for the examples beside this."""
 
 from __future__ import annotations
 
+import string
+
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def llama() -> LlamaForCausalLM:
@@ -16,3 +19,13 @@ def llama() -> LlamaForCausalLM:
 def tokens() -> torch.Tensor:
     """Four sequences that count."""
     return (torch.arange(4)[:, None] * 7 + torch.arange(16)) % 64
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a letter; 0 pads, 1 begins and 2 ends."""
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    letters = [*special.values(), *string.digits, *string.ascii_lowercase, *" +-*=.,:;?!()'/&%$#@^~|"]
+    made = Tokenizer(models.WordLevel({letter: at for at, letter in enumerate(letters)}, "<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=made, **special)

@@ -11,6 +11,7 @@ from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .elastic import Slice, elastic
 from .embedding import LoRAEmbedding
 from .experts import fill_experts
+from .frozen_copy import frozen_copy
 from .groups import group_layers, layer_groups, ungroup_layers
 from .install import delete_adapter, remove_lora
 from .linear import LoRALinear
@@ -72,6 +73,7 @@ __all__ = [
     "elastic",
     "evolve_gates",
     "fill_experts",
+    "frozen_copy",
     "fuse_mlps",
     "fused_mlps",
     "group_layers",

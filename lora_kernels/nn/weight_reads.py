@@ -3,6 +3,7 @@
 Mamba multiplies by ``self.dt_proj.weight``, ``nn.MultiheadAttention`` hands ``self.out_proj.weight`` to a
 function, DeBERTa's encoder looks positions up in ``self.rel_embeddings.weight``. Followed are the methods
 that the forward uses, functions that it gives itself or a child to, and variables that stand for a child.
+The output layer of a language model counts as read.
 """
 
 from __future__ import annotations
@@ -78,7 +79,24 @@ def weight_reads(model: nn.Module, fast_paths: bool = False) -> dict[int, Reads]
             for path in reads:
                 for name, layer in _resolve(module, path):
                     by.setdefault(id(layer), []).append((module, name))
+        for name, layer in _head(module):
+            called.add(id(layer))
+            by.setdefault(id(layer), []).append((module, name))
     return {layer: Reads(readers, layer in called) for layer, readers in by.items()}
+
+
+def _head(module: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The output layer of a language model.
+
+    A loss in chunks (TRL, Liger) takes its weight from a forward that is put in place later.
+    """
+    found = None
+    if callable(getattr(module, "get_output_embeddings", None)):
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            found = module.get_output_embeddings()
+    for name, layer in module.named_modules() if isinstance(found, nn.Module) else ():
+        if layer is found and name:
+            yield name, unwrapped(layer)
 
 
 def _forward_of(module: nn.Module) -> Any:

@@ -415,3 +415,31 @@ def test_a_module_that_happens_to_be_called_adapters(target):
     assert model.adapters[0].bias.requires_grad and model.out.bias.requires_grad
     apply_lora(model, LoRAConfig(r=3, target_modules=target), "second")
     assert set(lora_layers(model)) == {"adapters.0", "out"}
+
+
+class Speaker(nn.Module):
+    """A language model whose head is called, until a trainer gives it another forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.lm_head = nn.Linear(6, 6), nn.Linear(6, 9, bias=False)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, x):
+        return self.lm_head(self.body(x))
+
+
+def test_a_forward_that_is_put_in_place_later_reads_the_adapted_head():
+    torch.manual_seed(0)
+    model = Speaker()
+    apply_lora(model, LoRAConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    x = torch.randn(4, 6)
+    want = model(x)
+    assert model.lm_head.weight is model.lm_head._own_weight
+    model.forward = lambda x: F.linear(model.body(x), model.lm_head.weight)
+    got = model(x)
+    torch.testing.assert_close(got, want)
+    got.square().sum().backward()
+    assert model.lm_head.adapters["default"].lora_A.grad.abs().max() > 0
