@@ -52,7 +52,7 @@ def lora_plus_groups(
     for name, parameter, in_norm in _trained(model):
         if id(parameter) in embedded:
             parts[1].append(parameter)
-        elif id(parameter) in fast or parameter.ndim == 1:
+        elif id(parameter) in fast or parameter.ndim == 1 or name.endswith("_lora_B"):  # of experts
             parts[3 if in_norm or "bias" in name else 2].append(parameter)
         else:
             parts[0].append(parameter)

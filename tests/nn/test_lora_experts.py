@@ -20,6 +20,7 @@ from lora_kernels.nn import (
     unmerge_adapters,
 )
 from lora_kernels.nn.lora_experts import LoRAExperts
+from lora_kernels.optim import lora_plus_groups
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.integrations.moe")
@@ -208,3 +209,10 @@ def test_experts_run_in_another_way_are_refused_by_name():
     model.config._experts_implementation = "other"
     with pytest.raises(ValueError, match=r"target_parameters.*'other'"):
         output(model)
+
+
+def test_lora_plus_has_the_experts_b_among_the_fast_ones():
+    model = ours()
+    fast = {id(p) for group in lora_plus_groups(model, 1.0, 16) if group["lr"] == 16 for p in group["params"]}
+    factors = dict(experts(model).adapters["default"].named_parameters())
+    assert {name for name, one in factors.items() if id(one) in fast} == {n for n in factors if n[-1] == "B"}
