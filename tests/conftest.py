@@ -64,6 +64,16 @@ def made_once(tmp_path_factory):
     return folder_of
 
 
+@pytest.fixture(scope="session")
+def after_torch(tmp_path_factory):
+    """``after_torch(code, NAME=value)`` runs a program where ``import torch`` has been done."""
+    from after_torch import AfterTorch
+
+    runner = AfterTorch(tmp_path_factory.mktemp("after_torch"))
+    yield runner
+    runner.close()
+
+
 @pytest.fixture
 def poisoned():
     """New memory comes filled, floats with NaN and integers with their maximum.

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -37,13 +34,6 @@ def forward(requires_grad=("x", "lora_a", "lora_b"), **fields):
     return lora_linear(*(inputs[n] for n in ("x", "weight", "lora_a", "lora_b")))
 
 
-def python(code, **environment):
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("LORA_KERNELS_", "TRITON_"))}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=env | environment, capture_output=True, text=True, timeout=300
-    )
-
-
 def test_blocks_nest_and_restore():
     before = active_backend()
     with use_backend("reference"):
@@ -71,13 +61,13 @@ def test_unknown_name(name):
 
 
 @pytest.mark.parametrize("name", ("auto", "reference", "triton", "cpp", "cuda"))
-def test_environment_variable(name):
-    done = python("import lora_kernels; print(lora_kernels.active_backend())", LORA_KERNELS_BACKEND=name)
+def test_environment_variable(name, after_torch):
+    done = after_torch("import lora_kernels; print(lora_kernels.active_backend())", LORA_KERNELS_BACKEND=name)
     assert done.stdout.strip() == name, done.stderr
 
 
-def test_wrong_environment_variable():
-    done = python("import lora_kernels", LORA_KERNELS_BACKEND="fastest")
+def test_wrong_environment_variable(after_torch):
+    done = after_torch("import lora_kernels", LORA_KERNELS_BACKEND="fastest")
     assert done.returncode != 0
     assert "backend: expected one of auto, reference, triton, cpp, cuda, got 'fastest'" in done.stderr
 
@@ -100,14 +90,14 @@ except lk.BackendError as error:
         ("cuda", {}, "it runs on CUDA cards, and the tensors are on cpu"),
     ),
 )
-def test_forced_backend_says_why_it_cannot_run(name, environment, why):
-    done = python(FORCED.format(name=name), **environment)
+def test_forced_backend_says_why_it_cannot_run(name, environment, why, after_torch):
+    done = after_torch(FORCED.format(name=name), **environment)
     assert f"backend {name!r} cannot run: {why}" in done.stdout, done.stderr
 
 
-def test_triton_missing_is_the_reason():
+def test_triton_missing_is_the_reason(after_torch):
     blocked = "import sys; sys.modules['triton'] = None\n" + FORCED.format(name="triton")
-    done = python(blocked, TRITON_INTERPRET="1")
+    done = after_torch(blocked, TRITON_INTERPRET="1")
     assert "the triton package is not installed" in done.stdout, done.stderr
 
 
@@ -136,11 +126,11 @@ def test_auto_on_another_device():
     assert y.shape == (2, 3)
 
 
-def test_auto_without_the_extension():
+def test_auto_without_the_extension(after_torch):
     code = "import torch, lora_kernels as lk, lora_kernels._backend as b\n"
     code += "args = map(torch.ones, ((2, 4), (3, 4), (1, 4), (3, 1)))\n"
     code += "print(b.resolve('cpu', torch.float32, 4), lk.lora_linear(*args))"
-    done = python(code, LORA_KERNELS_SKIP_EXTENSION="1")
+    done = after_torch(code, LORA_KERNELS_SKIP_EXTENSION="1")
     assert done.stdout.startswith("reference tensor"), done.stderr
 
 

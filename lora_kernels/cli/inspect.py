@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", action="append", help="sm_80 or 80, sm_90, sm_100, gfx942 (all)")
     parser.add_argument("--rank", type=int, action="append", help="rank bucket (16, 64, 128, 256, 512)")
     parser.add_argument("--dtype", action="append", choices=("bf16", "fp16", "fp32"), help="default bf16")
+    parser.add_argument("--kernel", action="append", help="only the kernels of these names (all)")
     parser.add_argument("--once", action="store_true", help="of each kernel the heaviest variant alone")
     parser.add_argument("--bytes", action="store_true", help="what each launch moves, and the floor of it")
     parser.add_argument("--shape", action="append", help="MxKxN for --bytes (8192x4096x4096)")
@@ -54,16 +55,20 @@ def _compile(args: argparse.Namespace) -> int:
     if unknown := set(targets) - set(aot.TARGETS):
         print(f"inspect: --target: expected one of {', '.join(aot.TARGETS)}, got {', '.join(unknown)}")
         return 2
+    specs = list(aot.specs(tuple(args.dtype or ("bf16",)), tuple(args.rank or aot.RANKS), args.once))
+    if unknown := set(args.kernel or ()) - (names := {spec.kernel for spec in specs}):
+        print(f"inspect: --kernel: expected one of {', '.join(sorted(names))}, got {', '.join(unknown)}")
+        return 2
     if not args.json:
         print("  ".join(f"{name:>10}" for name in COLUMNS))
-    for spec in aot.specs(tuple(args.dtype or ("bf16",)), tuple(args.rank or aot.RANKS), args.once):
+    for spec in (one for one in specs if not args.kernel or one.kernel in args.kernel):
         for target in targets:
             row = dataclasses.asdict(aot.inspect(spec, target))
             if args.json:
                 print(json.dumps(row), flush=True)
             else:
                 print("  ".join(f"{row[name]!s:>10}" for name in COLUMNS), flush=True)
-    if not args.rank and not args.dtype:  # the CUDA kernels have neither
+    if not args.rank and not args.dtype and not args.kernel:  # the CUDA kernels have neither
         cuda_static.print_table(args.target, args.json)
     return 0
 

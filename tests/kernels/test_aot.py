@@ -95,16 +95,38 @@ def _check_all(rows: list[dict]) -> None:
             assert _blocks_at_once(row) >= 2, row
 
 
-# Every kernel once a target; where the branch is wider its tile is another: on one target of them here.
+def _third(i: int) -> set[str]:
+    return set(sorted(_kernels(16))[i::3])
+
+
+NO_RANK = {*NO_MATMUL, *CHAIN, "invariant_linear", "dequantize"}
+
+
+# Every kernel on one target, a third of them on each other one; where the branch is wider its tile is
+# another: at the widest rank that a kernel takes.
 @pytest.mark.parametrize(
-    ("target", "ranks"),
-    [("sm_90", (16,)), ("sm_90", (64, 512)), ("sm_80", (16,)), ("sm_100", (16,)), ("gfx942", (16,))],
-    ids=str,
+    ("target", "rank", "kernels"),
+    [
+        ("sm_90", 16, _kernels(16)),
+        ("sm_90", 64, _kernels(64) - _kernels(512)),
+        ("sm_90", 512, _kernels(512) - NO_RANK),
+        ("sm_80", 16, _third(0)),
+        ("sm_100", 16, {*_third(1), "kext"}),  # whose products and copies are its own there
+        ("gfx942", 16, _third(2)),
+    ],
+    ids=lambda part: f"{len(part)} kernels" if isinstance(part, set) else str(part),
 )
-def test_each_kernel_once(target, ranks):
-    rows = _inspect("--once", "--target", target, *(f"--rank={rank}" for rank in ranks))
-    assert {row["kernel"] for row in rows} == set.union(*map(_kernels, ranks))
+def test_each_kernel_once(target, rank, kernels):
+    rows = _inspect(
+        "--once", "--target", target, f"--rank={rank}", *(f"--kernel={name}" for name in sorted(kernels))
+    )
+    assert {row["kernel"] for row in rows} == kernels
     _check_all(rows)
+
+
+def test_the_thirds_are_all_kernels():
+    assert set.union(*map(_third, range(3))) == _kernels(16) >= NO_RANK
+    assert _kernels(16) - NO_RANK <= _kernels(64) | _kernels(512)
 
 
 @pytest.mark.exhaustive

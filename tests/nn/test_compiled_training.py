@@ -145,7 +145,7 @@ def by_peft(model, targets):
 LLAMA, BERT = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], ["query", "key", "value"]
 
 
-@pytest.mark.spread("make", "adapt", "recompute", of=2)
+@pytest.mark.spread("make", "adapt", "recompute", of=3)
 @pytest.mark.parametrize("recompute", (False, True))
 @pytest.mark.parametrize("adapt", (by_apply_lora, by_peft))
 @pytest.mark.parametrize(("make", "targets", "groups"), ((llama, LLAMA, 2), (bert, BERT, 1)))

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from transformers import AutoModel, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 # What a size is set to wherever a configuration has it by that name.
 SIZES: dict[int, str] = {
@@ -75,8 +75,8 @@ def tiny_config(kind: Any, given: dict[str, Any] | None = None) -> Any:
 
 
 def families() -> list[str]:
-    """The families of which there is a plain model."""
-    return sorted(name for name, kind in CONFIG_MAPPING.items() if kind in MODEL_MAPPING)
+    """The families of which there is a plain model; by name, as importing all of them takes seconds."""
+    return sorted({*CONFIG_MAPPING_NAMES} & {*MODEL_MAPPING_NAMES})
 
 
 def tiny_model(family: str) -> Any:

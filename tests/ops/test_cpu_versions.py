@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -131,19 +128,18 @@ def test_a_quantised_weight(version, form, rows):
     torch.testing.assert_close(run("cpp"), run("reference"), rtol=2e-4, atol=2e-3)
 
 
-def loaded(value):
+@pytest.fixture
+def loaded(after_torch):
     code = "from lora_kernels import _extension as e; print(e.load()); import lora_kernels._C as c"
-    command = [sys.executable, "-c", f"{code}; print(c.cpu_version())"]
-    environment = {**os.environ, "LORA_KERNELS_CPU_VERSION": value}
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return lambda value: after_torch(f"{code}; print(c.cpu_version())", LORA_KERNELS_CPU_VERSION=value)
 
 
-def test_the_environment_chooses():
+def test_the_environment_chooses(loaded):
     narrowest = VERSIONS[-1]
     assert loaded(narrowest).stdout.split() == ["None", narrowest]
 
 
-def test_what_the_processor_does_not_have_is_an_error():
+def test_what_the_processor_does_not_have_is_an_error(loaded):
     done = loaded("altivec")
     expected = f"LORA_KERNELS_CPU_VERSION: expected auto or what this processor has, {', '.join(VERSIONS)}"
     assert done.returncode != 0 and f"{expected}, got 'altivec'" in done.stderr

@@ -23,7 +23,9 @@ from lora_kernels.ops.quantized_linear import quantized_linear
 
 K, N, R = 6, 5, 2
 LEADS = [(), (3,), (2, 3)]
-BACKENDS = ("reference", "cpp", "triton")
+# The interpreter is slow: each op there with each dropout and each shape, and not all with all.
+SLOW = pytest.mark.spread("op", "p", "lead", of=3)
+BACKENDS = ("reference", "cpp", pytest.param("triton", marks=SLOW))
 
 
 def draw(*shape):
@@ -223,6 +225,7 @@ def test_ops(op, p, lead, backend):
         check(call, torch.randn(*lead, K), leaves)
 
 
+@pytest.mark.spread("op", "lead", of=2)
 @pytest.mark.parametrize("lead", LEADS[1:], ids=str)
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 def test_compiled_ops(op, lead):

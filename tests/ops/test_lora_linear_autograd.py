@@ -301,7 +301,7 @@ def test_compiled_equals_eager_for_any_token_count(backend, dropout_p, device, f
     ),
     ids=("rows-gate", "x_lora", "branch", "fp32-adapters"),
 )
-@pytest.mark.spread("backend", "case", of=2)
+@pytest.mark.spread("backend", "case", of=3)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_options(backend, case, device, fresh_dynamo):
     names, found = case.present(), []

@@ -448,7 +448,7 @@ def test_functional_gradients(device):
     torch.testing.assert_close(torch.func.grad(loss)(x), want["x"].grad)
 
 
-@pytest.mark.spread("backend", "ps", "formats", of=2)
+@pytest.mark.spread("backend", "ps", "formats", of=3)
 @pytest.mark.parametrize("formats", ((), ("nf4", None, "int8")), ids=("dense", "quantised"))
 @pytest.mark.parametrize("ps", ((0.0,) * 3, DROPS), ids=("plain", "dropout"))
 @pytest.mark.parametrize("backend", BACKENDS)

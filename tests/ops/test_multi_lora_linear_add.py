@@ -48,6 +48,7 @@ def added(linear, y, x, ids, weights, dtype):
     return y
 
 
+@pytest.mark.spread("backend", "dtype", "linears", "k", of=3)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("linears", [("q",), ("q", "k", "v")], ids="-".join)

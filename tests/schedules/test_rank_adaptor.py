@@ -36,7 +36,11 @@ def test_it_comes_near_the_best_within_the_budget():
     assert score(found) >= 0.98 * best and score(found) > score(dict.fromkeys("abc", 8))
     assert len(seen) == 16 == len({tuple(one.values()) for one in seen})
     assert all(cost(one) <= BUDGET and set(one.values()) <= set(CHOICES) for one in seen)
-    assert found == search_ranks(PROFILES, BUDGET, score, seed=0)
+
+
+def test_a_seed_gives_a_search():
+    found = [search_ranks(PROFILES, BUDGET, score, rounds=2, seed=0) for _ in range(2)]
+    assert found[0] == found[1]
 
 
 def test_a_grid_that_is_used_up_ends_the_search():
