@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .apply import lora_layers
+from .adapted import lora_layers
 
 
 def frozen_copy(model: nn.Module) -> Any:
