@@ -11,11 +11,13 @@ from peft import (
     LoHaConfig,
     LoKrConfig,
     MissConfig,
+    PeanutConfig,
     PsoftConfig,
     TinyLoraConfig,
     UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
+    WaveFTConfig,
 )
 
 from lora_kernels.integrations.tuners import (
@@ -27,11 +29,13 @@ from lora_kernels.integrations.tuners import (
     loha,
     lokr,
     miss,
+    peanut,
     psoft,
     tinylora,
     unilora,
     vblora,
     vera,
+    waveft,
 )
 
 
@@ -50,6 +54,8 @@ class Case(NamedTuple):
     torch_dropout: bool = False
     # Whether PEFT computes in float32 where the model is in float64.
     half_exact: bool = False
+    # Whether torch.compile traces PEFT's part of it.
+    compiles: bool = True
 
 
 ONLY_LINEAR = ("Linear",)
@@ -58,6 +64,8 @@ CASES = {
     "fourierft": Case(
         FourierFTConfig, fourierft.FusedFourierFT, {"n_frequency": 9, "scaling": 20.0}, half_exact=True
     ),
+    "peanut": Case(PeanutConfig, peanut.FusedPeanut, {"r": 3}, kinds=("Linear",)),
+    "waveft": Case(WaveFTConfig, waveft.FusedWaveFT, {"n_frequency": 9, "scaling": 3.0}, compiles=False),
     "hra": Case(HRAConfig, hra.FusedHra, {"r": 4}, kinds=("Linear",)),
     "hira": Case(HiraConfig, hira.FusedHira, {"r": 3}, "hira_dropout", torch_dropout=True),
     "loha": Case(LoHaConfig, loha.FusedLoHa, {"r": 3}, kinds=ONLY_LINEAR),

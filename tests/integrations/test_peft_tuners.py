@@ -219,7 +219,7 @@ def test_gradient_checkpointing(tuner, reentrant):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("tuner", CASES)
+@pytest.mark.parametrize("tuner", [name for name, case in CASES.items() if case.compiles])
 def test_compiled_whole(tuner):
     model = wrapped(CASES[tuner])
     accelerate(model)

@@ -1,7 +1,7 @@
 """PEFT's tuners beside LoRA whose layers compute with our ops: one file each; see :mod:`..peft`.
 
 To add one, write its file and give it a line in ``_FILES``. A tuner with no fused form that wins
-stays PEFT's, with the reason in ``LEFT``.
+stays PEFT's, with the reason in ``left.py``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from . import (
     loha,
     lokr,
     miss,
+    peanut,
     psoft,
     tinylora,
     unilora,
     vblora,
     vera,
+    waveft,
 )
 from .base import Takeover
+from .left import LEFT, why_class_left
 
 _FILES = (
     vera,
@@ -41,19 +44,18 @@ _FILES = (
     lokr,
     fourierft,
     hra,
+    peanut,
+    waveft,
 )
+
+__all__ = ["LEFT", "TAKEOVERS", "why_class_left", "why_left"]
 
 # PEFT's class of a layer -> what takes it over.
 TAKEOVERS: dict[type[nn.Module], Takeover] = {
     peft: takeover for file in _FILES for peft, takeover in file.TAKEOVERS.items()
 }
 
-# The last part of a tuner's module below `peft.tuners` -> why its layers stay PEFT's.
-LEFT: dict[str, str] = {}
-
 
 def why_left(layer: Any) -> str:
     """Why a layer that nothing here takes over stays PEFT's."""
-    kind = next(one for one in type(layer).__mro__ if one.__module__.startswith("peft."))
-    tuner = kind.__module__.split(".")[2]
-    return LEFT.get(tuner, f"{kind.__module__}.{kind.__name__} has no fused form")
+    return why_class_left(next(one for one in type(layer).__mro__ if one.__module__.startswith("peft.")))
