@@ -15,29 +15,22 @@ if TYPE_CHECKING:
     from .integrations.checkpoint import load_adapter, save_adapter
     from .integrations.peft import accelerate, decelerate
     from .nn import LoRALinear, QuantizedLinear, apply_lora, quantize_base
+    from .ops.adapter_stack import AdapterSlices, AdapterStack, slice_adapters, stack_adapters
     from .ops.batch_plan import BatchPlan, plan_batch
     from .ops.dequantize import dequantize
     from .ops.grouped_lora_linear import grouped_lora_linear
     from .ops.lora_linear_group import lora_linear_group
     from .ops.lora_mlp import LoRAProjection, lora_mlp
     from .ops.multi_lora_fusion import multi_lora_fusion
-    from .ops.multi_lora_linear import (
-        AdapterSlices,
-        AdapterStack,
-        add_multi_lora_,
-        multi_lora_linear,
-        multi_lora_linear_slices,
-        slice_adapters,
-        stack_adapters,
-    )
+    from .ops.multi_lora_linear import add_multi_lora_, multi_lora_linear, multi_lora_linear_slices
     from .ops.quantized_linear import quantized_linear
     from .quant import QuantizedWeight, quantize
     from .stats import calibrate
 
 # Imported on first use, so that `import lora_kernels` needs torch alone.
 _LAZY = {
-    "AdapterSlices": "ops.multi_lora_linear",
-    "AdapterStack": "ops.multi_lora_linear",
+    "AdapterSlices": "ops.adapter_stack",
+    "AdapterStack": "ops.adapter_stack",
     "BatchPlan": "ops.batch_plan",
     "LoRAConfig": "adapters",
     "LoRALinear": "nn",
@@ -62,8 +55,8 @@ _LAZY = {
     "quantize_base": "nn",
     "quantized_linear": "ops.quantized_linear",
     "save_adapter": "integrations.checkpoint",
-    "slice_adapters": "ops.multi_lora_linear",
-    "stack_adapters": "ops.multi_lora_linear",
+    "slice_adapters": "ops.adapter_stack",
+    "stack_adapters": "ops.adapter_stack",
 }
 
 __all__ = [

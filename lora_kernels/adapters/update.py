@@ -11,12 +11,13 @@ from torch import Tensor
 
 from .._arguments import LoraInputs
 from ..ops._dispatch import direct
+from ..ops.adapter_stack import AdapterStack
 from ..ops.branched_linear import Branch, branched_linear
 from ..ops.dora_linear import fused_dora, output_scale
 from ..ops.formed_linear import Former, formed_linear
 from ..ops.lora_linear import fused, scaling_as_gate
 from ..ops.multi_lora_fusion import multi_lora_fusion
-from ..ops.multi_lora_linear import AdapterStack, multi_lora_linear
+from ..ops.multi_lora_linear import multi_lora_linear
 from ..ops.quantized_linear import quantized_linear
 from ..quant.weight import QuantizedWeight
 

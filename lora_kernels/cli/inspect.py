@@ -50,12 +50,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _compile(args: argparse.Namespace) -> int:
     from ..kernels import aot, cuda_static
+    from ..kernels import specs as known
 
     targets = [f"sm_{name}" if name.isdigit() else name for name in args.target or aot.TARGETS]
     if unknown := set(targets) - set(aot.TARGETS):
         print(f"inspect: --target: expected one of {', '.join(aot.TARGETS)}, got {', '.join(unknown)}")
         return 2
-    specs = list(aot.specs(tuple(args.dtype or ("bf16",)), tuple(args.rank or aot.RANKS), args.once))
+    specs = list(known.specs(tuple(args.dtype or ("bf16",)), tuple(args.rank or known.RANKS), args.once))
     if unknown := set(args.kernel or ()) - (names := {spec.kernel for spec in specs}):
         print(f"inspect: --kernel: expected one of {', '.join(sorted(names))}, got {', '.join(unknown)}")
         return 2

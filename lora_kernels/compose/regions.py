@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.lowered import low_rank_of
-from ..ops.multi_lora_linear import multi_lora_linear, stack_adapters
+from ..ops.adapter_stack import stack_adapters
+from ..ops.multi_lora_linear import multi_lora_linear
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right; the last two are outside
 

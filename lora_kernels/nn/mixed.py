@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, LoRAConfig
+from ..ops.adapter_stack import AdapterStack, stack_adapters
 from ..ops.batch_plan import BatchPlan, plan_batch
 from ..ops.multi_lora_fusion import multi_lora_fusion
-from ..ops.multi_lora_linear import AdapterStack, multi_lora_linear, stack_adapters
+from ..ops.multi_lora_linear import multi_lora_linear
 from . import owned
 from .adapted import lora_layers
 from .apply import apply_lora

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._inputs import autocasts, cast, compute_dtype
+from .adapter_stack import AdapterStack
 from .invariant_linear import invariant_linear
-from .multi_lora_linear import AdapterStack, check, multi_lora_linear, spread_rows
+from .multi_lora_linear import check, multi_lora_linear, spread_rows
 
 
 def multi_lora_fusion(

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from ..nn.pairs import Pair
 from ..nn.rows import Samples, Trial, row_ids, trial
-from ..ops.multi_lora_linear import multi_lora_linear, stack_adapters
+from ..ops.adapter_stack import stack_adapters
+from ..ops.multi_lora_linear import multi_lora_linear
 from ._common import check_count, check_keys, check_number, pairs_of
 
 Losses = Callable[[Any], Tensor]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters import Adapter, Call, LowRank, Routed, Site, Start
 from ..ops._inputs import autocasts
-from ..ops.multi_lora_linear import AdapterStack
+from ..ops.adapter_stack import AdapterStack
 
 # Under this name a call keeps what each layer's router said.
 ROUTES = "routes"

@@ -17,7 +17,8 @@ from ..adapters import LoRAConfig
 from ..nn.install import keep_off_fast_path
 from ..nn.rows import Lead, Samples, Trial, row_ids, trial
 from ..nn.sites import find_sites
-from ..ops.multi_lora_linear import AdapterStack, BatchPlan, multi_lora_linear, plan_batch
+from ..ops.adapter_stack import AdapterStack
+from ..ops.multi_lora_linear import BatchPlan, multi_lora_linear, plan_batch
 from .pool import AdapterPool
 
 _STATE = "_multi_lora"

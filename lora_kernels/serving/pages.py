@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..ops.multi_lora_linear import AdapterStack
+from ..ops.adapter_stack import AdapterStack
 
 
 class PageTable:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..ops.multi_lora_linear import AdapterStack
+from ..ops.adapter_stack import AdapterStack
 from .pages import PageTable
 
 BASE = "__base__"
