@@ -27,8 +27,10 @@ from test_peft_tuners import (
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from lora_kernels.adapters.structured import fourierft as structured
 from lora_kernels.integrations.peft import accelerate, decelerate
 from lora_kernels.integrations.peft_linear import FusedLoraLinear
+from lora_kernels.integrations.tuners import fourierft
 from lora_kernels.reference.dropout import dropout_apply, dropout_mask
 
 EVERY = {
@@ -185,6 +187,20 @@ def trained(model, folder, steps, resume=False):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("tuner", EVERY)
+def test_training_after_a_first_call_in_inference_mode(tuner):
+    """What a call keeps for later ones serves those with gradients."""
+    torch.manual_seed(0)
+    model = accelerated(tuner)
+    for place in (fourierft._plan, fourierft._positions, structured.places):
+        place.cache_clear()
+    with torch.inference_mode():
+        want = model(torch.ones(ROWS, WIDTH))
+    y = model(torch.ones(ROWS, WIDTH))
+    y.sum().backward()
+    torch.testing.assert_close(y.detach(), want.clone())
+
+
 TRAINED = [name if name == "vera" else pytest.param(name, marks=pytest.mark.exhaustive) for name in EVERY]
 
 
@@ -226,3 +242,21 @@ def test_fully_sharded(tuner, alone):
     (y * weights).sum().backward()
     found = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
     torch.testing.assert_close({"y": y.detach(), "x": x.grad, **found}, want)
+
+
+@pytest.mark.parametrize("tuner", [name for name in EVERY if name in ("lora", "dora", "vera", "hira", "ia3")])
+def test_over_a_quantised_base_what_is_left_says_why(tuner):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"first": bnb.nn.Linear4bit(64, 8, compute_dtype=torch.float32, quant_type="nf4")})
+    base.to("cpu").is_loaded_in_4bit = True
+    case = EVERY[tuner]
+    config = case.config(target_modules=["first"], **case.options)
+    model = shaken(get_peft_model(base, config), config).eval()
+    layer = model.base_model.model["first"]
+    x = torch.randn(5, 64)
+    want = layer(x)
+    report = accelerate(model)
+    assert all(reason for _, reason in report.skipped)
+    assert len(report.skipped) + len(report.accelerated) == 1
+    torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)

@@ -82,6 +82,7 @@ def waves(c: Tensor, positions: Tensor, in_features: int, out_features: int, sca
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept serves training too
 def places(size: int, n: int, seed: int) -> Tensor:
     """row · in + column of each entry. Kept, since layers of one size have the same, of in · out numbers."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:n].clone()

@@ -39,11 +39,13 @@ class FusedFourierFT(FusedTuner, FourierFTLinear):
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept serves training too
 def _positions(in_features: int, out_features: int, n: int, seed: int, device: torch.device) -> Tensor:
     return places(in_features * out_features, n, seed).to(device)
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept serves training too
 def _plan(
     in_features: int, out_features: int, n: int, seed: int, device: torch.device
 ) -> tuple[SparseSpectrum, tuple[Tensor, ...]]:
