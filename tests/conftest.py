@@ -21,12 +21,17 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(items):
     """What `spread` leaves out is exhaustive: the rest has each value of every parameter that it names,
-    as a diagonal of their product, and not each with each."""
+    as a diagonal of their product, and not each with each. A value's place is the one at which it came
+    first: pytest's own indices may count the items, and a sum of those is no diagonal."""
+    seen = {}
     for item in items:
         spread = item.get_closest_marker("spread")
         if spread is None:
             continue
-        places = [item.callspec.indices[name] for name in spread.args]
+        test, places = item.nodeid.partition("[")[0], []
+        for name in spread.args:
+            found = seen.setdefault((test, name), {})
+            places.append(found.setdefault(id(item.callspec.params[name]), len(found)))
         if sum(places) % spread.kwargs["of"]:
             item.add_marker(pytest.mark.exhaustive)
 
