@@ -13,6 +13,7 @@ from peft import (
     MissConfig,
     PeanutConfig,
     PsoftConfig,
+    PveraConfig,
     TinyLoraConfig,
     UniLoraConfig,
     VBLoRAConfig,
@@ -31,6 +32,7 @@ from lora_kernels.integrations.tuners import (
     miss,
     peanut,
     psoft,
+    pvera,
     tinylora,
     unilora,
     vblora,
@@ -56,6 +58,8 @@ class Case(NamedTuple):
     half_exact: bool = False
     # Whether torch.compile traces PEFT's part of it.
     compiles: bool = True
+    # Whether it draws noise by ``torch.randn_like``.
+    draws: bool = False
 
 
 ONLY_LINEAR = ("Linear",)
@@ -89,4 +93,5 @@ CASES = {
     "gralora": Case(
         GraloraConfig, gralora.FusedGraLora, {"r": 4, "alpha": 8}, "gralora_dropout", torch_dropout=True
     ),
+    "pvera": Case(PveraConfig, pvera.FusedPvera, {"r": 5}, "pvera_dropout", draws=True),
 }
