@@ -11,9 +11,11 @@ from peft import (
     LoHaConfig,
     LoKrConfig,
     MissConfig,
+    OSFConfig,
     PeanutConfig,
     PsoftConfig,
     PveraConfig,
+    RandLoraConfig,
     TinyLoraConfig,
     UniLoraConfig,
     VBLoRAConfig,
@@ -30,9 +32,11 @@ from lora_kernels.integrations.tuners import (
     loha,
     lokr,
     miss,
+    osf,
     peanut,
     psoft,
     pvera,
+    randlora,
     tinylora,
     unilora,
     vblora,
@@ -60,6 +64,8 @@ class Case(NamedTuple):
     compiles: bool = True
     # Whether it draws noise by ``torch.randn_like``.
     draws: bool = False
+    # Whether PEFT can take it out of a weight again.
+    unmerges: bool = True
 
 
 ONLY_LINEAR = ("Linear",)
@@ -94,4 +100,8 @@ CASES = {
         GraloraConfig, gralora.FusedGraLora, {"r": 4, "alpha": 8}, "gralora_dropout", torch_dropout=True
     ),
     "pvera": Case(PveraConfig, pvera.FusedPvera, {"r": 5}, "pvera_dropout", draws=True),
+    "randlora": Case(
+        RandLoraConfig, randlora.FusedRandLora, {"r": 3, "randlora_alpha": 3}, "randlora_dropout"
+    ),
+    "osf": Case(OSFConfig, osf.FusedOsf, {"effective_rank": 3}, kinds=ONLY_LINEAR, unmerges=False),
 }

@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
-from peft import GraloraConfig, TinyLoraConfig, VBLoRAConfig, get_peft_model
+from peft import GraloraConfig, OSFConfig, TinyLoraConfig, VBLoRAConfig, get_peft_model
 from test_peft_tuners import Model
 from torch import nn
 
+from lora_kernels.adapters.update import Dense, LowRank
 from lora_kernels.integrations.peft import accelerate, decelerate
 from lora_kernels.integrations.tuners.tinylora import FusedTinyLoraEmbedding
+from lora_kernels.integrations.tuners.wide import product
 from lora_kernels.testing import assert_close
 
 
@@ -86,3 +88,19 @@ def test_gralora_with_a_lora_beside_the_blocks_is_left_to_peft():
     config = GraloraConfig(r=4, hybrid_r=2, target_modules=["first"])
     report = accelerate(get_peft_model(Model("Linear"), config))
     assert report.skipped[0][1] == "adapter 'default' has a hybrid_r, a LoRA beside the blocks"
+
+
+def test_osf_gradients_are_projected_by_pefts_hooks():
+    model = get_peft_model(Model("Linear"), OSFConfig(effective_rank=3, target_modules=["first"]))
+    x = torch.linspace(-1, 1, 48).view(4, 12)
+    theirs = results(model, x)
+    assert len(accelerate(model).accelerated) == 1
+    for found, wanted in zip(results(model, x), theirs, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(("rows", "kind"), [(2, LowRank), (64, Dense)])
+def test_what_is_as_wide_as_the_weight_is_added_to_it_where_rows_are_many(rows, kind):
+    lora_a, lora_b = (torch.randn(10, 10, requires_grad=True) for _ in range(2))
+    assert type(product(torch.randn(rows, 10), 0.0, (lora_b, lora_a))) is kind
+    assert type(product(torch.randn(rows, 10).bfloat16(), 0.0, (lora_b, lora_a))) is LowRank

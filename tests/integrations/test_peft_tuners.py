@@ -65,6 +65,9 @@ def wrapped(case, kind="Linear", dropout=0.0, targets=("first", "second"), **mor
 def shaken(model, config):
     """With no tensor at a start of zeros; it remembers its config for a second adapter."""
     model.made_of = config
+    for layer in model.modules():
+        if hasattr(layer, "_detach_hooks"):  # OSF's on its parameters, which a copy has not
+            layer._detach_hooks()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.2 * torch.randn_like(parameter)
@@ -157,7 +160,8 @@ def test_pefts_api_goes_on_working(tuner):
     with model.disable_adapter():
         assert not torch.allclose(without_grad(model), before)
     merged = copy.deepcopy(model)
-    for change in (merged.merge_adapter, merged.unmerge_adapter):
+    changes = (merged.merge_adapter, merged.unmerge_adapter)
+    for change in changes if CASES[tuner].unmerges else changes[:1]:
         change()
         torch.testing.assert_close(without_grad(merged), before, rtol=1e-4, atol=1e-4)
     again = pickle.loads(pickle.dumps(model.base_model.model))
