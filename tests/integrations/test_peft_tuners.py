@@ -18,18 +18,6 @@ from lora_kernels.testing import assert_close
 ROWS, WIDTH = 7, 12
 
 
-@pytest.fixture(autouse=True)
-def same_noise(request, monkeypatch):
-    """What a tuner draws is the same in every dtype and in every pass."""
-    params = getattr(request.node, "callspec", None)
-    if params and "tuner" in params.params and CASES[params.params["tuner"]].draws:
-        monkeypatch.setattr(torch, "randn_like", noise)
-
-
-def noise(like):
-    return torch.linspace(-9, 8, like.numel(), dtype=torch.float64).sin().view(like.shape).to(like.dtype)
-
-
 class Model(nn.Module):
     """Two linears in a row, of whichever kind."""
 
@@ -65,13 +53,18 @@ def wrapped(case, kind="Linear", dropout=0.0, targets=("first", "second"), **mor
 def shaken(model, config):
     """With no tensor at a start of zeros; it remembers its config for a second adapter."""
     model.made_of = config
-    for layer in model.modules():
-        if hasattr(layer, "_detach_hooks"):  # OSF's on its parameters, which a copy has not
-            layer._detach_hooks()
+    without_hooks(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.2 * torch.randn_like(parameter)
     return model
+
+
+def without_hooks(model):
+    """OSF's parameters have some, which those of a copy have not."""
+    for layer in model.modules():
+        if hasattr(layer, "_detach_hooks"):
+            layer._detach_hooks()
 
 
 def run(model, dtype):
@@ -91,6 +84,7 @@ def layers_of(model):
 
 def assert_same_as_peft(model, dtype, prepared=lambda model: model):
     """Ours against PEFT's own forward, both against PEFT's in fp64."""
+    without_hooks(model)
     peft = copy.deepcopy(model)
     decelerate(peft)
     eager, exact = run(prepared(peft), dtype), run(prepared(copy.deepcopy(peft).double()), torch.float64)
