@@ -50,9 +50,11 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
-# What is made of lora_kernels/methods.py, docs/methods.md and the README's table; and the README's picture.
+# What is made of lora_kernels/methods.py, docs/methods.md and the README's table; and the README's picture. docs/peft.md is
+# made of what accelerate knows.
 docs: install
 	$(BIN)/python -m lora_kernels.cli methods --write
+	$(BIN)/python -m lora_kernels.cli peft --write
 	$(BIN)/python -m benchmarks.picture
 
 # The pages of docs/ as a site, in build/site; a link that leads nowhere is an error.

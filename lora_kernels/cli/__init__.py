@@ -13,6 +13,7 @@ COMMANDS = {
     "inspect": "what the assembler made of every kernel, with no card needed",
     "tune": "measure the strategies on your card and shapes; the fastest runs from then on",
     "methods": "the methods of the literature that are here, with paper, file and state",
+    "peft": "PEFT's tuners, and which of their layers accelerate() takes over",
     "bench": "the benchmarks, from a checkout",
 }
 
