@@ -24,6 +24,7 @@ from .update import (
     Shifted,
     Update,
     apply_update,
+    apply_updates,
     merge_update,
     stack,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "Start",
     "Update",
     "apply_update",
+    "apply_updates",
     "class_of",
     "current_call",
     "make",

@@ -191,6 +191,60 @@ def _replaced(x: Tensor, weight: Any, bias: Tensor | None, update: Replaced) -> 
     return y.index_copy_(-1, update.at, rows.to(y.dtype))  # type: ignore[no-any-return]
 
 
+def apply_updates(
+    x: Tensor, weight: Any, bias: Tensor | None, updates: Sequence[Any], ps: Sequence[float]
+) -> Tensor:
+    """y of a linear with several updates, each with the probability of its dropout in this call.
+
+    What has a magnitude (DoRA) scales what those before it gave, as PEFT adds them up; its norms are those of
+    W with itself alone. Under its dropout it adds to that instead.
+    """
+    if len(updates) == 1 and (isinstance(weight, Tensor) or not _scales(updates[0])):
+        return apply_update(x, weight, bias, updates[0], ps[0])
+    if any(_scales(one) for one in updates):
+        y = _one_after_another(x, weight, updates, ps)
+        return y if bias is None else y + bias.to(y.dtype)
+    if not any(ps) and all(type(one) is LowRank and one.plain for one in updates):
+        return apply_update(x, weight, bias, stack(list(updates)))
+    inputs = [one.x - x for one in updates if type(one) is Input]
+    if inputs:
+        updates, ps = [Input(x + sum(inputs)), *updates], [0.0, *ps]
+    y = apply_update(x, weight, bias, updates[0], ps[0])
+    for one, p in zip(updates[1:], ps[1:], strict=True):
+        y = y if type(one) is Input else y + apply_update(x, None, None, one, p)
+    return y
+
+
+def _scales(update: Any) -> bool:
+    return type(update) is LowRank and update.magnitude is not None
+
+
+def _one_after_another(x: Tensor, weight: Any, updates: Sequence[Any], ps: Sequence[float]) -> Tensor:
+    """y without the bias."""
+    y = None
+    for one, p in zip(updates, ps, strict=True):
+        if not _scales(one):
+            y = _added(y, x, weight, one, p)
+            continue
+        direction = one.numbered()._replace(magnitude=None)
+        scale = output_scale(weight, direction.lora_a, direction.lora_b, one.magnitude, direction.scaling)
+        if not p:
+            y = _added(y, x, weight, direction, 0.0)
+            y = scale.to(y.dtype) * y
+            continue
+        y, d = _base(x, weight, None) if y is None else y, F.dropout(x, p)
+        change = (scale - 1).to(y.dtype) * _base(d, weight, None)
+        y = y + change + scale.to(y.dtype) * apply_update(d, None, None, direction)
+    assert y is not None
+    return y
+
+
+def _added(y: Tensor | None, x: Tensor, weight: Any, update: Update, p: float) -> Tensor:
+    """y and what one update adds, with the base product where there is no y yet."""
+    y_new = apply_update(x, weight if y is None else None, None, update, p)
+    return y_new if y is None else y + y_new
+
+
 def _routed(x: Tensor, weight: Any, bias: Tensor | None, update: Routed, p: float) -> Tensor:
     if isinstance(weight, QuantizedWeight):
         return _plus(_base(x, weight, bias), _routed(x, None, None, update, p))

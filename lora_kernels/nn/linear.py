@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._arguments import LoraInputs
-from ..adapters import Input, LoRAConfig, LowRank, Replaced, apply_update, current_call, stack
+from ..adapters import LoRAConfig, Replaced, apply_update, apply_updates, current_call
 from ..ops._inputs import autocasts
-from ..ops.dora_linear import output_scale
 from .adapter_layer import AdapterLayer
 from .groups import grouped
 
@@ -73,39 +72,10 @@ class LinearAdapterLayer(AdapterLayer):
         if len(updates) > 1 and any(type(one) is Replaced for one in updates):
             return self._base(x, self._adapted())
         ps = [adapter.lora_dropout if self.training else 0.0 for adapter in active]
-        if any(type(one) is LowRank and one.magnitude is not None for one in updates):
-            return self._forward_scaled(x, updates, ps)
-        if not any(ps) and all(type(one) is LowRank and one.plain for one in updates):
-            return apply_update(x, weight, self.bias, stack(updates))
-        inputs = [one.x - x for one in updates if type(one) is Input]
-        if inputs:
-            updates, ps = [Input(x + sum(inputs)), *updates], [0.0, *ps]
-        y = apply_update(x, weight, self.bias, updates[0], ps[0])
-        for one, p in zip(updates[1:], ps[1:], strict=True):
-            y = y if type(one) is Input else y + apply_update(x, None, None, one, p)
-        return y
+        return apply_updates(x, weight, self.bias, updates, ps)
 
     def _base(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, self._matrix(weight), self.bias if self.enabled else self.bare_bias)
-
-    def _forward_scaled(self, x: Tensor, updates: list[Any], ps: list[float]) -> Tensor:
-        """Several adapters with DoRA among them, as PEFT adds them up.
-
-        One after the other, each scales what those before it gave; its norms are those of W with itself
-        alone. Under its dropout it adds to that instead.
-        """
-        weight = self._matrix(self._own_weight)
-        y = F.linear(x, weight)
-        for one, p in zip(updates, ps, strict=True):
-            magnitude = one.magnitude if type(one) is LowRank else None
-            if magnitude is None:
-                y = y + apply_update(x, None, None, one, p)
-                continue
-            scale = output_scale(weight, one.lora_a, one.lora_b, magnitude, one.scaling).to(y.dtype)
-            d = F.dropout(x, p) if p else x
-            branch = apply_update(d, None, None, one._replace(magnitude=None))
-            y = y + (scale - 1) * (F.linear(d, weight) if p else y) + scale * branch
-        return y if self.bias is None else y + self.bias
 
 
 class LoRALinear(LinearAdapterLayer, nn.Linear):

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from .._arguments import DoraBackward, DoraInputs, LoraInputs
+from ..quant.weight import QuantizedWeight
 from ..reference.dora_linear import composite
 from ..reference.dropout import dropout_apply
 from ..reference.low_rank_norm import low_rank_norm as row_norm
 from . import _dispatch
 from ._inputs import autocasts, cast, check, compute_dtype
 from ._lora_function import output_like, rows_of, spread
+from .dequantize import dequantize
 from .low_rank_norm import low_rank_norm
 
 
@@ -86,8 +88,15 @@ def _check_magnitude(magnitude: Tensor, weight: Tensor) -> None:
         )
 
 
-def output_scale(weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, scaling: float) -> Tensor:
-    """c = m / ‖W + s B A‖ by row, in at least float32; differentiable in m alone."""
+def output_scale(
+    weight: Tensor | QuantizedWeight, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, scaling: float
+) -> Tensor:
+    """c = m / ‖W + s B A‖ by row, in at least float32; differentiable in m alone.
+
+    A quantised W is dense for as long as its norms take.
+    """
+    if isinstance(weight, QuantizedWeight):
+        weight = dequantize(weight, torch.promote_types(magnitude.dtype, torch.float32))
     if _dispatch.functorch_active():
         tensors = (weight.detach(), lora_a.detach(), lora_b.detach())
         return magnitude / row_norm(*tensors, scaling)

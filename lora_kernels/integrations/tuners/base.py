@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..._arguments import LoraInputs
-from ...adapters.update import LowRank, Update, apply_update, stack
+from ...adapters.update import LowRank, Update, apply_updates
 from ...nn.groups import grouped
 from ..peft_linear import PeftNamed, hooked, is_conv1d, parameter
 
@@ -66,12 +66,7 @@ def _computed(layer: Any, names: list[str], x: Tensor, read: dict[str, Any]) -> 
     weight, bias = base_of(layer)
     updates = [layer.update(name, x, **read) for name in names]
     ps = [dropout_now(layer, name) for name in names]
-    if len(names) > 1 and not any(ps) and all(type(one) is LowRank and one.plain for one in updates):
-        return apply_update(x, weight, bias, stack(updates))
-    y = apply_update(x, weight, bias, updates[0], ps[0])
-    for update, p in zip(updates[1:], ps[1:], strict=True):
-        y = y + apply_update(x, None, None, update, p)
-    return y
+    return apply_updates(x, weight, bias, updates, ps)
 
 
 class Takeover(NamedTuple):
