@@ -15,58 +15,49 @@ from torch import Tensor, nn
 from .._arguments import LoraInputs
 from ..nn.groups import grouped
 from ..ops._inputs import autocasts, compute_dtype
-from ..ops.lora_linear import fused
 from ..ops.quantized_linear import quantized_linear
 from ..quant.bnb import from_bitsandbytes, why_not_bitsandbytes
-from .peft_linear import PeftNamed, dropout_of, inputs_of, stacked, unsupported_now
+from .peft_linear import PeftNamed, combined, inputs_of, is_dora, names_now, plain_name_now, unsupported_now
 
 
 class _FusedQuantized(PeftNamed):
     """PEFT's LoRA over a quantised weight, which is read where it lies; all else, state included, is PEFT's.
 
     y = x Wᵀ + b + Σ_i s_i · (drop_i(x) A_iᵀ) B_iᵀ over the active adapters i, in the dtype that
-    bitsandbytes computes in, and then of x's. Calls that are not of this form (mixed batches, merged,
-    disabled, DoRA, a layer changed since) go to PEFT's own forward.
+    bitsandbytes computes in, and then of x's; DoRA, aLoRA, Arrow and mixed batches as over a dense weight.
+    Calls that are not of this form (merged, disabled, a layer changed since) go to PEFT's own forward.
     """
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y, or PEFT's forward where this call is none of ours."""
-        names = () if args or kwargs else self._names_now()
+        names = [] if args or self._why_not_base() else names_now(self, x, kwargs)
         if not names:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        y = grouped(self, x) if len(names) == 1 else None
-        return (self._compute(x, names) if y is None else y).to(x.dtype)
+        y = grouped(self, x) if len(names) == 1 and not kwargs else None
+        return (self._compute(x, names, kwargs) if y is None else y).to(x.dtype)
 
-    def _names_now(self: Any) -> list[str]:
-        """The adapters of a call that is ours, none where it is PEFT's."""
-        if self.disable_adapters or self.merged or unsupported_now(self):
-            return []
-        names = [name for name in self.active_adapters if name in self._modules["lora_A"]._modules]
-        ours = not any(name in self.lora_variant for name in names)
-        return names if ours and why_not_bitsandbytes(self._modules["base_layer"]) is None else []
+    def _why_not_base(self: Any) -> str | None:
+        return why_not_bitsandbytes(self._modules["base_layer"])
 
-    def _compute(self: Any, x: Tensor, names: list[str]) -> Tensor:
+    def _compute(self: Any, x: Tensor, names: list[str], told: dict[str, Any]) -> Tensor:
         base, dtype = self._modules["base_layer"], self._base_dtype(x)
         weight, bias = from_bitsandbytes(base), base.bias
-        if not _shares_dtype(x, dtype):
-            # The branch keeps the dtype of x, as PEFT's does, beside a base that is computed in another.
-            with torch.autocast(x.device.type, enabled=False):
-                bias = None if bias is None else bias.to(dtype)
-                y = quantized_linear(x.to(dtype), weight, bias).to(x.dtype)
-            return sum((fused(inputs_of(self, name, x)) for name in names), start=y)
-        x = x if autocasts(x) else x.to(dtype)
-        if len(names) > 1 and not any(dropout_of(self, name) for name in names):
-            return fused(stacked(self, names, x, weight, bias))
-        y = fused(inputs_of(self, names[0], x, weight, bias))
-        return sum((fused(inputs_of(self, name, x)) for name in names[1:]), start=y)
+        if _shares_dtype(x, dtype) or any(is_dora(self, name) for name in names):
+            x = x if autocasts(x) else x.to(dtype)
+            return combined(self, names, x, weight, bias, told)
+        # The branch keeps the dtype of x, as PEFT's does, beside a base that is computed in another.
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if bias is None else bias.to(dtype)
+            y = quantized_linear(x.to(dtype), weight, bias).to(x.dtype)
+        return y + combined(self, names, x, None, None, told)
 
     def group_member(self: Any, x: Tensor) -> LoraInputs | None:
         """What this layer computes for ``x``, where that is one plain fused linear."""
-        names, dtype = self._names_now(), self._base_dtype(x)
-        if len(names) != 1 or not (_shares_dtype(x, dtype) if autocasts(x) else x.dtype == dtype):
-            return None
+        dtype = self._base_dtype(x)
+        ours = _shares_dtype(x, dtype) if autocasts(x) else x.dtype == dtype
+        name = plain_name_now(self, x) if ours and self._why_not_base() is None else None
         base = self._modules["base_layer"]
-        return inputs_of(self, names[0], x, from_bitsandbytes(base), base.bias)
+        return None if name is None else inputs_of(self, name, x, from_bitsandbytes(base), base.bias)
 
 
 class FusedLoraLinear4bit(_FusedQuantized, Linear4bit):
@@ -111,7 +102,4 @@ def why_not(layer: Any) -> str | None:
         return f"its base layer is a {type(base).__name__} with a forward that is not bitsandbytes'"
     if "forward" in vars(layer):
         return "its forward was replaced"
-    for name in layer.active_adapters:
-        if name in layer.lora_variant:
-            return f"adapter {name!r} uses {type(layer.lora_variant[name]).__name__} over a quantised weight"
-    return why_not_bitsandbytes(base) or unsupported_now(layer)
+    return why_not_bitsandbytes(base) or unsupported_now(layer, layer.active_adapters)

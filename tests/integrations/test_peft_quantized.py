@@ -292,6 +292,14 @@ def test_two_adapters(llama, tokens, dropout):
     assert_same_as_peft(model, tokens)
 
 
+@pytest.mark.parametrize(("dtype", "compute"), [(F32, F32), (BF16, BF16)])
+def test_dora_is_pefts(llama, tokens, dtype, compute):
+    model = wrap(llama(dtype, compute), use_dora=True, target_modules=["q_proj", "down_proj"])
+    report = accelerate(model)
+    assert len(report.accelerated) == 4 and not report.skipped
+    assert_same_as_peft(model, tokens)
+
+
 @torch.no_grad()
 def test_a_mixed_batch_and_a_disabled_adapter_are_pefts(llama, tokens):
     model = wrap(llama()).eval()
@@ -373,7 +381,6 @@ def own_forward(layer):
     ("reason", "options", "change"),
     [
         ("quant_type is 'fp4'", {"quant_type": "fp4"}, None),
-        ("DoraLinearVariant over a quantised weight", {"config": {"use_dora": True}}, None),
         ("forward of its base layer was replaced", {}, replace_forward),
         ("packed for bitsandbytes' own CPU kernels", {}, pack),
         ("a OwnForward with a forward that is not bitsandbytes'", {}, own_forward),

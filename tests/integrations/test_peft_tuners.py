@@ -85,9 +85,10 @@ def layers_of(model):
 def assert_same_as_peft(model, dtype, prepared=lambda model: model):
     """Ours against PEFT's own forward, both against PEFT's in fp64."""
     without_hooks(model)
-    peft = copy.deepcopy(model)
-    decelerate(peft)
-    eager, exact = run(prepared(peft), dtype), run(prepared(copy.deepcopy(peft).double()), torch.float64)
+    peft, exact_peft = copy.deepcopy(model), copy.deepcopy(model).double()
+    for one in (peft, exact_peft):
+        decelerate(one)
+    eager, exact = run(prepared(peft), dtype), run(prepared(exact_peft), torch.float64)
     ours = run(model, dtype)
     assert ours.keys() == eager.keys()
     for name in ours:
