@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from .._arguments import LoraInputs
 from ..adapters.update import LowRank, Routed, Update, apply_update, apply_updates
 from ..nn.groups import grouped
+from ..ops.adapter_stack import stack_adapters
 from ..ops.dora_linear import fused_dora, scaled_dora
 from ..ops.lora_linear import fused
 from ..ops.low_rank_norm import low_rank_norm
-from ..ops.multi_lora_linear import stack_adapters
 from ..quant import QuantizedWeight
 from .peft_variants import LOWERINGS, PLAIN, UNBIASED, VariantCall, activated
 
