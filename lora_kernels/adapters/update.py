@@ -226,8 +226,8 @@ def _one_after_another(x: Tensor, weight: Any, updates: Sequence[Any], ps: Seque
         if not _scales(one):
             y = _added(y, x, weight, one, p)
             continue
-        direction = one.numbered()._replace(magnitude=None)
-        scale = output_scale(weight, direction.lora_a, direction.lora_b, one.magnitude, direction.scaling)
+        direction = one._replace(magnitude=None)
+        scale = output_scale(weight, one.lora_a, one.lora_b, one.magnitude, one.scaling)
         if not p:
             y = _added(y, x, weight, direction, 0.0)
             y = scale.to(y.dtype) * y

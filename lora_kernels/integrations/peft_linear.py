@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import dora
@@ -114,7 +114,7 @@ def _update(layer: Any, name: str, call: VariantCall) -> Update:
     """What the adapter comes to in this call."""
     plain = _plain_update(layer, name)
     if is_dora(layer, name):
-        return plain._replace(magnitude=magnitude_of(layer.lora_magnitude_vector[name]))
+        return _ungated(plain)._replace(magnitude=magnitude_of(layer.lora_magnitude_vector[name]))
     variant = layer.lora_variant.get(name)
     return plain if variant is None else LOWERINGS[type(variant)](layer, name, plain, call)
 
@@ -125,6 +125,11 @@ def _plain_update(layer: Any, name: str) -> LowRank:
     return LowRank(lora_a, lora_b, *scale_and_gate(layer.scaling[name], lora_a))
 
 
+def _ungated(plain: LowRank) -> LowRank:
+    """The same with g taken into B."""
+    return plain if plain.gate is None else plain._replace(lora_b=plain.lora_b * plain.gate, gate=None)
+
+
 def _mixed(layer: Any, names: list[str], x: Tensor, told: dict[str, Any]) -> Routed:
     """Of a batch whose samples have adapters of their own: no other one, and those of aLoRA on few tokens."""
     found: list[Any] = [_plain_update(layer, name) for name in names]
@@ -132,8 +137,9 @@ def _mixed(layer: Any, names: list[str], x: Tensor, told: dict[str, Any]) -> Rou
         variant = layer.lora_variant.get(name)
         if type(variant) in PLAIN:
             found[i] = LOWERINGS[type(variant)](layer, name, found[i], VariantCall(x, 0.0, None))
-    lora_bs = [one.lora_b if one.gate is None else one.lora_b * one.gate for one in found]
-    experts = stack_adapters([one.lora_a for one in found], lora_bs, [one.scaling for one in found])
+    found = [_ungated(one) for one in found]
+    lora_as, lora_bs = ([one[i] for one in found] for i in (0, 1))
+    experts = stack_adapters(lora_as, lora_bs, [one.scaling for one in found])
     number = {name: i for i, name in enumerate(names)}
     ids = torch.tensor([number.get(name, -1) for name in told["adapter_names"]], device=x.device)
     activates = [type(layer.lora_variant.get(name)) is ALoraLinearVariant for name in told["adapter_names"]]
@@ -224,9 +230,7 @@ def _biased(layer: Any, names: Iterable[str], bias: Tensor | None) -> Tensor | N
 
 
 def _dora(layer: PeftLinear, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    lora_a, lora_b = _factors(layer, name)
-    scaling, gate = scale_and_gate(layer.scaling[name], lora_a)
-    lora_b = lora_b if gate is None else lora_b * gate
+    lora_a, lora_b, scaling, *_ = cast(Any, _ungated(_plain_update(layer, name)))
     module, p = layer.lora_magnitude_vector[name], dropout_of(layer, name)
     if dora.ENABLE_DORA_CACHING and not module.training:
         scale = module.weight / _cached_norm(module, name, weight, lora_a, lora_b, scaling)

@@ -13,7 +13,7 @@ from test_peft_tuners import FixedDropout, Model, assert_same_as_peft, shaken
 from torch import nn
 
 from lora_kernels.integrations.peft import accelerate, decelerate
-from lora_kernels.reference.dropout import dropout_mask
+from lora_kernels.reference.dropout import dropout_apply, dropout_mask
 
 ROWS, WIDTH = 7, 12
 
@@ -133,22 +133,11 @@ def test_dropout_is_pefts_but_for_the_bits(variant, monkeypatch):
         layers = peft.model.base_model.model
         for layer, seed, width in ((layers.first, seeds[0], WIDTH), (layers.second, seeds[1], 8)):
             mask = dropout_mask(seed, rows, width, p)
-            layer.lora_dropout["default"] = Rows(FixedDropout(mask, p))
+            layer.lora_dropout["default"] = FixedDropout(dropout_apply(torch.ones(rows, width), mask, p))
         return peft
 
     torch.manual_seed(2)
     assert_same_as_peft(model, torch.float32, fixed)
-
-
-class Rows(nn.Module):
-    """Dropout of rows, for x of any leading dimensions."""
-
-    def __init__(self, dropout):
-        super().__init__()
-        self.dropout = dropout
-
-    def forward(self, x):
-        return self.dropout(x.flatten(0, -2)).view_as(x)
 
 
 PAIRS = [("dora", "dora"), ("kasa", "kasa"), ("mica", "dora"), ("velora", "mica"), ("alora", "lora_bias")]
