@@ -96,13 +96,18 @@ def moves(provider: Provider, case: Case) -> float | None:
     make = type(scene).llama
     watched = type("Watched", (_Scene,), {"llama": lambda self: built.append(make(self)) or built[-1]})
     runner = provider.build(watched(scene.width, scene.rank, scene.tokens, case))
-    before = [p.detach().clone() for p in built[0].parameters()]
+    before = [p.detach().clone() for p in _weights(built[0])]
     for _ in range(2):
         runner.call(None)
-    after = list(built[0].parameters())
+    after = _weights(built[0])
     if len(after) != len(before) or any(p.shape != q.shape for p, q in zip(after, before, strict=True)):
         return None
     return max((p.detach() - q).abs().max().item() for p, q in zip(after, before, strict=True))
+
+
+def _weights(model: Any) -> list[Any]:
+    """The parameters, but for frozen factors: GaLore's are vectors, and which sign one has is the library's."""
+    return [p for name, p in model.named_parameters() if p.requires_grad or "lora" not in name]
 
 
 def plans(device: str, quick: bool) -> list[Plan]:
