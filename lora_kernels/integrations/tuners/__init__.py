@@ -31,7 +31,7 @@ from . import (
     waveft,
 )
 from .base import Takeover
-from .left import LEFT, why_class_left
+from .left import why_class_left
 
 _FILES = (
     vera,
@@ -53,8 +53,6 @@ _FILES = (
     peanut,
     waveft,
 )
-
-__all__ = ["LEFT", "TAKEOVERS", "why_class_left", "why_left"]
 
 # PEFT's class of a layer -> what takes it over.
 TAKEOVERS: dict[type[nn.Module], Takeover] = {
