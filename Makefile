@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(filter csrc/%,$(NATIVE))
 # What clang-tidy reads: the sources with no torch header, which take seconds.
 TIDY := $(wildcard csrc/cpu/*_pass.cpp) $(wildcard tests/csrc/*.cpp)
 
-.PHONY: demo test test-all lint format docs docs-site bench inspect plans install wheel sanitize clean
+.PHONY: demo test test-all lint format docs docs-site bench inspect plans install wheel walkthrough sanitize clean
 
 install: $(VENV)/.installed
 
@@ -78,6 +78,10 @@ wheel: install
 	$(BIN)/python -c "import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])" \
 		> "$$(echo build/wheel/venv/lib/python*/site-packages)/torch.pth"
 	cd build/wheel && venv/bin/python ../../tests/wheel_check.py
+
+# docs/walkthrough.md word for word: that wheel in an empty environment, TRL, a served adapter.
+walkthrough: wheel
+	$(BIN)/python -m pytest -n 0 -m "" tests/test_walkthrough.py
 
 # The C++ code under AddressSanitizer and UBSan: the op tests on its backend, and the decode kernels' loops;
 # those also under ThreadSanitizer, which sees a barrier that is missing. Python has no libstdc++ of its own,

@@ -106,7 +106,7 @@ def moves(provider: Provider, case: Case) -> float | None:
 
 
 def _weights(model: Any) -> list[Any]:
-    """The parameters, but for frozen factors: GaLore's are vectors, and which sign one has is the library's."""
+    """The parameters, but for frozen factors: GaLore's are vectors, whose signs are the library's."""
     return [p for name, p in model.named_parameters() if p.requires_grad or "lora" not in name]
 
 
