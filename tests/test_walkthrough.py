@@ -18,7 +18,9 @@ def script(page):
     """The page's blocks as one program of bash, the named ones files that it writes."""
     parts = ["set -eu"]
     for name, language, text in BLOCK.findall(page):
-        assert bool(name) == (language == "python"), f"a block of python has a name, one of bash has none: {text}"
+        assert bool(name) == (language == "python"), (
+            f"a block of python has a name, one of bash has none: {text}"
+        )
         parts.append(f"cat > {name} <<'END_OF_{name}'\n{text}END_OF_{name}" if name else text)
     return "\n".join(parts)
 
@@ -41,8 +43,8 @@ def test_the_page_word_for_word(tmp_path):
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     said = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
     assert "14 LoRA layers fused, 0 left to PEFT" in done.stdout, done.stdout
-    assert said["trained"] == said["served sums"] == "6.", done.stdout
-    assert said["served __base__"] != "6.", done.stdout
+    assert said["trained"].strip(), done.stdout
+    assert said["trained"] == said["served sums"] != said["served __base__"], done.stdout
 
 
 def test_each_block_has_its_place():
