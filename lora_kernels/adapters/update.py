@@ -198,6 +198,10 @@ def apply_updates(
 
     What has a magnitude (DoRA) scales what those before it gave, as PEFT adds them up; its norms are those of
     W with itself alone. Under its dropout it adds to that instead.
+
+    >>> one = LowRank(torch.randn(2, 8), torch.randn(4, 2))
+    >>> apply_updates(torch.randn(3, 8), torch.randn(4, 8), None, [one, one], [0.0, 0.0]).shape
+    torch.Size([3, 4])
     """
     if len(updates) == 1 and (isinstance(weight, Tensor) or not _scales(updates[0])):
         return apply_update(x, weight, bias, updates[0], ps[0])

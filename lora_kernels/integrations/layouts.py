@@ -24,6 +24,8 @@ from .checkpoint_keys import PREFIX, mapped_name, mapping_rules
 LAYOUTS = ("auto", "peft", "kohya", "diffusers")
 _DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"  # where diffusers has PEFT's config in the file
+# What PEFT's own layout has places for, and diffusers' has not.
+_NOT_HERE = ("lora_bias", "alora_invocation_tokens", "target_parameters", "trainable_token_indices")
 _PARTS = {
     "kohya": re.compile(r"(lora_(?:unet|te\d?|transformer|prior)|lycoris)_"),
     "diffusers": re.compile(r"((?:unet|text_encoder|transformer|prior)(?:_\d)?)\."),
@@ -243,7 +245,13 @@ def _said(metadata: Mapping[str, str], part: str | None, file: Path) -> LoRAConf
     parts = sorted({key.partition(".")[0] for key in values})
     wanted = part if part in parts else parts[0]
     own = {key.partition(".")[2]: v for key, v in values.items() if key.startswith(f"{wanted}.")}
-    return config_of({"peft_type": "LORA", **own}, file)
+    config = config_of({"peft_type": "LORA", **own}, file)
+    if config.method not in ("lora", "dora"):
+        raise ValueError(f"{file}: {_METADATA}: expected the options of LoRA, got those of {config.method}")
+    for name in _NOT_HERE:
+        if getattr(config, name):
+            raise ValueError(f"{file}: {name}: expected it unset, got {getattr(config, name)!r}")
+    return config
 
 
 def _alpha(alpha: float | None, r: int, said: LoRAConfig | None, name: str) -> float:

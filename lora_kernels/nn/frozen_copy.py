@@ -26,6 +26,11 @@ def frozen_copy(model: nn.Module) -> Any:
 
     Raises:
         TypeError: ``model`` is not a module.
+
+    >>> policy = apply_lora(nn.Sequential(nn.Linear(8, 4)), LoRAConfig(target_modules=["0"]))
+    >>> reference = frozen_copy(policy)
+    >>> reference[0].weight is policy[0].weight
+    True
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")

@@ -237,8 +237,13 @@ def test_diffusers_config_in_the_file(tmp_path):
     model = load_adapter(unet(), written(tensors, tmp_path, said))
     torch.testing.assert_close(change(model, "attn1.to_q"), 6 / 2**0.5 * (up @ down))
     torch.testing.assert_close(change(model, "attn1.to_out.0"), 3 * (out_up @ out_down))
-    said = {"lora_adapter_metadata": json.dumps({**config, "unet.lora_bias": True})}
-    refused(written(tensors, tmp_path, said), "lora_bias: expected it unset")
+    for option, value, why in (
+        ("lora_bias", True, "lora_bias: expected it unset"),
+        ("alora_invocation_tokens", [1], "alora_invocation_tokens: expected it unset"),
+        ("use_qalora", True, "lora_adapter_metadata: expected the options of LoRA, got those of qalora"),
+    ):
+        said = {"lora_adapter_metadata": json.dumps({**config, f"unet.{option}": value})}
+        refused(written(tensors, tmp_path, said), why)
 
 
 def test_a_part_of_several_and_other_names(tmp_path):
