@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-NATIVE := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+NATIVE := $(shell find csrc tests/csrc -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py pyproject.toml constraints.txt $(filter csrc/%,$(NATIVE))
 # What clang-tidy reads: the sources with no torch header, which take seconds.
 TIDY := $(wildcard csrc/cpu/*_pass.cpp) $(wildcard tests/csrc/*.cpp)
 
-.PHONY: demo test test-all lint format docs docs-site bench inspect plans install wheel walkthrough sanitize clean
+.PHONY: demo test test-all test-avx2 lint format docs docs-site bench inspect plans install wheel walkthrough sanitize clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +37,15 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
+
+# The suite as on a processor without AVX-512, on an Intel one with it: no library sees it.
+HIDING := build/without_avx512.so
+$(HIDING): tests/csrc/without_avx512.c
+	mkdir -p build
+	$(CC) -O1 -Wall -Wextra -Werror -shared -fPIC $< -o $@ -ldl
+
+test-avx2: install $(HIDING)
+	LD_PRELOAD="$(CURDIR)/$(HIDING)" $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .
