@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from peft import (
+    AdaLoraConfig,
     DeloraConfig,
     FourierFTConfig,
     GraloraConfig,
@@ -24,6 +25,7 @@ from peft import (
 )
 
 from lora_kernels.integrations.tuners import (
+    adalora,
     delora,
     fourierft,
     gralora,
@@ -71,6 +73,9 @@ class Case(NamedTuple):
 ONLY_LINEAR = ("Linear",)
 
 CASES = {
+    "adalora": Case(
+        AdaLoraConfig, adalora.FusedAdaLora, {"init_r": 4, "target_r": 3, "total_step": 100}, "lora_dropout"
+    ),
     "fourierft": Case(
         FourierFTConfig, fourierft.FusedFourierFT, {"n_frequency": 9, "scaling": 20.0}, half_exact=True
     ),

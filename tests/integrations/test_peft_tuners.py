@@ -135,11 +135,18 @@ def without_grad(model):
         return model(torch.linspace(-2, 2, ROWS * WIDTH).sin().view(ROWS, WIDTH))
 
 
+def with_another(model):
+    """A second adapter, accelerated too; PEFT's AdaLoRA wants all but one of them not to be trained."""
+    config = copy.deepcopy(model.made_of)
+    config.inference_mode = config.peft_type == "ADALORA"
+    model.add_adapter("other", config)
+    accelerate(shaken(model, model.made_of))
+
+
 @pytest.mark.parametrize("tuner", CASES)
 def test_several_adapters_are_pefts(tuner):
     model = wrapped(CASES[tuner])
-    model.add_adapter("other", copy.deepcopy(model.made_of))
-    accelerate(shaken(model, model.made_of))
+    with_another(model)
     model.base_model.set_adapter(["default", "other"])
     assert_same_as_peft(model, torch.float32)
     model.base_model.set_adapter("other")

@@ -21,6 +21,7 @@ from test_peft_tuners import (
     layers_of,
     run,
     shaken,
+    with_another,
     without_grad,
     wrapped,
 )
@@ -139,8 +140,7 @@ def outcome(call):
 def test_mixed_batches_are_pefts(tuner):
     """Or refused, or one adapter's for all samples, where PEFT's are."""
     model = accelerated(tuner).eval()
-    model.add_adapter("other", copy.deepcopy(model.made_of))
-    accelerate(shaken(model, model.made_of))
+    with_another(model)
     names = ["default", "other", "__base__", "other", "default", "default", "__base__"]
     x = torch.randn(ROWS, WIDTH)
 
@@ -158,8 +158,7 @@ def test_mixed_batches_are_pefts(tuner):
 @pytest.mark.parametrize("tuner", [name for name in EVERY if name in ("lora", "ia3")])
 def test_sums_of_adapters_are_pefts(tuner):
     model = accelerated(tuner).eval()
-    model.add_adapter("other", copy.deepcopy(model.made_of))
-    accelerate(shaken(model, model.made_of))
+    with_another(model)
     peft = of_peft(model)
     for one in (model, peft):
         one.base_model.add_weighted_adapter(["default", "other"], [0.7, 0.4], "sum")

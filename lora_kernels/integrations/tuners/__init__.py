@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from . import (
+    adalora,
     delora,
     fourierft,
     gralora,
@@ -34,6 +35,7 @@ from .base import Takeover
 from .left import why_class_left
 
 _FILES = (
+    adalora,
     vera,
     vblora,
     delora,
