@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..methods import KINDS, REGISTER, listing, table
+from ._made import between
 
 BEGIN, END = "<!-- methods: made by `lora-kernels methods --write` -->\n", "<!-- end of methods -->\n"
 
@@ -18,9 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def with_table(readme: str) -> str:
     """The README with its table of methods made anew."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}{table()}{END}{after}"
+    return between(readme, BEGIN, table(), END)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -16,6 +16,9 @@ from torch import nn
 from .peft import FUSED
 from .tuners.left import LEFT, QUANTIZED
 
+# Around the table in the README.
+BEGIN = "<!-- peft: made by `lora-kernels peft --write` -->\n"
+END = "<!-- end of peft -->"
 _HEAD = """# PEFT's tuners
 
 Made by `lora-kernels peft --write` of what `accelerate` knows, for PEFT {version}.
@@ -62,6 +65,15 @@ def page() -> str:
     """docs/peft.md."""
     rows = [f"| `{tuner}` | {' | '.join(_cells(tuner))} |\n" for tuner in tuners()]
     return _HEAD.format(version=peft.__version__) + "".join(rows)
+
+
+def table() -> str:
+    """The README's: the tuners with a fused layer, and those with none."""
+    fused = [tuner for tuner in tuners() if any(kind in FUSED for kind in layers_of(tuner))]
+    left = [tuner for tuner in tuners() if tuner not in fused and layers_of(tuner)]
+    rows = (("fused by `accelerate`", fused), ("left to PEFT", left))
+    body = "".join(f"| {what} | {' '.join(f'`{one}`' for one in names)} |\n" for what, names in rows)
+    return f"| PEFT's tuners | [layers and reasons](docs/peft.md) |\n|---|---|\n{body}"
 
 
 def _cells(tuner: str) -> tuple[str, str]:

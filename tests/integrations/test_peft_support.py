@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lora_kernels.integrations.peft import FUSED, accelerate, decelerate
-from lora_kernels.integrations.support import layers_of, page, tuners
+from lora_kernels.integrations.support import BEGIN, END, layers_of, page, table, tuners
 from lora_kernels.integrations.tuners.left import LEFT, QUANTIZED, why_class_left
 
 ROOT = Path(__file__).parents[2]
@@ -118,3 +118,4 @@ def test_the_page_is_what_accelerate_knows():
     if f"PEFT {peft.__version__}." not in text:
         pytest.skip("made for another version of PEFT")
     assert text == page(), "run lora-kernels peft --write"
+    assert f"{BEGIN}{table()}{END}" in (ROOT / "README.md").read_text(encoding="utf-8")
