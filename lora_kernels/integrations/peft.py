@@ -21,7 +21,9 @@ from .peft_layers import FUSED as OTHERS
 from .peft_layers import why_not as why_not_other
 from .peft_linear import FusedLoraLinear
 from .peft_linear import why_not as why_not_dense
-from .tuners import TAKEOVERS, why_left
+from .tuners import TAKEOVERS as OF_TUNERS
+from .tuners import why_left
+from .tuners.base import Takeover
 
 
 @dataclass
@@ -55,41 +57,21 @@ class Report:
         return "\n".join(lines)
 
 
-# The class that takes over each of PEFT's, and those of bitsandbytes' layers where PEFT has made any.
-FUSED: dict[type[nn.Module], type[nn.Module]] = {
-    PeftLinear: FusedLoraLinear,
-    ParamWrapper: FusedParamWrapper,
-    **OTHERS,
-    **{peft: takeover.fused for peft, takeover in TAKEOVERS.items()},
+# PEFT's class of a layer -> what takes it over; and those of bitsandbytes' layers where PEFT has made any.
+TAKEOVERS: dict[type[nn.Module], Takeover] = {
+    PeftLinear: Takeover(FusedLoraLinear, why_not_dense),
+    ParamWrapper: Takeover(FusedParamWrapper, why_not_parameter),
+    **{peft: Takeover(fused, why_not_other) for peft, fused in OTHERS.items()},
+    **OF_TUNERS,
 }
 
 
-def _fused_types() -> dict[type[nn.Module], type[nn.Module]]:
+def _takeovers() -> dict[type[nn.Module], Takeover]:
     if "peft.tuners.lora.bnb" not in sys.modules:
-        return FUSED
-    from . import peft_quantized  # not at the top: it imports bitsandbytes
+        return TAKEOVERS
+    from . import peft_quantized as quantized  # not at the top: it imports bitsandbytes
 
-    return {**FUSED, **peft_quantized.FUSED}
-
-
-def _why_not(layer: nn.Module) -> str | None:
-    """Why ``layer`` stays PEFT's, or ``None``."""
-    types = _fused_types()
-    if type(layer) in types.values():
-        return None
-    if type(layer) in OTHERS:
-        return why_not_other(layer)
-    if type(layer) is ParamWrapper:
-        return why_not_parameter(layer)
-    if type(layer) is PeftLinear:
-        return why_not_dense(layer)
-    if type(layer) in TAKEOVERS:
-        return TAKEOVERS[type(layer)].why_not(layer)
-    if type(layer) in types:
-        from . import peft_quantized
-
-        return peft_quantized.why_not(layer)
-    return why_left(layer)
+    return TAKEOVERS | {peft: Takeover(one, quantized.why_not) for peft, one in quantized.FUSED.items()}
 
 
 def accelerate(model: nn.Module) -> Report:
@@ -97,7 +79,7 @@ def accelerate(model: nn.Module) -> Report:
 
     Of LoRA those are ``Linear`` (also on a Transformers ``Conv1D``), ``Embedding`` and the convolutions, with
     DoRA too, and ``Linear`` over bitsandbytes' ``Linear4bit`` (NF4: QLoRA) and ``Linear8bitLt``, whose packed
-    weight is read where it lies. Of the other tuners they are those of ``integrations.tuners.TAKEOVERS``.
+    weight is read where it lies. Of the other tuners they are those of ``integrations/tuners/``.
 
     Expert parameters (``target_parameters``) of Transformers' mixtures (Mixtral, Qwen3-MoE, gpt-oss, DeepSeek
     and others of their interface) keep their W: the branch runs on the rows of each expert, where PEFT makes
@@ -127,14 +109,17 @@ def accelerate(model: nn.Module) -> Report:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> report = accelerate(model)
     """
-    report, types = Report(), _fused_types()
+    report, takeovers = Report(), _takeovers()
+    ours = {one.fused for one in takeovers.values()}
     for name, layer in _tuner_layers(model):
-        reason = _why_not(layer)
-        if reason is None:
-            layer.__class__ = types.get(type(layer), type(layer))
-            report.accelerated.append(name)
-        else:
-            report.skipped.append((name, reason))
+        takeover = takeovers.get(type(layer))
+        if type(layer) not in ours:
+            reason = why_left(layer) if takeover is None else takeover.why_not(layer)
+            if reason is not None:
+                report.skipped.append((name, reason))
+                continue
+            layer.__class__ = takeover.fused
+        report.accelerated.append(name)
     report.read = _read_layers(model)
     report.groups = group_layers(model)
     report.alone = why_alone(model, report.groups)
@@ -169,7 +154,7 @@ def decelerate(model: nn.Module) -> int:
         >>> decelerate(model)
         1
     """
-    plain = {fused_type: peft_type for peft_type, fused_type in _fused_types().items()}
+    plain = {takeover.fused: peft for peft, takeover in _takeovers().items()}
     layers = [layer for _, layer in _tuner_layers(model) if type(layer) in plain]
     ungroup_layers(model)
     unfuse_mlps(model)

@@ -315,16 +315,20 @@ def hooked(module: nn.Module) -> bool:
 
 def why_not(layer: PeftLinear) -> str | None:
     """Why a PEFT ``Linear`` stays PEFT's, or ``None``."""
-    base: Any = layer.base_layer
+    return why_not_base(layer) or unsupported_now(layer, layer.active_adapters)
+
+
+def why_not_base(layer: Any) -> str | None:
+    """Why no op of ours computes with a linear's base layer, or ``None``."""
+    base = layer.base_layer
     if type(base) is not nn.Linear and not is_conv1d(base):
         return f"its base layer is a {type(base).__name__}, not nn.Linear or Transformers' Conv1D"
     if not base.weight.is_floating_point():
         return f"its base weight is {base.weight.dtype}"
-    if layer.fan_in_fan_out != is_conv1d(base):
-        return f"fan_in_fan_out is {layer.fan_in_fan_out} for a {type(base).__name__}"
-    if "forward" in vars(layer):
-        return "its forward was replaced"
-    return unsupported_now(layer, layer.active_adapters)
+    fan_in_fan_out = getattr(layer, "fan_in_fan_out", is_conv1d(base))  # not all tuners have it
+    if fan_in_fan_out != is_conv1d(base):
+        return f"fan_in_fan_out is {fan_in_fan_out} for a {type(base).__name__}"
+    return "its forward was replaced" if "forward" in vars(layer) else None
 
 
 def is_conv1d(base: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .peft import FUSED
+from .peft import TAKEOVERS
 from .tuners.left import LEFT, QUANTIZED
 
 # Around the table in the README.
@@ -42,7 +42,7 @@ def tuners() -> list[str]:
 def layers_of(tuner: str) -> list[type[nn.Module]]:
     """PEFT's classes of layers of one tuner, but for those over bases of libraries that quantise."""
     found = [kind for module in _modules(tuner) for kind in vars(module).values() if _is_layer(kind, module)]
-    return sorted(found, key=lambda kind: (kind not in FUSED, kind.__name__))
+    return sorted(found, key=lambda kind: (kind not in TAKEOVERS, kind.__name__))
 
 
 def _modules(tuner: str) -> Iterator[Any]:
@@ -69,7 +69,7 @@ def page() -> str:
 
 def table() -> str:
     """The README's: the tuners with a fused layer, and those with none."""
-    fused = [tuner for tuner in tuners() if any(kind in FUSED for kind in layers_of(tuner))]
+    fused = [tuner for tuner in tuners() if any(kind in TAKEOVERS for kind in layers_of(tuner))]
     left = [tuner for tuner in tuners() if tuner not in fused and layers_of(tuner)]
     rows = (("fused by `accelerate`", fused), ("left to PEFT", left))
     body = "".join(f"| {what} | {' '.join(f'`{one}`' for one in names)} |\n" for what, names in rows)
@@ -81,7 +81,7 @@ def _cells(tuner: str) -> tuple[str, str]:
     if not kinds:
         return "-", _LAYERLESS.get(tuner, _NO_LAYERS)
     fused, left = (
-        [f"`{kind.__name__}`" for kind in kinds if (kind in FUSED) is taken] for taken in (True, False)
+        [f"`{kind.__name__}`" for kind in kinds if (kind in TAKEOVERS) is taken] for taken in (True, False)
     )
     why = f"{', '.join(left)}: {LEFT.get(tuner, 'no fused form')}" if left else ""
     return ", ".join(fused) or "-", why

@@ -10,7 +10,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from lora_kernels.integrations.peft import FUSED, accelerate, decelerate
+from lora_kernels.integrations.peft import TAKEOVERS, accelerate, decelerate
 from lora_kernels.integrations.support import BEGIN, END, layers_of, page, table, tuners
 from lora_kernels.integrations.tuners.left import LEFT, QUANTIZED, why_class_left
 
@@ -76,8 +76,9 @@ def test_every_layer_is_fused_or_has_its_reason(name):
     assert layers and {*report.accelerated, *reasons} == set(layers)
     assert not set(report.accelerated) & set(reasons)
     for at, layer in layers.items():
-        assert (type(layer) is FUSED.get(classes[at])) == (at in report.accelerated), reasons.get(at)
-        if at in reasons and classes[at] not in FUSED:
+        fused = classes[at] in TAKEOVERS and type(layer) is TAKEOVERS[classes[at]].fused
+        assert fused == (at in report.accelerated), reasons.get(at)
+        if at in reasons and classes[at] not in TAKEOVERS:
             assert reasons[at] == why_class_left(classes[at])
     for at in reasons:
         assert f"{at}: {reasons[at]}" in str(report)
@@ -109,11 +110,11 @@ def test_layers_over_quantised_bases_say_whose():
 def test_no_reason_is_of_nobody():
     """A line of LEFT is of a tuner with a layer that nothing takes over."""
     for tuner in LEFT:
-        assert any(kind not in FUSED for kind in layers_of(tuner)), tuner
+        assert any(kind not in TAKEOVERS for kind in layers_of(tuner)), tuner
 
 
 def test_the_page_is_what_accelerate_knows():
-    assert {kind.__module__.split(".")[2] for kind in FUSED} <= set(tuners())
+    assert {kind.__module__.split(".")[2] for kind in TAKEOVERS} <= set(tuners())
     text = (ROOT / "docs" / "peft.md").read_text(encoding="utf-8")
     if f"PEFT {peft.__version__}." not in text:
         pytest.skip("made for another version of PEFT")

@@ -10,8 +10,7 @@ from peft_tuner_cases import CASES
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_kernels.integrations.peft import FUSED, accelerate, decelerate
-from lora_kernels.integrations.tuners import TAKEOVERS
+from lora_kernels.integrations.peft import TAKEOVERS, accelerate, decelerate
 from lora_kernels.reference.dropout import dropout_apply, dropout_mask
 from lora_kernels.testing import assert_close
 
@@ -79,7 +78,8 @@ def run(model, dtype):
 
 
 def layers_of(model):
-    return [m for m in model.modules() if type(m) in FUSED or type(m) in FUSED.values()]
+    ours = {one.fused for one in TAKEOVERS.values()}
+    return [m for m in model.modules() if type(m) in TAKEOVERS or type(m) in ours]
 
 
 def assert_same_as_peft(model, dtype, prepared=lambda model: model):

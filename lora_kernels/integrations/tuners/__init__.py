@@ -1,65 +1,28 @@
 """PEFT's tuners beside LoRA whose layers compute with our ops: one file each; see :mod:`..peft`.
 
-To add one, write its file and give it a line in ``_FILES``. A tuner with no fused form that wins
-stays PEFT's, with the reason in ``left.py``.
+To add one, write its file, with ``TAKEOVERS`` in it. A tuner with no fused form that wins stays PEFT's, with
+the reason in ``left.py``.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from typing import Any
 
 from torch import nn
 
-from . import (
-    adalora,
-    delora,
-    fourierft,
-    gralora,
-    hira,
-    hra,
-    loha,
-    lokr,
-    miss,
-    osf,
-    peanut,
-    psoft,
-    pvera,
-    randlora,
-    tinylora,
-    unilora,
-    vblora,
-    vera,
-    waveft,
-)
 from .base import Takeover
 from .left import why_class_left
 
-_FILES = (
-    adalora,
-    vera,
-    vblora,
-    delora,
-    gralora,
-    miss,
-    tinylora,
-    unilora,
-    psoft,
-    pvera,
-    randlora,
-    osf,
-    hira,
-    loha,
-    lokr,
-    fourierft,
-    hra,
-    peanut,
-    waveft,
-)
+
+def _found() -> dict[type[nn.Module], Takeover]:
+    files = (importlib.import_module(f"{__name__}.{one.name}") for one in pkgutil.iter_modules(__path__))
+    return {peft: one for file in files for peft, one in getattr(file, "TAKEOVERS", {}).items()}
+
 
 # PEFT's class of a layer -> what takes it over.
-TAKEOVERS: dict[type[nn.Module], Takeover] = {
-    peft: takeover for file in _FILES for peft, takeover in file.TAKEOVERS.items()
-}
+TAKEOVERS = _found()
 
 
 def why_left(layer: Any) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..._arguments import LoraInputs
 from ...adapters.update import LowRank, Update, apply_updates
 from ...nn.groups import grouped
-from ..peft_linear import PeftNamed, hooked, is_conv1d, parameter
+from ..peft_linear import PeftNamed, hooked, is_conv1d, parameter, why_not_base
 
 
 class FusedTuner(PeftNamed):
@@ -83,17 +83,9 @@ def linear(fused: type[Any]) -> Takeover:
 
 
 def _why_not(layer: Any, fused: type[FusedTuner]) -> str | None:
-    base = layer.get_base_layer()
-    if base is not layer.base_layer:
+    if layer.get_base_layer() is not layer.base_layer:
         return "it wraps another tuner's layer"
-    if type(base) is not nn.Linear and not is_conv1d(base):
-        return f"its base layer is a {type(base).__name__}, not nn.Linear or Transformers' Conv1D"
-    if not base.weight.is_floating_point():
-        return f"its base weight is {base.weight.dtype}"
-    fan_in_fan_out = getattr(layer, "fan_in_fan_out", is_conv1d(base))
-    if fan_in_fan_out != is_conv1d(base):
-        return f"fan_in_fan_out is {fan_in_fan_out} for a {type(base).__name__}"
-    return "its forward was replaced" if "forward" in vars(layer) else why_not_now(layer, fused)
+    return why_not_base(layer) or why_not_now(layer, fused)
 
 
 def why_not_now(layer: Any, fused: type[Any]) -> str | None:
