@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(filter csrc/%,$(NATIVE))
 # What clang-tidy reads: the sources with no torch header, which take seconds.
 TIDY := $(wildcard csrc/cpu/*_pass.cpp) $(wildcard tests/csrc/*.cpp)
 
-.PHONY: demo test test-all test-avx2 lint format docs docs-site bench inspect plans install wheel walkthrough sanitize clean
+.PHONY: demo test test-all test-avx2 lint format docs docs-site bench bench-avx2 inspect plans install wheel walkthrough sanitize clean
 
 install: $(VENV)/.installed
 
@@ -46,6 +46,10 @@ $(HIDING): tests/csrc/without_avx512.c
 
 test-avx2: install $(HIDING)
 	LD_PRELOAD="$(CURDIR)/$(HIDING)" $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# `make bench-avx2 ARGS='--suite dora_linear'`; the command stands in the table, so its path is relative.
+bench-avx2: install $(HIDING)
+	LD_PRELOAD=$(HIDING) $(BIN)/python -m benchmarks --device cpu $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

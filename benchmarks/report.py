@@ -73,11 +73,13 @@ def device_name(device: str) -> str:
             if line.startswith("model name"):
                 name = line.split(":", 1)[1].strip()
                 break
-    return f"{name}, {instruction_set()}, {torch.get_num_threads()} threads"
+    bound = " bound to cores" if os.environ.get("OMP_PROC_BIND") == "true" else ""
+    return f"{name}, {instruction_set()}, {torch.get_num_threads()} threads{bound}"
 
 
 # What the environment can hold loops and products to.
 LIMITS = (
+    "LD_PRELOAD",
     "LORA_KERNELS_CPU_VERSION",
     "LORA_KERNELS_CPU_PRODUCTS",
     "ATEN_CPU_CAPABILITY",
@@ -92,18 +94,26 @@ def limits() -> list[str]:
 
 
 def limited() -> str | None:
-    """The instruction set of our loops, where the environment holds them to less than the processor has."""
+    """The instruction set of our loops, where they are held to less than the processor has."""
     if _extension.load() is not None:
         return None
     now = _ways.instruction_set()
-    return None if now == _cpu_version.runnable()[0] else now
+    return None if now == widest() else now
+
+
+def widest() -> str:
+    """The widest instruction set of our loops that this processor has, though CPUID may be made to hide it."""
+    with contextlib.suppress(OSError):
+        if " avx512vl " in Path("/proc/cpuinfo").read_text():
+            return "avx512"
+    return _cpu_version.runnable()[0]
 
 
 def instruction_set() -> str:
     """Of our loops and of PyTorch's, and whether the processor has more."""
     less = limited()  # loads the extension, which then follows the environment
     parts = f"{_ways.instruction_set()}, torch {torch.backends.cpu.get_cpu_capability()}"
-    return f"{_cpu_version.runnable()[0]} limited to {parts}" if less else parts
+    return f"{widest()} limited to {parts}" if less else parts
 
 
 def conditions(device: str, command: str, repeats: int) -> Conditions:

@@ -317,9 +317,17 @@ def test_no_bar_where_nobody_watches():
     assert stream.getvalue() == ""
 
 
+@pytest.mark.parametrize("given", [{}, {"OMP_PROC_BIND": "false"}])
+def test_the_command_binds_its_threads_unless_the_environment_says_otherwise(given):
+    code = "from benchmarks import report; print(report.device_name('cpu'))"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")} | given
+    told = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert told.stdout.endswith("threads\n" if given else "threads bound to cores\n")
+
+
 @pytest.mark.skipif(_extension.load() is not None, reason="the extension is not built")
 def test_conditions_name_the_instructions_in_use_and_what_they_are_held_from():
-    *_, least = versions = _cpu_version.runnable()
+    *_, least = _cpu_version.runnable()
     code = (
         "from benchmarks import report, __main__ as m; print(report.device_name('cpu'), m._stem('x', 'cpu'))"
     )
@@ -327,7 +335,7 @@ def test_conditions_name_the_instructions_in_use_and_what_they_are_held_from():
     told = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     ).stdout
-    if len(versions) > 1:
-        assert f"{versions[0]} limited to {least}, torch" in told and told.split()[-1] == f"cpu-x-{least}"
+    if least != report.widest():
+        assert f"{report.widest()} limited to {least}, torch" in told and told.split()[-1] == f"cpu-x-{least}"
     else:
         assert "limited" not in told and told.split()[-1] == "cpu-x"
