@@ -3,7 +3,7 @@
 import os
 import sys
 
-# Each thread stays on its core and waits awake: where a scheduler packs two on one core, times double at random.
+# Threads stay on their cores and wait awake: where a scheduler packs two on one, times double at random.
 STEADY = {"OMP_PROC_BIND": "true", "OMP_WAIT_POLICY": "active"}
 
 if "torch" not in sys.modules:  # OpenMP reads them once, when torch loads it

@@ -102,7 +102,7 @@ def limited() -> str | None:
 
 
 def widest() -> str:
-    """The widest instruction set of our loops that this processor has, though CPUID may be made to hide it."""
+    """The widest instruction set of our loops that this processor has, though CPUID may hide it."""
     with contextlib.suppress(OSError):
         if " avx512vl " in Path("/proc/cpuinfo").read_text():
             return "avx512"
