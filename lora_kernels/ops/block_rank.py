@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .branched_linear import Branch
 
-class BlockRank(NamedTuple):
+
+@dataclass(frozen=True)
+class BlockRank(Branch):
     """y_j += s · Σ_n h_nj B_jn, h_n = x_n A_n cut in k parts h_nj
 
     A is ``[k, in/k, r]`` and B ``[k, r, out/k]``, its r rows the k parts B_jn: what GraLoRA calls an exchange
@@ -17,19 +21,10 @@ class BlockRank(NamedTuple):
     h ``[rows, k r]`` are saved.
     """
 
+    writes = True
+
     blocks: int
-    out_features: int
     scaling: float
-
-    @property
-    def wide(self) -> bool:
-        """Whether its tensors keep their dtype."""
-        return False
-
-    @property
-    def writes(self) -> bool:
-        """Whether it fills new memory as well."""
-        return True
 
     def add_(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, write: bool = False) -> tuple[Tensor, ...]:
         """Adds it for rows x; with ``write`` into memory that nobody has filled."""

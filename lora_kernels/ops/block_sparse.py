@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
+
+from .branched_linear import Branch
 
 
 class Piece(NamedTuple):
@@ -23,7 +26,8 @@ class Piece(NamedTuple):
     saved_at: int = 0
 
 
-class BlockSparse(NamedTuple):
+@dataclass(frozen=True)
+class BlockSparse(Branch):
     """y[:, R_i] += x[:, C_i] S_iᵀ for the pieces i of blocks S ``[blocks, p, q]``
 
     The products accumulate into y, and in the backward pass into dX; those of whole blocks along the diagonal
@@ -34,14 +38,8 @@ class BlockSparse(NamedTuple):
     # Of the leading blocks, those that lie along the diagonal, and the pieces behind them.
     diagonal: int
     pieces: tuple[Piece, ...]
-    out_features: int
     # The spans of columns that are saved; none: all of x.
     kept: tuple[tuple[int, int], ...]
-
-    @property
-    def wide(self) -> bool:
-        """Whether its tensors keep their dtype."""
-        return False
 
     @classmethod
     def of(cls, pieces: Sequence[Piece], in_features: int, out_features: int) -> Self:
@@ -50,12 +48,12 @@ class BlockSparse(NamedTuple):
         apart = all(a + n <= b for (a, n), (b, _) in itertools.pairwise(spans))
         if not apart or sum(n for _, n in spans) >= in_features:
             placed = tuple(piece._replace(saved_at=piece.column) for piece in pieces)
-            return cls(_diagonal(placed), placed[_diagonal(placed) :], out_features, ())
+            return cls(out_features, _diagonal(placed), placed[_diagonal(placed) :], ())
         starts, total = {}, 0
         for column, width in spans:
             starts[column], total = total, total + width
         placed = tuple(piece._replace(saved_at=starts[piece.column]) for piece in pieces)
-        return cls(_diagonal(placed), placed[_diagonal(placed) :], out_features, tuple(spans))
+        return cls(out_features, _diagonal(placed), placed[_diagonal(placed) :], tuple(spans))
 
     @property
     def writes(self) -> bool:

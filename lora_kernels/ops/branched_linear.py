@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,27 +17,35 @@ from ._lora_function import output_like, rows_of
 from .quantized_linear import quantized_linear
 
 
-class Branch(Protocol):
-    """What a structure adds to a linear: a hashable tuple of numbers, and two functions of rows."""
+@dataclass(frozen=True)
+class Branch:
+    """What a structure adds to a linear: numbers, by which it is compared, and two functions of rows."""
+
+    # Columns of y.
+    out_features: int
 
     @property
     def wide(self) -> bool:
         """Whether its tensors keep their dtype, in which it computes."""
+        return False
 
     @property
-    def out_features(self) -> int:
-        """Columns of y."""
+    def writes(self) -> bool:
+        """Whether both functions take ``write``, to fill new memory and not add to what is there.
 
-    @property
-    def add_(self) -> Callable[..., tuple[Tensor | None, ...]]:
-        """(y, x, *tensors): adds the branch for x ``[rows, in]`` into y; gives what the gradients read."""
-
-    @property
-    def gradients(self) -> Callable[..., Sequence[Tensor | None]]:
-        """(dy, dx, needs, *saved): those of the tensors, by ``needs``.
-
-        That of x is added into ``dx`` where there is one.
+        That spares a pass over a new y or dX: the base product accumulates anyway.
         """
+        return False
+
+    def add_(self, y: Tensor, x: Tensor, *tensors: Any, **write: Any) -> tuple[Tensor | None, ...]:
+        """Adds the branch for x ``[rows, in]`` into y; gives what the gradients read."""
+        raise NotImplementedError
+
+    def gradients(
+        self, dy: Tensor, dx: Tensor | None, needs: Sequence[bool], *saved: Any, **write: Any
+    ) -> Sequence[Tensor | None]:
+        """Those of the tensors, by ``needs``; that of x is added into ``dx`` where there is one."""
+        raise NotImplementedError
 
 
 def branched_linear(
@@ -107,7 +116,7 @@ class _BranchedLinear(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         rows, branch_rows = rows_of(x), rows_of(x if x_branch is None else x_branch)
-        if weight is not None and _writes(branch):
+        if weight is not None and branch.writes:
             y = rows.new_empty(rows.shape[0], branch.out_features)
             saved = branch.add_(y, branch_rows, *tensors, write=True)
             y = y if bias is None else y.add_(bias)
@@ -125,7 +134,7 @@ class _BranchedLinear(torch.autograd.Function):
         weight, *saved = ctx.saved_tensors
         _, needs_x, needs_branch, _, _, *needs = ctx.needs_input_grad
         rows = rows_of(dy)
-        if needs_x and not needs_branch and weight is not None and _writes(ctx.branch):
+        if needs_x and not needs_branch and weight is not None and ctx.branch.writes:
             dx = rows.new_empty(rows.shape[0], ctx.in_features)
             grads = ctx.branch.gradients(rows, dx, needs, *saved, write=True)
             return None, dx.addmm_(rows, weight).view(*dy.shape[:-1], -1), None, None, None, *grads
@@ -138,11 +147,6 @@ class _BranchedLinear(torch.autograd.Function):
         grads = ctx.branch.gradients(rows, branch_dx, needs, *saved)
         shaped = [None if d is None else d.view(*dy.shape[:-1], -1) for d in (dx, branch_dx)]
         return None, shaped[0], shaped[1] if needs_branch else None, None, None, *grads
-
-
-def _writes(branch: Any) -> bool:
-    """Whether it can fill a new y or dX, which spares a pass over that: the product accumulates anyway."""
-    return getattr(branch, "writes", False)
 
 
 def _zeros(rows: Tensor, columns: int) -> Tensor:

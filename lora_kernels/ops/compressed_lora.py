@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from .branched_linear import Branch
 
-class CompressedLora(NamedTuple):
+
+@dataclass(frozen=True)
+class CompressedLora(Branch):
     """y += s · (x Aᵀ) Bᵀ, with dA = t · dhᵀ x̃ of x̃ = (x_g · v) v for each group g of features
 
     VeLoRA (Miles et al., 2024, arXiv 2405.17991). The tensors are A ``[r, K]``, B ``[N, r]`` and a direction
@@ -17,17 +21,11 @@ class CompressedLora(NamedTuple):
     products of a row with v; x̃ is never made, since dhᵀ x̃ is (dhᵀ c) ⊗ v. All other gradients are LoRA's.
     """
 
-    out_features: int
     groups: int
     # s.
     scaling: float
     # t.
     gradient_scale: float
-
-    @property
-    def wide(self) -> bool:
-        """Whether its tensors keep their dtype."""
-        return False
 
     def add_(self, y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """Adds it for rows x."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .branched_linear import Branch
 
-class FoldedSquare(NamedTuple):
+
+@dataclass(frozen=True)
+class FoldedSquare(Branch):
     """y += Q M P x with 0/1 matrices P ``[width, in]`` and Q ``[out, width]``, never made
 
     Cyclic: feature j belongs to group j mod width, and P wraps round until every group has as many. Else
@@ -18,20 +22,11 @@ class FoldedSquare(NamedTuple):
     which the base product then accumulates; P x ``[rows, width]`` and M are saved, x is not.
     """
 
+    writes = True
+
     width: int
-    out_features: int
     cyclic_in: bool
     cyclic_out: bool
-
-    @property
-    def wide(self) -> bool:
-        """Whether its tensors keep their dtype."""
-        return False
-
-    @property
-    def writes(self) -> bool:
-        """Whether it fills new memory as well."""
-        return True
 
     def add_(self, y: Tensor, x: Tensor, square: Tensor, write: bool = False) -> tuple[Tensor, ...]:
         """Adds it for rows x; with ``write`` into memory that nobody has filled."""
@@ -50,23 +45,14 @@ class FoldedSquare(NamedTuple):
         return [dv.T @ folded if needs[0] else None]
 
 
-class FoldedColumns(NamedTuple):
+@dataclass(frozen=True)
+class FoldedColumns(Branch):
     """y += Dᵀ P x with D ``[width, out]`` and P as of a cyclic :class:`FoldedSquare` that does not wrap
 
     One pass over x and one over y, in which the base product then accumulates; P x and D are saved, x is not.
     """
 
-    out_features: int
-
-    @property
-    def wide(self) -> bool:
-        """Whether its tensors keep their dtype."""
-        return False
-
-    @property
-    def writes(self) -> bool:
-        """Whether it fills new memory as well."""
-        return True
+    writes = True
 
     def add_(self, y: Tensor, x: Tensor, columns: Tensor, write: bool = False) -> tuple[Tensor, ...]:
         """Adds it for rows x; with ``write`` into memory that nobody has filled."""

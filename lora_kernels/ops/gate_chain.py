@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from ..reference import gate_chain as reference
 from . import _dispatch
+from .branched_linear import Branch
 
 
-class GateChain(NamedTuple):
+@dataclass(frozen=True)
+class GateChain(Branch):
     """y += (T_G … T_1) x, gate T on axes (j, i) of x seen as ``[rows, *dims]``
 
     x is padded with zeros to Πdims features, and what comes out is cut, or ends early, at y's. The pairs of
@@ -19,18 +22,9 @@ class GateChain(NamedTuple):
     saved; the backward pass computes the chain anew.
     """
 
+    writes = True
+
     dims: tuple[int, ...]
-    out_features: int
-
-    @property
-    def wide(self) -> bool:
-        """Whether its tensors keep their dtype."""
-        return False
-
-    @property
-    def writes(self) -> bool:
-        """Whether it fills new memory as well."""
-        return True
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from .branched_linear import Branch
 
-class RowSparse(NamedTuple):
+
+@dataclass(frozen=True)
+class RowSparse(Branch):
     """y[:, R] += x Dᵀ: rows R of ΔW are D ``[|R|, in]``, R each once."""
-
-    out_features: int
-
-    @property
-    def wide(self) -> bool:
-        """Whether its tensors keep their dtype."""
-        return False
 
     def add_(self, y: Tensor, x: Tensor, rows: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
         """Adds it for rows x."""
@@ -32,15 +29,9 @@ class RowSparse(NamedTuple):
         return [None, part.T @ x if needs[1] else None]
 
 
-class ColumnSparse(NamedTuple):
+@dataclass(frozen=True)
+class ColumnSparse(Branch):
     """y += x[:, C] Dᵀ: columns C of ΔW are D ``[out, |C|]``, C each once; of x only these are saved."""
-
-    out_features: int
-
-    @property
-    def wide(self) -> bool:
-        """Whether its tensors keep their dtype."""
-        return False
 
     def add_(self, y: Tensor, x: Tensor, columns: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
         """Adds it for rows x."""

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .branched_linear import Branch
 
-class SampledRank(NamedTuple):
+
+@dataclass(frozen=True)
+class SampledRank(Branch):
     """y += (μ + exp(l / 2) ⊙ ε) Bᵀ with [μ | l] = (x Aᵀ) ⊙ d
 
     A ``[2 r, in]`` and ε ``[rows, r]`` are constants, d ``[2 r]`` and B ``[out, r]`` have gradients. x is not
     saved, and the one pass over dX is the base product's.
     """
 
-    out_features: int
-
-    @property
-    def wide(self) -> bool:
-        """Whether its tensors keep their dtype."""
-        return False
-
-    @property
-    def writes(self) -> bool:
-        """Whether it fills new memory as well."""
-        return True
+    writes = True
 
     def add_(
         self,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .branched_linear import Branch
 
 # Of each entry, in the order in which it is summed into the bins of y: its bin of x and its number; of each
 # bin of y, where its sum then lies. The same with the sides swapped, and the bin of y of each. Last, by
@@ -18,7 +21,8 @@ INDICES = (
 )
 
 
-class SparseSpectrum(NamedTuple):
+@dataclass(frozen=True)
+class SparseSpectrum(Branch):
     """y += x ΔWᵀ, ΔW[p, q] = s/(out·in) · Σ_l c_l cos(2π(j_l p/out + k_l q/in)), ΔW never made
 
     = s · Re(ifft2(F)) with F[j_l, k_l] = c_l. Half the spectrum of x is computed (and saved, as large as x),
@@ -27,17 +31,13 @@ class SparseSpectrum(NamedTuple):
     in float32. Make it with :func:`plan`.
     """
 
+    wide = True
+
     in_features: int
-    out_features: int
     scaling: float
     # How many bins get a first, a second, … entry.
     forward_levels: tuple[int, ...]
     backward_levels: tuple[int, ...]
-
-    @property
-    def wide(self) -> bool:
-        """Whether its tensors keep their dtype."""
-        return True
 
     @property
     def _scale(self) -> float:
@@ -87,7 +87,7 @@ def plan(
         *(source[backward], backward, backward_places, target[backward]),
         *(target, source, sign),
     )
-    branch = SparseSpectrum(in_features, out_features, scaling, forward_levels, backward_levels)
+    branch = SparseSpectrum(out_features, in_features, scaling, forward_levels, backward_levels)
     return branch, dict(zip(INDICES, found, strict=True))
 
 

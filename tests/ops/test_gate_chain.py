@@ -115,7 +115,7 @@ def test_a_gate_too_wide_for_the_chip_is_multiplied_by_the_vendors_library(monke
 
 
 def test_a_step_under_compile():
-    branch = GateChain((4, 4, 4), 60)
+    branch = GateChain(60, (4, 4, 4))
     gates, x, dy, y = made(((4, 4, 4), 64, 60, 5), torch.float32)
 
     @torch.compile(backend="aot_eager", fullgraph=True)

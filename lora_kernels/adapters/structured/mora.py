@@ -44,7 +44,7 @@ class MoRA(Structured):
         width = int(math.sqrt((site.in_features + site.out_features) * self.r) + 0.5)
         width = width // 2 * 2 if self.kind == 6 else width
         sizes = (site.in_features, site.out_features)
-        folded = FoldedSquare(width, site.out_features, self.kind in (1, 4), self.kind in (1, 3))
+        folded = FoldedSquare(site.out_features, width, self.kind in (1, 4), self.kind in (1, 3))
         self.branch = _diagonal(width, *sizes) if self.kind == 6 else folded
         zero = site.config.init_lora_weights is not False
         return Start({"square": site.zeros(width, width) if zero else site.kaiming(width, width)})

@@ -41,7 +41,7 @@ class QuanTA(Structured):
 
     def build(self, site: Site) -> Start:
         """The gates, and W without what they make."""
-        self.branch = GateChain(_dims(site), site.out_features)
+        self.branch = GateChain(site.out_features, _dims(site))
         generator = torch.Generator().manual_seed(
             zlib.crc32(site.name.encode()) + site.whole_option("seed", 0, 0)
         )

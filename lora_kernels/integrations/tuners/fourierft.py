@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -35,7 +36,7 @@ class FusedFourierFT(FusedTuner, FourierFTLinear):
         if is_few(len(c), *sizes):
             return waves(c, _positions(*where), *sizes, scaling)
         branch, indices = _plan(*where)
-        return Branched(branch._replace(scaling=scaling), (c, *indices))
+        return Branched(dataclasses.replace(branch, scaling=scaling), (c, *indices))
 
 
 @functools.lru_cache(maxsize=64)

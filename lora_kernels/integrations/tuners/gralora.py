@@ -24,7 +24,7 @@ class FusedGraLora(FusedTuner, Linear):  # type: ignore[misc]
 
     def update(self: Any, name: str, x: Tensor) -> Branched:
         """The blocks."""
-        branch = BlockRank(self.gralora_k[name], self.out_features, self.scaling[name])
+        branch = BlockRank(self.out_features, self.gralora_k[name], self.scaling[name])
         return Branched(branch, (self.gralora_A[name], self.gralora_B[name]), dropped(self, name, x))
 
 
