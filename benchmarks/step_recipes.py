@@ -395,7 +395,8 @@ RECIPES: tuple[Recipe, ...] = (
     *_in_passes("autolora_robust", 2 + PGD_STEPS, _robust, lambda s: _lora(s).requires_grad_(True)),
     *_in_passes("lampat", 3, _lampat),
     Recipe("inflora", *QUIET, lambda s: _inflora(s, False), lambda s: training(s, _lora(s))),
-    Recipe("inflora", *ACTING, lambda s: _inflora(s, True), lambda s: training(s, _lora(s))),
+    # A task's start sets B to zero again.
+    Recipe("inflora", *ACTING, lambda s: _inflora(s, True), lambda s: training(s, _lora(s)), moves=False),
     Recipe("explora", *ACTING, lambda s: _explora(s, True), lambda s: _explora(s, False)),
     _scheduled(
         "lamda_freezer",

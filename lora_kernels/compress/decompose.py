@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..nn.low_rank import LowRankLinear
 from ..optim._common import check_number
+from ..optim._vectors import squared_singular
 from .factors import truncate_svd
 from .tucker import tucker2, tucker2_conv, tucker2_weight
 
@@ -33,12 +34,38 @@ def adaptive_rank(weight: Tensor, eps: float) -> int:
     return int((tail > eps * energy.sum()).sum().clamp(max=len(energy) - 1)) + 1
 
 
-def decomposed(weight: Tensor, ranks: list[int]) -> Tensor:
-    """TD_R(W): of rank ``[R]`` for a matrix, of ranks ``[R_o, R_i]`` for a kernel."""
-    if weight.dim() == 2:
-        lora_a, lora_b = truncate_svd(weight.detach(), ranks[0])
-        return lora_b @ lora_a
-    return tucker2_weight(*tucker2(weight.detach(), (ranks[0], ranks[1])))
+class Truncations:
+    """TD_R(W) at any ranks: ``[R]`` of a matrix, ``[R_o, R_i]`` of a kernel
+
+    A matrix is decomposed once, whatever ranks are asked for: W V_R V_Rᵀ, or U_R U_Rᵀ W, by the vectors of
+    its shorter side. W is not to change meanwhile.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight.detach()
+        self._kept: tuple[Tensor, Tensor] | None = None
+
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        if self._kept is None:
+            self._kept = squared_singular(self.weight)
+        return self._kept
+
+    def at(self, ranks: list[int]) -> Tensor:
+        """TD_R(W), a tensor of its own."""
+        if ranks == whole_ranks(self.weight):
+            return self.weight.clone()
+        if self.weight.dim() > 2:
+            return tucker2_weight(*tucker2(self.weight, (ranks[0], ranks[1])))
+        vectors = self._spectrum()[1][:, : ranks[0]]
+        wide = self.weight.to(vectors.dtype)
+        near = wide @ vectors @ vectors.T if len(vectors) == wide.shape[1] else vectors @ (vectors.T @ wide)
+        return near.to(self.weight.dtype)
+
+    def error(self, ranks: list[int]) -> float:
+        """‖W - TD_R(W)‖², of a matrix Σ_{i>R} σ_i²."""
+        if self.weight.dim() > 2:
+            return float((self.weight - self.at(ranks)).square().sum())
+        return float(self._spectrum()[0][ranks[0] :].sum())
 
 
 def decomposable(model: nn.Module, exclude: tuple[str, ...] = ()) -> dict[str, Any]:

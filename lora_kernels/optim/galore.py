@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..nn.pairs import Pair
 from ._common import adamw_, check_adamw, check_count, check_number, evaluate, pairs_of, trainable
+from ._vectors import leading_vectors
 
 PROJECTIONS = ("std", "reverse_std", "right", "left", "full")
 
@@ -237,24 +237,6 @@ class _BothSides(_Site):
         self.trained.copy_(self.outer @ self.moved)
         super().move_into_weight(scale, decay)
         self.moved.zero_()
-
-
-def leading_vectors(matrix: Tensor, r: int, right: bool) -> Tensor:
-    """The first r singular vectors: right ones as rows ``[r, in]``, or left ones as columns ``[out, r]``
-
-    Of float32 and narrower from the Gram matrix of the shorter side in float64: as exact as a decomposition
-    of the matrix in its own dtype, and in less than half of its time.
-    """
-    if matrix.dtype == torch.float64:
-        u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-        return vh[:r] if right else u[:, :r]
-    wide = matrix.double() if right else matrix.double().T
-    if wide.shape[0] >= wide.shape[1]:
-        found = torch.linalg.eigh(wide.T @ wide).eigenvectors[:, -r:].flip(1)
-    else:
-        found = wide.T @ torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -r:].flip(1)
-        found = F.normalize(found, dim=0)
-    return (found.T if right else found).to(matrix.dtype)
 
 
 def _check(pair: Pair, layers: list[nn.Module]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..optim._common import check_count, check_number
+from ..optim._common import alike, check_count, check_number
 from ._common import active_of
 from .base import Schedule
 
@@ -149,18 +149,24 @@ class _Orthogonality(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *factors: Tensor) -> Tensor:
-        gaps = [factor @ factor.T for factor in factors]
+        ctx.places = list(alike(factors, [factor.shape for factor in factors]))
+        stacks = [torch.stack([factors[i] for i in places]) for places in ctx.places]
+        gaps = [stack @ stack.mT for stack in stacks]
         for gap in gaps:
-            gap.diagonal().sub_(1.0)
-        norms = torch.stack(torch._foreach_norm(gaps))
-        ctx.save_for_backward(norms, *factors, *gaps)
-        return norms.mean()
+            gap.diagonal(dim1=1, dim2=2).sub_(1.0)
+        norms = [torch.linalg.matrix_norm(gap) for gap in gaps]
+        ctx.save_for_backward(*norms, *gaps, *stacks)
+        ctx.count = len(factors)
+        return torch.stack([norm.sum() for norm in norms]).sum() / ctx.count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-        norms, *rest = ctx.saved_tensors
-        factors, gaps = rest[: len(norms)], rest[len(norms) :]
-        scales = (2 * dy / len(norms) / norms.clamp(min=torch.finfo(norms.dtype).tiny)).unbind()
-        products = [gap @ factor for gap, factor in zip(gaps, factors, strict=True)]
-        return tuple(product.mul_(scale) for product, scale in zip(products, scales, strict=True))
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = [None] * ctx.count
+        saved, groups = ctx.saved_tensors, len(ctx.places)
+        parts = zip(ctx.places, saved[:groups], saved[groups : 2 * groups], saved[2 * groups :], strict=True)
+        for places, norms, gaps, stack in parts:
+            scales = 2 * dy / ctx.count / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+            for place, grad in zip(places, (gaps * scales[:, None, None] @ stack).unbind(), strict=True):
+                grads[place] = grad
+        return tuple(grads)

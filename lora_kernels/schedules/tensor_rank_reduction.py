@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..compress.decompose import decomposable, decomposed, numbers_of, parts_of, whole_ranks
+from ..compress.decompose import Truncations, decomposable, numbers_of, parts_of, whole_ranks
 from ..compress.factors import put
 from ..optim._common import check_count, check_number
 from .base import Schedule
@@ -64,25 +65,20 @@ class RankReducer(Schedule):
         self.every, self.lam, self.eps, self.rate = every, lam, eps, rate
         self.evaluate, self.tolerance = evaluate, tolerance
         self.ranks = {name: whole_ranks(layer.weight) for name, layer in self.layers.items()}
-        self.targets: dict[str, Tensor] = {}
-        self._decompose()
+        # TD_R of the weights, of the last epoch; ranks start whole.
+        self.targets = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
 
     def penalty(self) -> Tensor:
         """(λ/2) Σ ‖W - TD_R(W)‖², TD_R of the last epoch and without gradient."""
-        gaps = [(one.weight - self.targets[name]).square().sum() for name, one in self.layers.items()]
-        return 0.5 * self.lam * torch.stack(gaps).sum()
+        weights = [layer.weight for layer in self.layers.values()]
+        pulled: Tensor = _Pull.apply(self.lam, [self.targets[name] for name in self.layers], *weights)
+        return pulled
 
     def act(self, step: int) -> None:
         """The end of an epoch, where it is one."""
         if step % self.every == 0:
             lower = self._lower_by_score if self.evaluate else self._lower_by_error
-            lower()
-            self._decompose()
-
-    @torch.no_grad()
-    def _decompose(self) -> None:
-        """TD_R of the weights as they are."""
-        self.targets = {n: decomposed(layer.weight, self.ranks[n]) for n, layer in self.layers.items()}
+            self.targets = lower()
 
     @torch.no_grad()
     def export(self) -> nn.Module:
@@ -96,37 +92,59 @@ class RankReducer(Schedule):
                 put(self.model, name, parts_of(layer, ranks))
         return self.model
 
-    def _lower_by_error(self) -> None:
-        for name, layer in self.layers.items():
-            limit = self.eps * layer.weight.square().sum()
-            while (lower := self._fallen(self.ranks[name])) != self.ranks[name]:
-                gap = (layer.weight - decomposed(layer.weight, lower)).square().sum()
-                if gap > limit:
-                    break
-                self.ranks[name] = lower
+    def _lower_by_error(self) -> dict[str, Tensor]:
+        """The ranks fall while ε allows it; TD_R at those."""
+        return {name: self._lowered(name, layer.weight) for name, layer in self.layers.items()}
 
-    def _lower_by_score(self) -> None:
-        """One fall of all ranks, taken back layer by layer where the score suffers."""
+    def _lowered(self, name: str, weight: Tensor) -> Tensor:
+        parts, limit = Truncations(weight), self.eps * float(weight.square().sum())
+        while (lower := self._fallen(self.ranks[name])) != self.ranks[name] and parts.error(lower) <= limit:
+            self.ranks[name] = lower
+        return parts.at(self.ranks[name])
+
+    def _lower_by_score(self) -> dict[str, Tensor]:
+        """One fall of all ranks, taken back layer by layer where the score suffers; TD_R at what remains."""
         assert self.evaluate is not None
         least = float(self.evaluate()) - self.tolerance
-        for name in self.layers:
-            before, self.ranks[name] = self.ranks[name], self._fallen(self.ranks[name])
-            with self._as_decomposed():
+        parts = {name: Truncations(layer.weight.clone()) for name, layer in self.layers.items()}
+        targets = {name: one.at(self.ranks[name]) for name, one in parts.items()}
+        for name, one in parts.items():
+            lower = self._fallen(self.ranks[name])
+            tried = {**targets, name: one.at(lower)}
+            with self._holding(tried):
                 score = float(self.evaluate())
-            if score < least:
-                self.ranks[name] = before
+            if score >= least:
+                self.ranks[name], targets = lower, tried
+        return targets
 
     def _fallen(self, ranks: list[int]) -> list[int]:
         return [max(1, min(rank - 1, int(self.rate * rank))) for rank in ranks]
 
     @contextmanager
-    def _as_decomposed(self) -> Iterator[None]:
-        """Inside the block the weights are TD_R of themselves."""
+    def _holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside the block the layers have these weights."""
         before = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
         try:
             for name, layer in self.layers.items():
-                layer.weight.copy_(decomposed(layer.weight, self.ranks[name]))
+                layer.weight.copy_(weights[name])
             yield
         finally:
             for name, layer in self.layers.items():
                 layer.weight.copy_(before[name])
+
+
+class _Pull(torch.autograd.Function):
+    """(λ/2) Σ ‖W - T‖², whose gradient in W is λ (W - T): made in the forward pass, while both are at hand"""
+
+    @staticmethod
+    def forward(ctx: Any, lam: float, targets: list[Tensor], *weights: Tensor) -> Tensor:
+        gaps = torch._foreach_sub(weights, targets)
+        norms = torch.stack(torch._foreach_norm(gaps))
+        ctx.lam = lam
+        ctx.save_for_backward(*gaps)
+        return 0.5 * lam * norms.square().sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return None, None, *torch._foreach_mul(ctx.saved_tensors, ctx.lam * dy)

@@ -12,7 +12,7 @@ from torch import nn
 from lora_kernels import LoRAConfig, apply_lora
 from lora_kernels.nn import remove_lora
 from lora_kernels.optim import GaLoreAdamW
-from lora_kernels.optim.galore import leading_vectors
+from lora_kernels.optim._vectors import leading_vectors
 
 LR, GAP, SCALE, DECAY, RANK = 2e-2, 3, 0.7, 0.05, 4
 TARGETS = ("wide", "tall", "square")

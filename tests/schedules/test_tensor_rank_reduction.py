@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lora_kernels.compress import adaptive_rank, truncate_svd, tucker2, tucker2_conv, tucker2_weight
+from lora_kernels.compress.decompose import Truncations
 from lora_kernels.nn import LowRankLinear
 from lora_kernels.schedules import RankReducer
 
@@ -90,6 +91,30 @@ def test_the_rank_that_loses_little():
         adaptive_rank(kernel(2, 2, 2), 0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, WIDE])
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
+def test_all_ranks_of_one_decomposition(shape, dtype):
+    """As near to the nearest of each rank as a decomposition in that dtype is, up to twice its error."""
+    weight = kernel(*shape).to(dtype)
+    parts, u, s, vh = Truncations(weight), *torch.linalg.svd(weight.to(WIDE), full_matrices=False)
+    for rank in (1, 7, 23):
+        best = u[:, :rank] * s[:rank] @ vh[:rank]
+        a, b = truncate_svd(weight, rank)
+        eager = ((b @ a).to(WIDE) - best).norm()
+        assert (parts.at([rank]).to(WIDE) - best).norm() <= 2 * eager + 1e-13 * s[0]
+        assert parts.error([rank]) == pytest.approx(s[rank:].square().sum().item(), rel=1e-6)
+    assert torch.equal(parts.at([24]), weight) and parts.at([24]) is not weight
+
+
+def test_an_epoch_decomposes_each_weight_once(monkeypatch):
+    calls, real = [], torch.linalg.svd
+    net = nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 12)).to(WIDE)
+    reducer = RankReducer(net, every=1, eps=0.5)
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: calls.append(1) or real(*a, **k))
+    reducer.step()
+    assert len(calls) == 2 and all(ranks[0] < 8 for ranks in reducer.ranks.values())
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -110,6 +135,9 @@ def test_the_gradient_of_the_penalty_is_lambda_times_the_gap():
     assert reducer.penalty().item() == pytest.approx(0)
     reducer.step()
     assert reducer.ranks["linear"][0] < 10 or reducer.ranks["conv"] != [6, 3]
+    gaps = {n: net.get_submodule(n).weight - target for n, target in reducer.targets.items()}
+    want = 0.25 * sum(gap.square().sum() for gap in gaps.values())
+    torch.testing.assert_close(reducer.penalty(), want)
     reducer.penalty().backward()
     for name in ("conv", "linear"):
         weight = net.get_submodule(name).weight
