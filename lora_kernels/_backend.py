@@ -11,12 +11,15 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from . import _extension, _ops, _settings
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "triton", "cpp", "cuda")
 TRITON_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
@@ -151,7 +154,11 @@ def resolve(device_type: str, dtype: torch.dtype, rank: int) -> str:
 def _resolve(name: str, device_type: str, dtype: torch.dtype, rank: int) -> str:
     if name == "auto":
         best = "triton" if device_type == "cuda" else "cpp"
-        return "reference" if unavailable(best, device_type, dtype, rank) else best
+        reason = unavailable(best, device_type, dtype, rank)
+        chosen = "reference" if reason else best
+        why = f", as {best} cannot run: {reason}" if reason else ""
+        logger.info("auto is %s for %s of rank %d on %s%s", chosen, dtype, rank, device_type, why)
+        return chosen
     reason = unavailable(name, device_type, dtype, rank)
     if reason is not None:
         raise BackendError(f"backend {name!r} cannot run: {reason}")

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 
 import torch
 
 from . import _cpu_version, _ops, _settings, _ways
+from ._messages import warn
+
+logger = logging.getLogger(__name__)
 
 
 @functools.cache
 def load() -> str | None:
     """Loads the extension. Returns ``None`` when it is loaded, else the reason why it is not."""
+    reason = _load()
+    logger.info("the extension is %s", "loaded" if reason is None else f"not loaded: {reason}")
+    return reason
+
+
+def _load() -> str | None:
     if _settings.read().skip_extension:
         return "LORA_KERNELS_SKIP_EXTENSION is set"
     try:
@@ -20,14 +30,20 @@ def load() -> str | None:
     except ModuleNotFoundError:
         return "the extension was not built (no C++ compiler at install time)"
     except ImportError as error:
-        return f"the extension does not load, rebuild it against this torch: {error}"
+        return _rebuild(f"the extension does not load, rebuild it against this torch: {error}")
     try:
         _ = native.lora_linear  # what came last
         _cpu_version.settle()
         _ways.settle()
     except AttributeError as error:
-        return f"the extension is of another version of this package, rebuild it: {error}"
+        return _rebuild(f"the extension is of another version of this package, rebuild it: {error}")
     return None
+
+
+def _rebuild(reason: str) -> str:
+    """Somebody built it to have it: that it is not used has to show."""
+    warn(reason)
+    return reason
 
 
 @functools.cache

@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import platform
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _settings
+from ._messages import warn
 
 # The orders of WAYS, OPS and of the bands are those of csrc/cpu/ways.h.
 WAYS = ("panels", "vendor", "torch")
@@ -223,7 +223,7 @@ def read(path: Path) -> Times:
     try:
         return parse(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(f"{path} is left out, tune again: {error}", stacklevel=2)
+        warn(f"{path} is left out, tune again: {error}")
         return {}
 
 

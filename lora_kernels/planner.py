@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import math
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +21,9 @@ from typing import Any
 import torch
 
 from . import _settings
+from ._messages import warn
+
+logger = logging.getLogger(__name__)
 
 STRATEGIES = ("auto", "beta", "kext", "single")
 FORMAT = "lora-kernels plans 1"
@@ -125,7 +128,10 @@ def plan(problem: Problem) -> Plan:
 
 @functools.lru_cache(maxsize=4096)
 def _planned(problem: Problem) -> Plan:
-    return choose(problem, tables(problem.card))
+    known = tables(problem.card)
+    chosen = choose(problem, known)
+    logger.info("%s: %s, by tables: %s", problem, chosen, ", ".join(one.kind for one in known) or "none")
+    return chosen
 
 
 def choose(problem: Problem, known: Iterable[Table] = ()) -> Plan:
@@ -190,8 +196,7 @@ def read(path: Path, name: str) -> Table | None:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error) if not isinstance(error, KeyError) else f"{error} is missing"
-        text = f"{path}: not a table of plans for {name} ({reason}); going on without it"
-        warnings.warn(text, stacklevel=2)
+        warn(f"{path}: not a table of plans for {name} ({reason}); going on without it")
         return None
 
 

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._messages import progress
 from ..demo.plan import QUICK, SHARE, Cost, Plan, choose
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def _run(args: argparse.Namespace) -> int:
     plan = _plan(args, cost, left, own)
     report.print_plan(plan, cost, left)
     tasks = own or data.standard_library(items, plan.pool, plan.held_out, args.seed)[: plan.label_sets]
-    with _progress(train.ticks(tasks, plan)) as tick:
+    with progress("fine-tuning", train.ticks(tasks, plan)) as tick:
         at = train.Setting(path, tokenizer, model.Frozen(path, tokenizer), output, plan, tick)
         outcomes = [train.run_task(task, at) for task in tasks]
         served = serve.serve_mixed(outcomes, tasks, path, tokenizer, tick)
@@ -120,21 +121,3 @@ def _beaten(outcomes: list[Outcome]) -> list[str]:
         for o in outcomes
         if not o.margin > o.spread
     ]
-
-
-class _progress:
-    """A progress bar on a terminal, nothing elsewhere."""
-
-    def __init__(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self.bar = Progress(disable=not sys.stdout.isatty(), console=Console())
-        self.task = self.bar.add_task("fine-tuning", total=total)
-
-    def __enter__(self):
-        self.bar.start()
-        return lambda: self.bar.advance(self.task)
-
-    def __exit__(self, *exc) -> None:
-        self.bar.stop()

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .. import planner
+from .._messages import progress
 from ..planner import Problem
 
 _SHAPES = ("16x4096x4096", "2048x4096x4096", "8192x4096x4096")
@@ -112,7 +111,7 @@ def tune(args: argparse.Namespace, device: Any, card: str, timer: Any) -> int:
         print(f"tune: {error}", file=sys.stderr)
         return 2
     measured = []
-    with progress(len(wanted)) as tick:
+    with progress("tune", len(wanted)) as tick:
         for problem in wanted:
             measured.append(tuning.measure(problem, device, timer, args.repeats))
             tick()
@@ -139,7 +138,7 @@ def tune_cpu(args: argparse.Namespace, timer: Any) -> int:
     shapes = [(*shape, rank) for shape in given for rank in args.rank or [16]]
     todo = list(itertools.product(tuning_cpu.ops(), shapes or map(_ways.example, _ways.CLASSES)))
     measured = []
-    with progress(len(todo)) as tick:
+    with progress("tune", len(todo)) as tick:
         for op, shape in todo:
             measured.append(tuning_cpu.measure(op, shape, timer, args.repeats))
             tick()
@@ -194,17 +193,3 @@ def _report(result: Any) -> None:
 def _name(plan: planner.Plan) -> str:
     changes = " ".join(f"{part}.{k}={v}" for part, tile in plan.tile.items() for k, v in tile.items())
     return f"{plan.strategy} {changes}".strip()
-
-
-@contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[], None]]:
-    """A bar by rich where that is installed, else a line for each step."""
-    try:
-        from rich.progress import Progress
-    except ImportError:
-        steps = itertools.count(1)
-        yield lambda: print(f"tune: {next(steps)}/{total}", file=sys.stderr)
-        return
-    with Progress(transient=True) as bar:
-        task = bar.add_task("tuning", total=total)
-        yield lambda: bar.advance(task)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._messages import each
 from ..nn.low_rank import LowRankLinear
 from ..optim._common import check_number
 from ..stats.calibration import calibrate, call_model
@@ -100,9 +101,11 @@ def lorap(
     every = [name for names in blocks.values() for name in names]
     calibrate(model, samples, ("squares",), target_modules=every, forward=forward)
     kept = Kept({}, {})
-    for block, names in blocks.items():
+    for block, names in each("lorap", blocks.items()):
         run = partial(_until, model.get_submodule(block), forward or call_model)
-        statistics = calibrate(model, samples, ("squares",), target_modules=names, forward=run)
+        statistics = calibrate(
+            model, samples, ("squares",), target_modules=names, forward=run, progress=lambda _: None
+        )
         squares = {name: one["squares"] for name, one in statistics.items()}
         for name in names:
             role, linear = name.rpartition(".")[2], plain_linear(model, name)

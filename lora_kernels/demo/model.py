@@ -67,7 +67,7 @@ def pooled(encoder: Any, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def features(encoder: Any, data: list[Batch], tick: Callable[[], None]) -> tuple[Tensor, Tensor]:
+def features(encoder: Any, data: list[Batch], tick: Callable[[], object]) -> tuple[Tensor, Tensor]:
     """The pooled features and the classes of all batches."""
     rows = []
     for batch in data:
@@ -83,7 +83,7 @@ class Frozen:
         self.encoder, self.tokenizer = load_encoder(path), tokenizer
         self.rows: dict[str, Tensor] = {}
 
-    def read(self, texts: Iterable[str], tick: Callable[[], None]) -> None:
+    def read(self, texts: Iterable[str], tick: Callable[[], object]) -> None:
         """Computes the features of those of ``texts`` that it has not."""
         new = sorted(set(texts) - self.rows.keys(), key=lambda text: (len(text), text))
         data = batches(self.tokenizer, [(text, 0) for text in new], 64)

@@ -33,7 +33,7 @@ class Served:
 
 @torch.no_grad()
 def serve_mixed(
-    outcomes: list[Outcome], tasks: list[Task], path: str, tokenizer: Any, tick: Callable[[], None]
+    outcomes: list[Outcome], tasks: list[Task], path: str, tokenizer: Any, tick: Callable[[], object]
 ) -> list[Served]:
     """Rows of every adapter, read back from its checkpoint, and of the base, in one batch and in turn."""
     from peft import PeftModel

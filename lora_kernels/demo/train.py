@@ -63,7 +63,7 @@ class Setting:
     frozen: Frozen
     output: Path
     plan: Plan
-    tick: Callable[[], None]
+    tick: Callable[[], object]
 
 
 def adapt(path: str) -> Any:
@@ -117,7 +117,7 @@ def tuned(
 
 
 def fine_tune(
-    model: Any, head: nn.Linear, train: list[Batch], epochs: int, tick: Callable[[], None], seed: int = 0
+    model: Any, head: nn.Linear, train: list[Batch], epochs: int, tick: Callable[[], object], seed: int = 0
 ) -> list[float]:
     """Trains the adapters, and the head from where the baseline left it; returns the loss of each step."""
     model.train()

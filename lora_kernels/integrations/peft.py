@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .._messages import warn
 from ..nn.groups import group_layers, ungroup_layers, why_alone, why_alone_compiled
 from ..nn.mlp import fuse_mlps, unfuse_mlps
 from ..nn.weight_reads import weight_reads
@@ -24,6 +25,8 @@ from .peft_linear import why_not as why_not_dense
 from .tuners import TAKEOVERS as OF_TUNERS
 from .tuners import why_left
 from .tuners.base import Takeover
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -125,6 +128,7 @@ def accelerate(model: nn.Module) -> Report:
     report.alone = why_alone(model, report.groups)
     report.alone_compiled = why_alone_compiled(model)
     report.mlps = fuse_mlps(model)
+    logger.info("%s", report)
     return report
 
 
@@ -140,7 +144,7 @@ def _read_layers(model: nn.Module) -> list[tuple[str, str]]:
     if found:
         named = ", ".join(f"{name} ({reason})" for name, reason in found[:4])
         more = f" and {len(found) - 4} more" if len(found) > 4 else ""
-        warnings.warn(f"PEFT's adapters do nothing until merged in {named}{more}", stacklevel=3)
+        warn(f"PEFT's adapters do nothing until merged in {named}{more}")
     return found
 
 

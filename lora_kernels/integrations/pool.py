@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .._messages import warn
 from ..adapters import METHODS, LoRAConfig
 from ..nn.wrappers import plain_key
 from ..serving.lowered import lower_adapter
@@ -74,10 +74,7 @@ def _factors(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Linear -> (A, B)."""
     base = sorted(key for key in tensors if key.endswith(".base_layer.weight"))
     if base:  # PEFT writes the frozen embedding beside an adapter of it
-        warnings.warn(
-            f"{WEIGHTS}: not used: {', '.join(base)}; the model that the pool serves has to have it",
-            stacklevel=3,
-        )
+        warn(f"{WEIGHTS}: not used: {', '.join(base)}; the model that the pool serves has to have it")
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key in base:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 
 from torch import nn
 
+from .._messages import warn
 from ..adapters import LoRAConfig
 from . import owned
 from .adapted import lora_configs
 from .adapter_layer import _check_name
 from .install import install
 from .plan import Statistics, check_types, plan_adapter
+
+logger = logging.getLogger(__name__)
 
 
 def apply_lora(
@@ -61,7 +64,8 @@ def apply_lora(
     for _, layer, _ in plan.layers:
         _check_name(adapter_name, layer.adapters)
     install(model, config, adapter_name, plan, fuse=fuse)
+    logger.info("adapter %s: %s of %d layers", adapter_name, config.method, len(plan.layers))
     for one in config.modules_to_save or ():
         if not any(name.endswith(one) for name in owned.saved_modules(model, config)):
-            warnings.warn(f"modules_to_save: no module's name ends in {one!r}", stacklevel=2)
+            warn(f"modules_to_save: no module's name ends in {one!r}")
     return model

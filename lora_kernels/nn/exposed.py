@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import warnings
 from collections import Counter
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .._messages import warn
 from .adapter_layer import OWN, AdapterLayer
 from .made_classes import Made, make_class
 from .weight_reads import weight_reads
@@ -223,7 +223,7 @@ def _expose(layer: Any) -> None:
 def _warn_of_dropout(layers: dict[str, AdapterLayer], reads: dict[int, Any]) -> None:
     for name, layer in layers.items():
         if any(adapter.lora_dropout for adapter in layer.adapters.values()):
-            warnings.warn(f"lora_dropout: does nothing in {name}, as {reads[id(layer)]}", stacklevel=4)
+            warn(f"lora_dropout: does nothing in {name}, as {reads[id(layer)]}")
 
 
 def hide_weights(model: nn.Module) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from torch import nn
 
 from ..adapters import Adapter, LoRAConfig
@@ -9,7 +11,7 @@ from . import owned
 from .adapted import CONFIGS, check_adapters, is_combined, lora_configs, lora_layers
 from .adapter_layer import AdapterLayer
 from .exposed import expose_weights, hide_weights
-from .groups import group_layers, ungroup_layers
+from .groups import group_layers, ungroup_layers, why_alone
 from .invocation import find_invocations
 from .mlp import fuse_mlps, unfuse_mlps
 from .plan import Plan
@@ -17,6 +19,8 @@ from .quantized import QuantizedLinear
 from .side_inputs import open_calls
 from .sites import Target
 from .wrappers import unwrapped
+
+logger = logging.getLogger(__name__)
 
 
 def install(
@@ -161,8 +165,11 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> nn.Module:
 
 def combine(model: nn.Module) -> None:
     """Finds what can be computed together, after layers came or went."""
-    group_layers(model)
+    groups = group_layers(model)
     fuse_mlps(model)
+    if logger.isEnabledFor(logging.INFO):  # reading sources takes time
+        for name, reason in why_alone(model, groups):
+            logger.info("%s: alone, %s", name, reason)
 
 
 def open_side_calls(model: nn.Module) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._messages import warn
 from ..adapters import LoRAConfig, current_call
 from ..adapters.variants import INVOKED, invoked
 from .wrappers import unwrapped
@@ -45,17 +45,24 @@ class _Finder:
 
     def __init__(self, sequences: set[_Sequence]) -> None:
         self.sequences = sequences
+        self.warned = False
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = _signature(model).bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
         ids = given.get("input_ids")
         if ids is None:
-            warnings.warn("alora_invocation_tokens: no input_ids, so that the base alone acts", stacklevel=2)
+            self._warn()
             current_call()[INVOKED] = {}
             return
         seen = getattr(given.get("past_key_values"), _SEEN, {})
         current_call()[INVOKED] = {one: _found(ids, one, seen.get(one)) for one in self.sequences}
+
+    def _warn(self) -> None:
+        """Once a model, as this may come at each step."""
+        if not self.warned:
+            warn("alora_invocation_tokens: no input_ids, so that the base alone acts")
+            self.warned = True
 
     def remember(self, model: nn.Module, args: object, output: Any) -> None:
         """Lets the cache know which samples have had their invocation: what follows is behind it."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._messages import each
 from ..adapters import Adapter, LoRAConfig
 from . import owned
 from .adapter_layer import AdapterLayer
@@ -93,7 +94,7 @@ def _prepare_all(
     latest: dict[str, Adapter] = {}
     real: dict[int, Tensor] = {}
     made = []
-    for target in targets:
+    for target in each("adapters", targets):
         role = target.plain.rpartition(".")[2]
         where: dict[str, Any] = {"name": target.plain, "tensors": tensors, "previous": latest.get(role)}
         where["statistics"] = statistics.get(target.plain, {})

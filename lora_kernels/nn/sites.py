@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
-import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 from torch import nn
 
+from .._messages import warn
 from ..adapters import LoRAConfig, class_of
 from ..adapters.token_rows import Rows
 from . import owned
@@ -142,7 +142,7 @@ def find_sites(
     if not sites:
         raise ValueError(_no_match(model, config, refused))
     if refused:
-        warnings.warn(f"target_modules: left as they are, {_named(refused)}", stacklevel=3)
+        warn(f"target_modules: left as they are, {_named(refused)}")
     _warn_of_strays(config, [site.plain for site in sites.values()])
     return list(sites.values())
 
@@ -244,4 +244,4 @@ def _warn_of_strays(config: LoRAConfig, found: list[str]) -> None:
         return
     strays = [one for one in config.target_modules if not any(_matches([one], name) for name in found)]
     if strays:
-        warnings.warn(f"target_modules: no linear is named {', '.join(strays)}", stacklevel=4)
+        warn(f"target_modules: no linear is named {', '.join(strays)}")

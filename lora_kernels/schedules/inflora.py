@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._messages import each
 from ..nn.pairs import Pair
 from ..optim._common import check_keys, check_number
 from ._common import check_unmerged, merge_, mergeable_pairs
@@ -169,7 +170,7 @@ class InfLoRA:
         rows: dict[str, int] = {}
         handles = [pair.layer.register_forward_pre_hook(_adder(pair, sums, rows)) for pair in self.pairs]
         try:
-            for batch in batches:
+            for batch in each("InfLoRA", batches):
                 run(batch)
         finally:
             for handle in handles:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .._messages import progress
 from ..nn.adapted import lora_layers
 from ..nn.elastic import Slice, check_slices, elastic
 from ..optim._common import check_count
@@ -140,19 +141,21 @@ def search_subnetworks(
         check_count(name, count)
     _check(model, groups)
     measured: dict[tuple[int, ...], SubNetwork] = {}
-
-    def measure(choice: tuple[int, ...]) -> SubNetwork:
-        if choice not in measured:
-            measured[choice] = _measured(model, groups, choice, evaluate)
-        return measured[choice]
-
     every = itertools.product(*(one.choices for one in groups))
     few = list(itertools.islice(every, evaluations + 1))
-    if len(few) <= evaluations:
-        for choice in few:
-            measure(choice)
-    else:
-        _nsga2(groups, measure, evaluations, population, seed)
+    with progress("search", min(len(few), evaluations)) as tick:
+
+        def measure(choice: tuple[int, ...]) -> SubNetwork:
+            if choice not in measured:
+                measured[choice] = _measured(model, groups, choice, evaluate)
+            tick()
+            return measured[choice]
+
+        if len(few) <= evaluations:
+            for choice in few:
+                measure(choice)
+        else:
+            _nsga2(groups, measure, evaluations, population, seed)
     return _front(list(measured.values()))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._messages import each
 from ..adapters import LoRAConfig
 from ..nn.adapter_layer import AdapterLayer
 from ..nn.sites import find_sites, linear_types
@@ -61,7 +62,7 @@ def calibrate(
             for mappings, else ``model(batch)``. For gradients it returns a loss, or an output that has one
             as ``.loss``.
         rank: how many rows of ``activation_svd`` to keep; all by default.
-        progress: called with the number of batches done, after each.
+        progress: called with the number of batches done, after each, in place of a bar on a terminal.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -89,7 +90,7 @@ def calibrate(
         for gatherer in gatherers:
             scope.enter_context(gatherer.listening())
         scope.enter_context(torch.enable_grad() if learns else torch.no_grad())
-        for batch in batches:
+        for batch in each("calibrate", batches) if progress is None else batches:
             for gatherer in gatherers:
                 gatherer.begin(batch)
             output = run(model, batch)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._messages import each
 from ..nn.pairs import Pair, lora_pairs
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -122,7 +123,7 @@ class LaplaceLoRA:
         """
         factors = [self._empty(pair, side) for pair in self.pairs for side in "AB"]
         samples, likelihood = 0, 0.0
-        for inputs, labels in batches:
+        for inputs, labels in each("LaplaceLoRA.fit", batches):
             with self._listening() as seen:
                 logits = self.forward(self.model, inputs)
                 probabilities = logits.detach().softmax(-1)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._messages import each
 from ..adapters.low_rank.reslora import ResLoRA
 from ..nn.adapter_layer import AdapterLayer
 from ..nn.side_inputs import side_inputs
@@ -71,7 +72,7 @@ def _input_norms(
             stack.callback(handle.remove)
         stack.callback(lambda: [module.train(mode) for module, mode in before.items()])
         model.eval()
-        for batch in batches if seen else ():
+        for batch in each("input norms", batches) if seen else ():
             with side_inputs(model):
                 forward(model, batch)
     silent = [key.partition("#")[0] for key, values in seen.items() if not values]

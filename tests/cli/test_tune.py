@@ -264,14 +264,6 @@ def test_a_models_projections(tmp_path):
         tune.model_shapes(str(tmp_path / "none.json"), [512])
 
 
-def test_progress_without_rich(monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "rich.progress", None)
-    with tune.progress(2) as tick:
-        tick()
-        tick()
-    assert capsys.readouterr().err == "tune: 1/2\ntune: 2/2\n"
-
-
 def test_inspect_prints_bytes(capsys):
     assert main(["inspect", "--bytes", "--json", "--shape", "512x1024x2048", "--rank", "8"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
