@@ -63,13 +63,15 @@ def training(
     optimizer: Optimizer | None = None,
     schedule: Any = None,
     loss: Callable[[], Tensor] | None = None,
+    before: Callable[[], object] = lambda: None,
 ) -> Step:
-    """A step of training."""
+    """A step of training; ``before`` the optimiser's step the gradients are there."""
     optimizer = optimizer or adamw(model)
 
     def step() -> None:
         optimizer.zero_grad()
         (loss() if loss else scene.loss(model)).backward()
+        before()
         optimizer.step()
         if schedule is not None:
             schedule.step()
@@ -258,7 +260,7 @@ def _reducer(phase: tuple[str, float], every: int) -> Recipe:
     def step(scene: Scene) -> Step:
         model = scene.llama()
         reducer = schedules.RankReducer(model, every=every, eps=0.1)
-        return training(scene, model, None, reducer, lambda: scene.loss(model) + reducer.penalty())
+        return training(scene, model, None, reducer, before=reducer.pull)
 
     return Recipe("tensor_rank_reduction", *phase, step, lambda scene: training(scene, scene.llama()))
 

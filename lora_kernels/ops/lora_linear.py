@@ -7,10 +7,10 @@ from torch import Tensor
 
 from .._arguments import LoraInputs
 from ..quant.weight import QuantizedWeight
-from ..reference.dropout import dropout_apply
 from . import _dispatch
 from ._inputs import autocasts, cast, check, compute_dtype
-from ._lora_function import LoRALinearFunction, rows_of, transformable
+from ._lora_function import LoRALinearFunction, transformable
+from .dropout import dropped
 
 
 def lora_linear(
@@ -131,10 +131,7 @@ def _by_sample(inputs: LoraInputs) -> Tensor:
     x, weight, lora_a, lora_b, bias, gate, x_lora, seed, scaling, p = inputs
     h = branch = x if x_lora is None else x_lora
     if p > 0.0:
-        rows = rows_of(branch)
-        seed = _dispatch.draw_seed(x) if seed is None else seed
-        mask = torch.ops.lora_kernels.dropout_mask.default(seed, *rows.shape, p)
-        h = dropout_apply(rows, mask, p).view(branch.shape)
+        h = dropped(branch, p, seed)
     h = h if lora_a is None else _batched(h, lora_a)
     if lora_b.dim() == 2:
         return fused(LoraInputs(x, weight, None, lora_b, bias, gate, h, None, scaling))

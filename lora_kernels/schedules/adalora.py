@@ -139,19 +139,22 @@ def adalora_penalty(model: nn.Module) -> Tensor:
         >>> loss = 0.5 * adalora_penalty(model)
     """
     adapters = active_of(model, AdaLoRA.key).values()
-    factors = [one.lora_A for one in adapters] + [one.lora_B.T for one in adapters]
+    factors = [factor for one in adapters for factor in (one.lora_A, one.lora_B)]
     penalty: Tensor = _Orthogonality.apply(*factors)
     return penalty
 
 
 class _Orthogonality(torch.autograd.Function):
-    """The gradient of the mean of n norms ‖F Fᵀ - I‖ is 2/n · (F Fᵀ - I) F / ‖F Fᵀ - I‖; 0 where that is 0"""
+    """The gradient of the mean of n norms ‖A Aᵀ - I‖ is 2/n · (A Aᵀ - I) A / ‖A Aᵀ - I‖, 0 where that is 0;
+    of B it is that of Bᵀ. Every second factor is a B.
+    """
 
     @staticmethod
     def forward(ctx: Any, *factors: Tensor) -> Tensor:
-        ctx.places = list(alike(factors, [factor.shape for factor in factors]))
+        ctx.places = list(alike(factors, [(i % 2, factor.shape) for i, factor in enumerate(factors)]))
         stacks = [torch.stack([factors[i] for i in places]) for places in ctx.places]
-        gaps = [stack @ stack.mT for stack in stacks]
+        ofs = [places[0] % 2 for places in ctx.places]
+        gaps = [s.mT @ s if of_b else s @ s.mT for of_b, s in zip(ofs, stacks, strict=True)]
         for gap in gaps:
             gap.diagonal(dim1=1, dim2=2).sub_(1.0)
         norms = [torch.linalg.matrix_norm(gap) for gap in gaps]
@@ -167,6 +170,8 @@ class _Orthogonality(torch.autograd.Function):
         parts = zip(ctx.places, saved[:groups], saved[groups : 2 * groups], saved[2 * groups :], strict=True)
         for places, norms, gaps, stack in parts:
             scales = 2 * dy / ctx.count / norms.clamp(min=torch.finfo(norms.dtype).tiny)
-            for place, grad in zip(places, (gaps * scales[:, None, None] @ stack).unbind(), strict=True):
+            scaled = gaps * scales[:, None, None]
+            products = stack @ scaled if places[0] % 2 else scaled @ stack
+            for place, grad in zip(places, products.unbind(), strict=True):
                 grads[place] = grad
         return tuple(grads)

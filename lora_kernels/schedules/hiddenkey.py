@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.dropout import dropped
 from ..optim._common import check_number
 
 
@@ -120,7 +120,7 @@ class HiddenKey:
                 handle.remove()
 
     def _cut(self, module: nn.Module, args: Any, y: Tensor) -> Tensor:
-        return F.dropout(y, self.p_hidden, module.training)
+        return dropped(y, self.p_hidden) if module.training else y
 
     def _keys(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not module.training or not self.p_key:
@@ -129,9 +129,8 @@ class HiddenKey:
         length, mask = x.shape[1], kwargs.get("attention_mask")
         bare = _additive(mask, length, bool(getattr(module, "is_causal", False)), x)
         heads = module.config.num_attention_heads
-        dropped = dropkey_mask(x.shape[0], heads, bare.shape[-1], self.p_key, self.rng).to(x)
-        both = bare + dropped
-        empty = (both == -torch.inf).all(-1, keepdim=True)
+        both = bare + dropkey_mask(x.shape[0], heads, bare.shape[-1], self.p_key, self.rng).to(x)
+        empty = both.amax(-1, keepdim=True) == -torch.inf
         return args, {**kwargs, "attention_mask": torch.where(empty, bare, both)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._messages import each
 from ..nn.pairs import Pair
 from ..optim._common import check_keys, check_number
+from ..optim._vectors import leading_eigenvectors, leading_vectors, squared_singular
 from ._common import check_unmerged, merge_, mergeable_pairs
 
 
@@ -30,6 +31,10 @@ class DualGPM:
         inside = self.basis @ (self.basis.T @ second)
         return second - inside if self.keeps else inside
 
+    def key(self) -> tuple[object, ...]:
+        """The same for two memories that are one."""
+        return self.basis.data_ptr(), self.basis.shape, self.keeps
+
     def update(self, second: Tensor, share: float) -> None:
         """Takes in so many directions of H ``[in, in]`` that the memory holds ``share`` of its energy.
 
@@ -37,8 +42,8 @@ class DualGPM:
         """
         size = len(self.basis)
         total = second.square().sum()
-        u, s, _ = torch.linalg.svd(self.project(second))
-        energy = s.square()
+        energy, u = squared_singular(self.project(second).T)
+        energy, u = energy.to(second.dtype), u.to(second.dtype)
         held = (total - energy.sum()).clamp(min=0)
         reached = (held + energy.cumsum(0)) / total.clamp(min=1e-30)
         enough = share - 16 * torch.finfo(second.dtype).eps
@@ -71,7 +76,9 @@ def inflora_design(second: Tensor, memory: DualGPM, r: int) -> Tensor:
     free = size - taken if memory.keeps else taken
     if r > free:
         raise ValueError(f"r: expected at most the {free} directions that the tasks before left, got {r}")
-    return torch.linalg.svd(memory.project(second)).U[:, :r].T / 3**0.5
+    if memory.keeps and not taken:  # P = H, whose left vectors are its eigenvectors
+        return leading_eigenvectors(second, r).T / 3**0.5
+    return leading_vectors(memory.project(second), r, right=False).T / 3**0.5
 
 
 class InfLoRA:
@@ -112,9 +119,12 @@ class InfLoRA:
         """
         check_unmerged(self.pairs)
         seen = self._second_moments(run, batches)
-        made = {p.name: inflora_design(seen[p.name], self.memory[p.name], p.rank) for p in self.pairs}
-        for pair in self.pairs:
-            pair.lora_a.copy_(made[pair.name])
+        made: dict[object, Tensor] = {}
+        for key, pair in self._keyed(seen):
+            if (key, pair.rank) not in made:
+                made[key, pair.rank] = inflora_design(seen[pair.name], self.memory[pair.name], pair.rank)
+        for key, pair in self._keyed(seen):
+            pair.lora_a.copy_(made[key, pair.rank])
             pair.lora_a.requires_grad_(False)
             pair.lora_b.zero_()
 
@@ -128,11 +138,21 @@ class InfLoRA:
         check_unmerged(self.pairs)
         seen = self._second_moments(run, batches)
         share = self.share + (self.share_end - self.share) * self.done / self.tasks
-        for pair in self.pairs:
-            self.memory[pair.name].update(seen[pair.name], share)
+        made: dict[object, DualGPM] = {}
+        for key, pair in list(self._keyed(seen)):
+            memory = self.memory[pair.name]
+            if key not in made:
+                memory.update(seen[pair.name], share)
+                made[key] = memory
+            memory.basis, memory.keeps = made[key].basis, made[key].keeps
             merge_(pair)
             pair.lora_b.zero_()
         self.done += 1
+
+    def _keyed(self, seen: Mapping[str, Tensor]) -> Iterator[tuple[object, Pair]]:
+        """Each pair, and what layers have in common that read the same and remember the same."""
+        for pair in self.pairs:
+            yield (id(seen[pair.name]), self.memory[pair.name].key()), pair
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint between two tasks needs."""
@@ -165,10 +185,9 @@ class InfLoRA:
             )
 
     def _second_moments(self, run: Callable[[Any], Any], batches: Iterable[Any]) -> dict[str, Tensor]:
-        """E[x xᵀ] over all rows that each layer reads."""
-        sums: dict[str, Tensor] = {}
-        rows: dict[str, int] = {}
-        handles = [pair.layer.register_forward_pre_hook(_adder(pair, sums, rows)) for pair in self.pairs]
+        """E[x xᵀ] over all rows that each layer reads; one tensor for layers that read the same."""
+        moments = _Moments()
+        handles = [pair.layer.register_forward_pre_hook(moments.adder(pair)) for pair in self.pairs]
         try:
             for batch in each("InfLoRA", batches):
                 run(batch)
@@ -176,15 +195,45 @@ class InfLoRA:
             for handle in handles:
                 handle.remove()
         for pair in self.pairs:
-            if not rows.get(pair.name):
+            if not moments.rows.get(pair.name):
                 raise ValueError(f"batches: expected them to reach every layer, and {pair.name} never ran")
-        return {name: total / rows[name] for name, total in sums.items()}
+        return moments.means()
 
 
-def _adder(pair: Pair, sums: dict[str, Tensor], rows: dict[str, int]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].detach().flatten(0, -2).to(pair.lora_a.dtype)
-        sums[pair.name] = sums[pair.name] + x.T @ x if pair.name in sums else x.T @ x
-        rows[pair.name] = rows.get(pair.name, 0) + len(x)
+class _Moments:
+    """Σ x xᵀ of each layer, once for those that read one tensor in turn, as query, key and value do"""
 
-    return hook
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.rows: dict[str, int] = {}
+        # What was read last, its x xᵀ, and by the id of a former sum that sum and the one with x xᵀ.
+        self.read: tuple[Tensor, int | None, torch.dtype] | None = None
+        self.product = torch.empty(0)
+        self.made: dict[int, tuple[Tensor | None, Tensor]] = {}
+
+    def adder(self, pair: Pair) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.add(pair.name, args[0], pair.lora_a.dtype)
+
+        return hook
+
+    def add(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
+        # An inference tensor does not tell whether it was written to.
+        last, version = self.read, None if x.is_inference() else x._version
+        if last is None or version is None or last[0] is not x or last[1:] != (version, dtype):
+            wide = x.detach().flatten(0, -2).to(dtype)
+            self.read, self.product, self.made = (x, version, dtype), wide.T @ wide, {}
+        former = self.sums.get(name)
+        if id(former) not in self.made:
+            self.made[id(former)] = former, self.product if former is None else former + self.product
+        self.sums[name] = self.made[id(former)][1]
+        self.rows[name] = self.rows.get(name, 0) + x.shape[:-1].numel()
+
+    def means(self) -> dict[str, Tensor]:
+        """The sums over the rows; what is one sum of as many rows stays one."""
+        made: dict[tuple[int, int], Tensor] = {}
+        for name, total in self.sums.items():
+            key = id(total), self.rows[name]
+            if key not in made:
+                made[key] = total / self.rows[name]
+        return {name: made[id(total), self.rows[name]] for name, total in self.sums.items()}

@@ -23,7 +23,8 @@ class RankReducer(Schedule):
     truncated SVD of a linear and Tucker-2 of a convolution without groups; ranks start whole. In each epoch
     each rank falls by the factor ``rate`` for as long as ‖W - TD‖² ≤ ε ‖W‖² (or, with ``evaluate``, for as
     long as the decomposed model scores within ``tolerance`` of the model), and no rank ever rises. Add
-    :meth:`penalty` to the loss, call :meth:`step` after each step, and :meth:`export` in the end.
+    :meth:`penalty` to the loss, or call :meth:`pull` after each backward pass; call :meth:`step` after each
+    step, and :meth:`export` in the end.
 
     Args:
         model: a plain model; all its linears and convolutions are decomposed but for those left out.
@@ -73,6 +74,19 @@ class RankReducer(Schedule):
         weights = [layer.weight for layer in self.layers.values()]
         pulled: Tensor = _Pull.apply(self.lam, [self.targets[name] for name in self.layers], *weights)
         return pulled
+
+    @torch.no_grad()
+    def pull(self) -> None:
+        """W's gradient ← it + λ (W - TD_R(W)): what :meth:`penalty` in the loss does, in fewer passes.
+
+        Call it between ``backward`` and the optimiser's step, in place of the penalty.
+        """
+        for name, layer in self.layers.items():
+            weight, target = layer.weight, self.targets[name]
+            if weight.grad is None:
+                weight.grad = (weight - target).mul_(self.lam)
+            else:  # one weight after the other, which then stays in cache
+                weight.grad.add_(weight, alpha=self.lam).sub_(target, alpha=self.lam)
 
     def act(self, step: int) -> None:
         """The end of an epoch, where it is one."""

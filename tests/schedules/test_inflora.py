@@ -84,6 +84,67 @@ def test_old_outputs_stay_and_a_does_not_train():
     assert (model(data[1]) - before[1]).abs().max() > 0.1
 
 
+class Attention(nn.Module):
+    """Two layers that read one tensor, one that reads it written over, and one that reads another."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        for name in ("query", "key", "late", "out"):
+            self.add_module(name, nn.Linear(SIZE, SIZE))
+
+    def forward(self, x):
+        y = self.query(x) * self.key(x)
+        return self.out(y + self.late(x.mul_(x)))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_layers_that_read_the_same_are_designed_once(monkeypatch, inference):
+    model = apply_lora(Attention(), LoRAConfig(r=R, target_modules="all-linear"))
+    schedule, calls, real = InfLoRA(model, 2), [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda *a, **k: calls.append(1) or real(*a, **k))
+
+    def run(x):
+        with torch.inference_mode(inference):
+            model(x.clone())
+
+    data = [torch.randn(9, SIZE) for _ in range(3)]
+    for task in range(2):
+        calls.clear()
+        schedule.begin_task(run, data)
+        # An inference tensor does not tell whether it was written to.
+        assert len(calls) == (4 if inference else 3), task
+        schedule.end_task(run, data)
+    query, key, late, out = (getattr(model, name).adapters["default"].lora_A for name in model._modules)
+    assert torch.equal(query, key) and not torch.equal(query, out) and not torch.equal(query, late)
+    memory = schedule.memory
+    assert inference or memory["query"].basis is memory["key"].basis
+    assert memory["out"].basis is not memory["key"].basis
+
+
+def test_each_moment_is_of_its_own_rows():
+    model = apply_lora(Attention(), LoRAConfig(r=R, target_modules="all-linear"))
+    schedule = InfLoRA(model, 1)
+    data = [torch.randn(rows, SIZE) for rows in (5, 9)]
+    seen = schedule._second_moments(lambda x: model(x.clone()), data)
+    whole = torch.cat(data)
+    torch.testing.assert_close(seen["key"], whole.T @ whole / 14)
+    torch.testing.assert_close(seen["late"], whole.square().T @ whole.square() / 14)
+
+
+@pytest.mark.parametrize("memory_rank", [0, 3])
+def test_the_design_in_float32(memory_rank):
+    """As near to that of float64 as a decomposition in float32, up to twice its error."""
+    h = second(20, 0)[0]
+    exact, narrow = DualGPM(SIZE, h), DualGPM(SIZE, h.float())
+    exact.basis = torch.linalg.qr(second(memory_rank, 1)[1].T).Q if memory_rank else exact.basis
+    narrow.basis = exact.basis.float()
+    want, got = inflora_design(h, exact, R).T, inflora_design(h.float(), narrow, R).double().T
+    eager = torch.linalg.svd(narrow.project(h.float())).U[:, :R].double() / 3**0.5
+    error, bound = ((one @ one.T - want @ want.T).norm() for one in (got, eager))
+    assert error <= 2 * bound
+
+
 def test_a_state_goes_on():
     model, data = tasks()
     one = InfLoRA(model, 2)

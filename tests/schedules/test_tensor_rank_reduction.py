@@ -143,6 +143,14 @@ def test_the_gradient_of_the_penalty_is_lambda_times_the_gap():
         weight = net.get_submodule(name).weight
         torch.testing.assert_close(weight.grad, 0.5 * (weight.detach() - reducer.targets[name]))
     assert net.conv.bias.grad is None
+    grads = [p.grad for p in net.parameters()]
+    net.zero_grad()
+    for times in (1, 2):  # where there is no gradient yet, and where there is
+        reducer.pull()
+        for p, grad in zip(net.parameters(), grads, strict=True):
+            assert (p.grad is None) == (grad is None)
+            if grad is not None:
+                torch.testing.assert_close(p.grad, times * grad)
 
 
 def test_ranks_fall_within_the_error_and_never_rise():
