@@ -65,8 +65,8 @@ def _mask(seed: Tensor, rows: int, cols: int, limit: int | Tensor) -> Tensor:
 
 def keep_of(mask: Tensor, cols: int) -> Tensor:
     """Packed keep bits as booleans ``[rows, cols]``."""
-    bits = torch.arange(8, device=mask.device, dtype=torch.uint8)
-    return ((mask[:, :, None] >> bits) & 1).view(len(mask), 8 * mask.shape[1])[:, :cols].bool()
+    bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], device=mask.device, dtype=torch.uint8)
+    return (mask[:, :, None] & bits).view(len(mask), 8 * mask.shape[1])[:, :cols] != 0
 
 
 def dropout_apply(x: Tensor, mask: Tensor, dropout_p: float) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.dropout import dropped
+from ..ops.dropout import keep_scale
 from ..optim._common import check_number
 
 
@@ -120,7 +120,7 @@ class HiddenKey:
                 handle.remove()
 
     def _cut(self, module: nn.Module, args: Any, y: Tensor) -> Tensor:
-        return dropped(y, self.p_hidden) if module.training else y
+        return y * keep_scale(y, self.p_hidden) if module.training and self.p_hidden else y
 
     def _keys(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not module.training or not self.p_key:

@@ -33,6 +33,19 @@ def test_the_divergence():
     assert bidirectional_kl(p, p) == 0 and bidirectional_kl(p, q) > 0
 
 
+def test_a_cut_keeps_the_mean():
+    torch.manual_seed(0)
+    module = torch.nn.Identity()
+    regulariser = HiddenKey(hidden=[module], p_hidden=0.3, kl=0.0)
+    x = torch.ones(4, 50, 100, dtype=torch.float64, requires_grad=True)
+    with regulariser.dropping():
+        y, other = module(x), module(x)
+    kept = y != 0
+    torch.testing.assert_close(y, kept.double() / 0.7)
+    assert abs(kept.double().mean() - 0.7) < 0.01 and not torch.equal(y, other)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y)
+
+
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
 def llama(request):
     transformers = pytest.importorskip("transformers")
