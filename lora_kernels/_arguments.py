@@ -1,4 +1,4 @@
-"""The arguments of the LoRA linear's ops, each list once: named tuples in the order of the schemas.
+"""The arguments of the ops that take many, each list once: named tuples in the order of the schemas.
 
 What is below the public functions hands these on whole. They are flattened where an op, a backend's function
 or an autograd Function is called, and :func:`flat` makes the backends' functions of them.
@@ -136,6 +136,78 @@ class GroupBackward(NamedTuple):
     dropout_ps: Sequence[float]
     # Of x, and then of A, B and g of each member.
     needs: Sequence[bool]
+
+
+class MultiInputs(NamedTuple):
+    """Of ``multi_lora_linear``: rows of different adapters, see ``AdapterStack`` and ``BatchPlan``."""
+
+    x: Tensor
+    a_pages: Tensor
+    b_pages: Tensor
+    pages: Tensor
+    spans: Tensor
+    # What each slot's branch is multiplied by.
+    coef: Tensor
+    order: Tensor
+    offsets: Tensor
+    tiles: Tensor
+    # Each slot's keep bits, and 1 / (1 - p).
+    mask: Tensor | None
+    keep_scale: Tensor | None
+    max_rank: int
+    # Whether h is returned.
+    keep_h: bool
+
+    @property
+    def layout(self) -> tuple[Tensor, ...]:
+        """Which pages and which slots are whose."""
+        return self.pages, self.spans, self.order, self.offsets, self.tiles
+
+
+class MultiBackward(NamedTuple):
+    """Of ``multi_lora_linear_backward``; the fields are those of the one above."""
+
+    dy: Tensor
+    x: Tensor | None
+    a_pages: Tensor
+    b_pages: Tensor
+    pages: Tensor
+    spans: Tensor
+    coef: Tensor
+    order: Tensor
+    offsets: Tensor
+    tiles: Tensor
+    h: Tensor | None
+    mask: Tensor | None
+    keep_scale: Tensor | None
+    max_rank: int
+    # Of x, a_pages, b_pages and coef.
+    needs: Sequence[bool]
+
+    @property
+    def layout(self) -> tuple[Tensor, ...]:
+        """Which pages and which slots are whose."""
+        return self.pages, self.spans, self.order, self.offsets, self.tiles
+
+
+class MultiAdd(NamedTuple):
+    """Of ``multi_lora_linear_add``: lists have an entry for each linear that reads x."""
+
+    y: Tensor
+    x: Tensor
+    a_pages: Sequence[Tensor]
+    b_pages: Sequence[Tensor]
+    pages: Sequence[Tensor]
+    spans: Sequence[Tensor]
+    scalings: Sequence[Tensor]
+    # One factor a slot.
+    weights: Tensor | None
+    order: Tensor
+    offsets: Tensor
+    tiles: Tensor
+    table: Tensor | None
+    max_rank: int
+    batch_invariant: bool
 
 
 class QuantizedInputs(NamedTuple):

@@ -21,6 +21,8 @@ from ._arguments import (
     GroupInputs,
     LoraBackward,
     LoraInputs,
+    MultiBackward,
+    MultiInputs,
     QuantizedInputs,
     flat,
 )
@@ -260,45 +262,16 @@ def _fake_row_dropout_mask(seed: Tensor, dropout_ps: Tensor, cols: int) -> Tenso
     return seed.new_empty(dropout_ps.shape[0], (cols + 7) // 8, dtype=torch.uint8)
 
 
-def _fake_multi_lora_linear(
-    x: Tensor,
-    a_pages: Tensor,
-    b_pages: Tensor,
-    pages: Tensor,
-    spans: Tensor,
-    coef: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
-    mask: Tensor | None,
-    keep_scale: Tensor | None,
-    max_rank: int,
-    keep_h: bool,
-) -> tuple[Tensor, Tensor]:
-    slots = order.shape[0] if keep_h else 0
-    return x.new_empty(x.shape[0], b_pages.shape[1]), x.new_empty(slots, max_rank)
+@flat(MultiInputs)
+def _fake_multi_lora_linear(inputs: MultiInputs) -> tuple[Tensor, Tensor]:
+    x, slots = inputs.x, inputs.order.shape[0] if inputs.keep_h else 0
+    return x.new_empty(x.shape[0], inputs.b_pages.shape[1]), x.new_empty(slots, inputs.max_rank)
 
 
-def _fake_multi_lora_linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    a_pages: Tensor,
-    b_pages: Tensor,
-    pages: Tensor,
-    spans: Tensor,
-    coef: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
-    h: Tensor | None,
-    mask: Tensor | None,
-    keep_scale: Tensor | None,
-    max_rank: int,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    dx = dy.new_empty(dy.shape[0], a_pages.shape[1])
-    grads = (dx, a_pages.new_empty(a_pages.shape), b_pages.new_empty(b_pages.shape), torch.empty_like(coef))
-    return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
+@flat(MultiBackward)
+def _fake_multi_lora_linear_backward(saved: MultiBackward) -> list[Tensor]:
+    dx = saved.dy.new_empty(saved.dy.shape[0], saved.a_pages.shape[1])
+    return _empty_like((dx, saved.a_pages, saved.b_pages, saved.coef), saved.needs)
 
 
 def _fake_low_rank_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
@@ -370,22 +343,6 @@ def _fake_glu_backward(dproduct: Tensor, gate: Tensor, up: Tensor, activation: s
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-def _fake_gate_chain(out: Tensor, x: Tensor, gates: Sequence[Tensor], dims: Sequence[int], add: bool) -> None:
-    return None
-
-
-def _fake_gate_chain_backward(
-    dy: Tensor,
-    x: Tensor,
-    gates: Sequence[Tensor],
-    dims: Sequence[int],
-    dx: Tensor | None,
-    add: bool,
-    grads: Sequence[Tensor],
-) -> None:
-    return None
-
-
 def _fake_invariant_linear(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
@@ -405,21 +362,6 @@ def _fake_dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     return codes.new_empty(rows, cols, dtype=dtype)
-
-
-def _fake_quantized_linear(
-    out: Tensor,
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    format: str,
-    rows: int,
-    cols: int,
-    block: int,
-    transpose: bool,
-) -> None:
-    return None
 
 
 @flat(QuantizedInputs)
@@ -454,14 +396,14 @@ _FAKES: dict[str, Callable[..., object]] = {
     "lora_linear_group": _fake_lora_linear_group,
     "lora_linear_group_backward": _fake_lora_linear_group_backward,
     "dequantize": _fake_dequantize,
-    "quantized_linear": _fake_quantized_linear,
+    "quantized_linear": _fake_in_place,
     "quantized_lora_linear": _fake_quantized_lora_linear,
     "grouped_lora_linear": _fake_grouped_lora_linear,
     "grouped_lora_linear_backward": _fake_grouped_lora_linear_backward,
     "glu": _fake_glu,
     "glu_backward": _fake_glu_backward,
-    "gate_chain": _fake_gate_chain,
-    "gate_chain_backward": _fake_gate_chain_backward,
+    "gate_chain": _fake_in_place,
+    "gate_chain_backward": _fake_in_place,
 }
 
 for _op, _schema in SCHEMAS.items():

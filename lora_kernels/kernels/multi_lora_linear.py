@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._arguments import MultiAdd, MultiBackward, MultiInputs, flat
 from .._ops import TABLE_WIDTH
 from .config import page_tile
 from .launch import blocks, precision, unit_columns
@@ -363,46 +364,20 @@ def _page_grad(
     return out
 
 
-def multi_lora_linear(
-    x: Tensor,
-    a_pages: Tensor,
-    b_pages: Tensor,
-    pages: Tensor,
-    spans: Tensor,
-    coef: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
-    mask: Tensor | None,
-    keep_scale: Tensor | None,
-    max_rank: int,
-    keep_h: bool,
-) -> tuple[Tensor, Tensor]:
+@flat(MultiInputs)
+def multi_lora_linear(inputs: MultiInputs) -> tuple[Tensor, Tensor]:
     """The forward op of ``_ops.py``: the delta and h."""
-    layout, per_row = (pages, spans, order, offsets, tiles), order.shape[0] // x.shape[0]
-    parts = _shrink(x, a_pages, layout, mask, max_rank, per_row)
-    return _expand(parts, b_pages, layout, coef, keep_scale, None, x.dtype, per_row, keep_h)
+    x, layout, per_row = inputs.x, inputs.layout, inputs.order.shape[0] // inputs.x.shape[0]
+    parts = _shrink(x, inputs.a_pages, layout, inputs.mask, inputs.max_rank, per_row)
+    scales = (inputs.coef, inputs.keep_scale)
+    return _expand(parts, inputs.b_pages, layout, *scales, None, x.dtype, per_row, inputs.keep_h)
 
 
-def multi_lora_linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    a_pages: Tensor,
-    b_pages: Tensor,
-    pages: Tensor,
-    spans: Tensor,
-    coef: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
-    h: Tensor | None,
-    mask: Tensor | None,
-    keep_scale: Tensor | None,
-    max_rank: int,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+@flat(MultiBackward)
+def multi_lora_linear_backward(saved: MultiBackward) -> list[Tensor]:
     """The backward op of ``_ops.py``: the gradients that ``needs`` asks for."""
-    layout, per_row = (pages, spans, order, offsets, tiles), order.shape[0] // dy.shape[0]
+    dy, x, a_pages, b_pages, *_, h, mask, keep_scale, max_rank, needs = saved
+    layout, coef, per_row = saved.layout, saved.coef, saved.order.shape[0] // dy.shape[0]
     needs_x, needs_a, needs_b, needs_coef = needs
     dx = da = db = dcoef = None
     if needs_x or needs_a or needs_coef:
@@ -427,23 +402,11 @@ def _aligned(tensors: Sequence[Tensor]) -> bool:
     return all(t.data_ptr() % 16 == 0 and t.stride(0) % step == 0 and t.shape[1] % step == 0 for t in tensors)
 
 
-def multi_lora_linear_add(
-    y: Tensor,
-    x: Tensor,
-    a_pages: Sequence[Tensor],
-    b_pages: Sequence[Tensor],
-    pages: Sequence[Tensor],
-    spans: Sequence[Tensor],
-    scalings: Sequence[Tensor],
-    weights: Tensor | None,
-    order: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
-    table: Tensor | None,
-    max_rank: int,
-    batch_invariant: bool,
-) -> None:
+@flat(MultiAdd)
+def multi_lora_linear_add(inputs: MultiAdd) -> None:
     """The op of ``_ops.py`` that adds into y."""
+    y, x, a_pages, b_pages, pages, spans, scalings, weights, *rows, table, max_rank, _ = inputs
+    order, tiles = inputs.order, inputs.tiles
     per_row, slots, linears = order.shape[0] // x.shape[0], order.shape[0], len(a_pages)
     direct = per_row == 1 and y.stride(1) == 1
     out = y if direct else torch.zeros(slots, y.shape[1], dtype=y.dtype, device=y.device)
@@ -454,7 +417,6 @@ def multi_lora_linear_add(
         "SLICED": sliced,
         "ALIGNED": sliced and _aligned([*a_pages, *b_pages]),
     }
-    rows = (order, offsets, tiles)
     cols, adapters, widest = x.shape[1], spans[0].shape[0], max(b.shape[1] for b in b_pages)
     a, b = (pages_ if sliced else unit_columns(pages_) for pages_ in (a_pages[0], b_pages[0]))
     tile = page_tile(cols, max_rank, x.element_size())

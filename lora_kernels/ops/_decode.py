@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _ops
+from .._arguments import MultiAdd, MultiInputs
 
 # Beyond these a batch is prefill: its rows reuse what they read, which Triton's tiles are for.
 MAX_SLOTS, MAX_FUSED_ROWS = 512, 8
@@ -35,51 +36,27 @@ def misfit(op: str, args: tuple[Any, ...]) -> str | None:
     """Why the CUDA backend cannot compute ``op`` with ``args``, or ``None``."""
     if op not in _ops.CUDA_OPS:
         return f"it has kernels for {', '.join(_ops.CUDA_OPS)}, not {op}"
-    return _add_misfit(*args) if op == "multi_lora_linear_add" else _delta_misfit(*args)
+    if op == "multi_lora_linear_add":
+        return _add_misfit(MultiAdd(*args))
+    return _delta_misfit(MultiInputs(*args))
 
 
-def _delta_misfit(
-    x: Tensor,
-    a_pages: Tensor,
-    b_pages: Tensor,
-    pages: Tensor,
-    spans: Tensor,
-    coef: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
-    mask: Tensor | None,
-    keep_scale: Tensor | None,
-    max_rank: int,
-    keep_h: bool,
-) -> str | None:
+def _delta_misfit(inputs: MultiInputs) -> str | None:
     """Of ``multi_lora_linear``."""
-    if keep_h or mask is not None or keep_scale is not None:
+    if inputs.keep_h or inputs.mask is not None or inputs.keep_scale is not None:
         return "its kernels are for inference: no dropout, no gradient of an adapter"
-    return _batch_misfit(x, order, max_rank, (x, a_pages, b_pages), (coef,), (pages, spans))
+    x, a_pages, b_pages, pages, spans, coef, order, *_ = inputs
+    return _batch_misfit(x, order, inputs.max_rank, (x, a_pages, b_pages), (coef,), (pages, spans))
 
 
-def _add_misfit(
-    y: Tensor,
-    x: Tensor,
-    a_pages: Sequence[Tensor],
-    b_pages: Sequence[Tensor],
-    pages: Sequence[Tensor],
-    spans: Sequence[Tensor],
-    scalings: Sequence[Tensor],
-    weights: Tensor | None,
-    order: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
-    table: Tensor | None,
-    max_rank: int,
-    batch_invariant: bool,
-) -> str | None:
+def _add_misfit(inputs: MultiAdd) -> str | None:
     """Of ``multi_lora_linear_add``: what one linear does not fit, all go without."""
-    if batch_invariant and _backend.active_backend() == "auto":
+    if inputs.batch_invariant and _backend.active_backend() == "auto":
         return "a larger batch would get other kernels, with other bits"
-    factors = scalings if weights is None else (*scalings, weights)
-    return _batch_misfit(x, order, max_rank, (x, y, *a_pages, *b_pages), factors, (*pages, *spans))
+    y, x, a_pages, b_pages, pages, spans, factors, weights, order, *_ = inputs
+    factors = factors if weights is None else (*factors, weights)
+    matrices, indices = (x, y, *a_pages, *b_pages), (*pages, *spans)
+    return _batch_misfit(x, order, inputs.max_rank, matrices, factors, indices)
 
 
 def _batch_misfit(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from .._arguments import MultiAdd, MultiBackward, MultiInputs, flat
 from .dropout import keep_of
 
 
@@ -29,22 +30,10 @@ def _per_slot(values: Tensor | None, slots: Tensor, dtype: torch.dtype) -> Tenso
     return 1.0 if values is None else values[slots, None].to(dtype)
 
 
-def multi_lora_linear(
-    x: Tensor,
-    a_pages: Tensor,
-    b_pages: Tensor,
-    pages: Tensor,
-    spans: Tensor,
-    coef: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
-    mask: Tensor | None,
-    keep_scale: Tensor | None,
-    max_rank: int,
-    keep_h: bool,
-) -> tuple[Tensor, Tensor]:
+@flat(MultiInputs)
+def multi_lora_linear(inputs: MultiInputs) -> tuple[Tensor, Tensor]:
     """The forward op of ``_ops.py``: the delta and h."""
+    x, a_pages, b_pages, pages, spans, coef, order, offsets, _, mask, keep_scale, max_rank, keep_h = inputs
     per_row = len(order) // max(1, len(x))
     delta, h = x.new_zeros(len(x), b_pages.shape[1]), x.new_zeros(len(order), max_rank)
     for slots, own, rank in _groups(pages, spans, order, offsets):
@@ -56,24 +45,10 @@ def multi_lora_linear(
     return delta, h if keep_h else h[:0].clone()
 
 
-def multi_lora_linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    a_pages: Tensor,
-    b_pages: Tensor,
-    pages: Tensor,
-    spans: Tensor,
-    coef: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
-    h: Tensor | None,
-    mask: Tensor | None,
-    keep_scale: Tensor | None,
-    max_rank: int,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+@flat(MultiBackward)
+def multi_lora_linear_backward(saved: MultiBackward) -> list[Tensor]:
     """The backward op of ``_ops.py``: the gradients that ``needs`` asks for."""
+    dy, x, a_pages, b_pages, pages, spans, coef, order, offsets, _, h, mask, keep_scale, _, needs = saved
     per_row, dtype = len(order) // max(1, len(dy)), dy.dtype
     dx = dy.new_zeros(len(dy), a_pages.shape[1])
     da, db, dcoef = torch.zeros_like(a_pages), torch.zeros_like(b_pages), torch.zeros_like(coef)
@@ -92,23 +67,10 @@ def multi_lora_linear_backward(
     return [grad for grad, needed in zip((dx, da, db, dcoef), needs, strict=True) if needed]
 
 
-def multi_lora_linear_add(
-    y: Tensor,
-    x: Tensor,
-    a_pages: Sequence[Tensor],
-    b_pages: Sequence[Tensor],
-    pages: Sequence[Tensor],
-    spans: Sequence[Tensor],
-    scalings: Sequence[Tensor],
-    weights: Tensor | None,
-    order: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
-    table: Tensor | None,
-    max_rank: int,
-    batch_invariant: bool,
-) -> None:
+@flat(MultiAdd)
+def multi_lora_linear_add(inputs: MultiAdd) -> None:
     """The op of ``_ops.py`` that adds into y: one linear after the other."""
+    y, x, a_pages, b_pages, pages, spans, scalings, weights, order, offsets, tiles, _, max_rank, _ = inputs
     first, counts = 0, offsets.diff().long()
     for a, b, owned, span, scaling in zip(a_pages, b_pages, pages, spans, scalings, strict=True):
         coef = torch.empty(len(order), dtype=torch.float32, device=x.device)
@@ -116,6 +78,6 @@ def multi_lora_linear_add(
         coef[order.long()] = per_adapter.repeat_interleave(counts, output_size=len(order))
         coef = coef if weights is None else coef * weights
         layout = (a, b, owned, span, coef, order, offsets, tiles)
-        delta, _ = multi_lora_linear(x, *layout, None, None, max_rank, keep_h=False)
+        delta, _ = multi_lora_linear(x, *layout, None, None, max_rank, False)
         y[:, first : first + b.shape[1]] += delta
         first += b.shape[1]
