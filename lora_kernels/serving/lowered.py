@@ -9,7 +9,7 @@ from torch import nn
 from ..adapters.lowered import low_rank_of
 from ..nn.adapted import lora_layers
 from ..nn.wrappers import plain_names
-from .pool import Factors
+from .host import Factors
 
 
 def lower_adapter(

@@ -1,4 +1,4 @@
-"""More adapters than fit on the device: which are there, which make room, and how they come."""
+"""More adapters than fit on the device: which are there, and how they come."""
 
 from __future__ import annotations
 
@@ -6,41 +6,20 @@ import contextlib
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..ops.adapter_stack import AdapterStack
+from . import room
+from .host import SLOT, Factors, HostAdapter, HostLayout, for_each
 from .pages import PageTable
 
 BASE = "__base__"
-_SLOT = None  # what an adapter takes besides pages, beside the names of linears
-Factors = tuple[Tensor, Tensor]
 
 
 class PoolFullError(RuntimeError):
     """The adapters in use leave no room for those asked for; the message says what is short."""
-
-
-@dataclass
-class _Adapter:
-    """An adapter on the host: every A and Bᵀ in one blob, and where each linear's part lies in it."""
-
-    blob: Tensor
-    parts: dict[str, tuple[int, int]]  # linear -> (first element, rank)
-    scalings: dict[str, float]
-    slot: int | None = None
-    users: int = 0
-    pinned: bool = False
-    ready: torch.cuda.Event | None = field(default=None, repr=False)
-    # Whether the pages have what the blob has not yet.
-    stale: bool = False
-
-    @property
-    def size(self) -> Counter[str | None]:
-        """How many pages of each linear it takes, and one slot."""
-        return Counter({_SLOT: 1, **{linear: rank for linear, (_, rank) in self.parts.items()}})
 
 
 class AdapterPool:
@@ -83,10 +62,11 @@ class AdapterPool:
             name: PageTable(*sizes, pages, slots, max_rank, self.device, dtype)
             for name, sizes in self.linears.items()
         }
-        self._adapters: OrderedDict[str, _Adapter] = OrderedDict()  # the least recently used first
+        self._adapters: OrderedDict[str, HostAdapter] = OrderedDict()  # the least recently used first
         self._free_slots = list(range(slots))
         self._lock = threading.Condition()
         self._last_uses: dict[int, torch.cuda.Event] = {}
+        self._host = HostLayout(self.linears, max_rank, dtype, self.device.type == "cuda")
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __contains__(self, name: str) -> bool:
@@ -116,7 +96,7 @@ class AdapterPool:
         Raises:
             ValueError: the name is taken, a linear is unknown, or a shape does not fit. Nothing changes then.
         """
-        adapter = self._packed(name, factors, scaling)
+        adapter = self._host.pack(name, factors, scaling)
         with self._lock:
             if name in self._adapters or name == BASE:
                 raise ValueError(f"name: {name!r} is taken")
@@ -148,7 +128,7 @@ class AdapterPool:
 
         After an error the adapter is the old one.
         """
-        fresh = self._packed(name, factors, scaling)
+        fresh = self._host.pack(name, factors, scaling)
         with self._lock:
             self._lock.wait_for(lambda: not self._known(name).users, timeout)
             old = self._known(name)
@@ -187,8 +167,8 @@ class AdapterPool:
             ValueError: as :meth:`register`; or the adapter is not known. It is then as it was.
             PoolFullError: it is in use.
         """
-        parts = self._parts(factors)
-        each = _for_each(factors, scaling)
+        parts = self._host.parts(factors)
+        each = for_each(factors, scaling)
         with self._lock:
             self._lock.wait_for(lambda: not self._known(name).users, timeout)
             adapter = self._known(name)
@@ -256,67 +236,28 @@ class AdapterPool:
         """What :func:`multi_lora_linear` needs of one linear; ids are the slots of :meth:`use`."""
         return self._tables[linear].stack()
 
-    def _known(self, name: str) -> _Adapter:
+    def _known(self, name: str) -> HostAdapter:
         if name not in self._adapters:
             raise ValueError(f"name: expected a registered adapter, got {name!r}")
         return self._adapters[name]
 
-    def _must_be_idle(self, name: str, adapter: _Adapter) -> None:
+    def _must_be_idle(self, name: str, adapter: HostAdapter) -> None:
         if adapter.users:
             raise PoolFullError(f"adapter {name!r} is in use")
 
-    def _packed(
-        self, name: str, factors: Mapping[str, Factors], scaling: float | Mapping[str, float]
-    ) -> _Adapter:
-        """The adapter as one blob, once everything was checked."""
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"name: expected a name, got {name!r}")
-        parts = self._parts(factors)
-        pairs = factors.values()
-        flat = [t for a, b in pairs for t in (a.detach().reshape(-1), b.detach().T.reshape(-1))]
-        blob = (
-            torch.cat([t.to("cpu", self.dtype) for t in flat]) if flat else torch.empty(0, dtype=self.dtype)
-        )
-        if self._side is not None:
-            blob = blob.pin_memory()
-        return _Adapter(blob, parts, _for_each(factors, scaling))
-
-    def _parts(self, factors: Mapping[str, Factors]) -> dict[str, tuple[int, int]]:
-        """Where each linear's part lies in a blob, and its rank, once everything was checked."""
-        parts, first = {}, 0
-        for linear, (lora_a, lora_b) in factors.items():
-            self._check(linear, lora_a, lora_b)
-            parts[linear] = (first, lora_a.shape[0])
-            first += lora_a.numel() + lora_b.numel()
-        return parts
-
-    def _check(self, linear: str, lora_a: Tensor, lora_b: Tensor) -> None:
-        if linear not in self.linears:
-            raise ValueError(f"factors: expected linears of {', '.join(self.linears)}, got {linear!r}")
-        cols, out = self.linears[linear]
-        for half, factor in (("A", lora_a), ("B", lora_b)):
-            if not isinstance(factor, Tensor) or factor.dim() != 2 or not factor.is_floating_point():
-                got = f"{factor.dtype} {tuple(factor.shape)}" if isinstance(factor, Tensor) else type(factor)
-                raise ValueError(f"factors: {linear}: expected {half} to be a floating matrix, got {got}")
-        rank = lora_a.shape[0]
-        if lora_a.shape != (rank, cols) or lora_b.shape != (out, rank):
-            got = f"{tuple(lora_a.shape)} and {tuple(lora_b.shape)}"
-            raise ValueError(f"factors: {linear}: expected A [r, {cols}] and B [{out}, r], got {got}")
-        if not 1 <= rank <= self.max_rank:
-            raise ValueError(f"factors: {linear}: expected a rank of 1 to {self.max_rank}, got {rank}")
-
-    def _acquire(self, wanted: list[str], timeout: float) -> list[_Adapter]:
+    def _acquire(self, wanted: list[str], timeout: float) -> list[HostAdapter]:
         """Counts all the adapters as used once all are resident; while it waits it holds none of them."""
         if not self._lock.wait_for(lambda: self._hold([self._known(name) for name in wanted]), timeout):
-            raise PoolFullError(self._shortage(wanted))
+            named = {name: self._known(name) for name in wanted}
+            raise PoolFullError(room.shortage(named, self._adapters.values(), self._free()))
         for name in wanted:
             self._adapters.move_to_end(name)
         return [self._adapters[name] for name in wanted]
 
-    def _hold(self, adapters: list[_Adapter]) -> bool:
+    def _hold(self, adapters: list[HostAdapter]) -> bool:
         """Whether all fit at once: then they are on the device and counted as used, else nothing changes."""
         absent = [adapter for adapter in adapters if adapter.slot is None]
-        victims = self._victims(adapters, absent)
+        victims = self._victims(absent, adapters) if absent else []
         if victims is None:
             return False
         for victim in victims:
@@ -332,53 +273,17 @@ class AdapterPool:
             adapter.users += 1
         return True
 
-    def _release(self, adapters: list[_Adapter]) -> None:
+    def _release(self, adapters: list[HostAdapter]) -> None:
         for adapter in adapters:
             adapter.users -= 1
 
-    def _idle(self, wanted: list[_Adapter]) -> list[_Adapter]:
-        """What may make room for ``wanted``, the least recently used first."""
-        keep = {id(adapter) for adapter in wanted}
-        return [
-            adapter
-            for adapter in self._adapters.values()
-            if adapter.slot is not None and not (adapter.users or adapter.pinned or id(adapter) in keep)
-        ]
+    def _victims(self, absent: list[HostAdapter], wanted: list[HostAdapter]) -> list[HostAdapter] | None:
+        return room.victims(absent, room.idle(self._adapters.values(), wanted), self._free())
 
     def _free(self) -> Counter[str | None]:
-        return Counter({_SLOT: len(self._free_slots), **{n: table.free for n, table in self._tables.items()}})
+        return Counter({SLOT: len(self._free_slots), **{n: table.free for n, table in self._tables.items()}})
 
-    def _victims(self, wanted: list[_Adapter], absent: list[_Adapter]) -> list[_Adapter] | None:
-        """The adapters that have to go for ``absent`` to fit, or ``None`` where that is not enough."""
-        if not absent:
-            return []
-        needed = sum((adapter.size for adapter in absent), Counter())
-        free, victims, idle = self._free(), [], iter(self._idle(wanted))
-        while any(free[what] < count for what, count in needed.items()):
-            victim = next(idle, None)
-            if victim is None:
-                return None
-            victims.append(victim)
-            free += victim.size
-        return victims
-
-    def _shortage(self, names: list[str]) -> str:
-        """Which of the adapters does not fit even where all idle ones go, and for want of what."""
-        wanted = [self._known(name) for name in names]
-        free = sum((adapter.size for adapter in self._idle(wanted)), self._free())
-        busy = sum(bool(a.users or a.pinned) for a in self._adapters.values() if a.slot is not None)
-        for name, adapter in zip(names, wanted, strict=True):
-            size = adapter.size if adapter.slot is None else Counter()
-            for what in sorted(size, key=lambda what: what is _SLOT):
-                if free[what] < size[what]:
-                    pages = f"pages of {what} ({free[what]} free, {size[what]} needed)"
-                    short = "slots" if what is _SLOT else pages
-                    busy_ones = f"{busy} adapters are in use or pinned"
-                    return f"no room for adapter {name!r}: {busy_ones}, short of {short}"
-            free.subtract(size)
-        return f"no room for adapters {', '.join(names)} in time"
-
-    def _evict(self, adapter: _Adapter) -> None:
+    def _evict(self, adapter: HostAdapter) -> None:
         if adapter.slot is None:
             return
         self._keep(adapter)
@@ -387,20 +292,20 @@ class AdapterPool:
         self._free_slots.append(adapter.slot)
         adapter.slot, adapter.ready = None, None
 
-    def _keep(self, adapter: _Adapter) -> None:
+    def _keep(self, adapter: HostAdapter) -> None:
         """Copies to the host what only the pages have."""
         if adapter.slot is None or not adapter.stale:
             return
         if adapter.ready is not None:
             adapter.ready.synchronize()
         for linear, (first, rank) in adapter.parts.items():
-            lora_a, b_columns = self._views(adapter.blob, linear, first, rank)
+            lora_a, b_columns = self._host.views(adapter.blob, linear, first, rank)
             self._tables[linear].read(adapter.slot, lora_a, b_columns)
         adapter.stale = False
 
     @torch.no_grad()
     def _overwrite(
-        self, adapter: _Adapter, factors: Mapping[str, Factors], scalings: dict[str, float]
+        self, adapter: HostAdapter, factors: Mapping[str, Factors], scalings: dict[str, float]
     ) -> None:
         """Copies tensors straight into the adapter's own pages; after an error it leaves them."""
         assert adapter.slot is not None
@@ -420,20 +325,14 @@ class AdapterPool:
             raise
         adapter.scalings, adapter.stale = scalings, True
 
-    def _views(self, blob: Tensor, linear: str, first: int, rank: int) -> tuple[Tensor, Tensor]:
-        """A and Bᵀ of a linear in a blob."""
-        cols, out = self.linears[linear]
-        middle, last = first + rank * cols, first + rank * (cols + out)
-        return blob[first:middle].view(rank, cols), blob[middle:last].view(rank, out)
-
-    def _upload(self, adapter: _Adapter) -> None:
+    def _upload(self, adapter: HostAdapter) -> None:
         """Gives the adapter a slot and pages and fills them; after an error they are free again."""
         adapter.slot = self._free_slots.pop()
         for linear, (_, rank) in adapter.parts.items():
             self._tables[linear].take(adapter.slot, rank)
         self._write(adapter, adapter.blob, adapter.scalings)
 
-    def _write(self, adapter: _Adapter, blob: Tensor, scalings: dict[str, float]) -> None:
+    def _write(self, adapter: HostAdapter, blob: Tensor, scalings: dict[str, float]) -> None:
         """Copies a blob into the adapter's own pages; after an error, half written, it leaves them."""
         assert adapter.slot is not None
         try:
@@ -455,7 +354,7 @@ class AdapterPool:
             if name not in parts:
                 table.clear(slot)
         for linear, (first, rank) in parts.items():
-            lora_a, b_columns = self._views(blob, linear, first, rank)
+            lora_a, b_columns = self._host.views(blob, linear, first, rank)
             self._tables[linear].write(slot, lora_a, b_columns, scalings[linear])
 
     def _on_side_stream(self) -> contextlib.AbstractContextManager:
@@ -471,12 +370,7 @@ class AdapterPool:
             stream = torch.cuda.current_stream(self.device)
             self._last_uses[stream.cuda_stream] = stream.record_event()
 
-    def _wait_for(self, held: list[_Adapter]) -> None:
+    def _wait_for(self, held: list[HostAdapter]) -> None:
         for adapter in held:
             if adapter.ready is not None:
                 torch.cuda.current_stream(self.device).wait_event(adapter.ready)
-
-
-def _for_each(factors: Mapping[str, Factors], scaling: float | Mapping[str, float]) -> dict[str, float]:
-    """The scale of each linear."""
-    return {linear: scaling[linear] if isinstance(scaling, Mapping) else scaling for linear in factors}
