@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from ..nn.pairs import lora_pairs
+from ..nn.wrappers import unwrapped
 from .base import Schedule
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 FILE = "lora_kernels_schedule.pt"
+# Set on a model of ours while the Trainer leaves its frozen weights out of checkpoints.
+BASE_LEFT_OUT = "_lora_base_left_out"
 
 
 def as_callback(schedule: Schedule, *, resume_from: str | Path | None = None) -> TrainerCallback:
@@ -51,7 +54,7 @@ def as_callback(schedule: Schedule, *, resume_from: str | Path | None = None) ->
             if schedule.optimizer is None:
                 schedule.optimizer = kwargs.get("optimizer")
             if state.global_step:
-                path = _checkpoint(args, state, resume_from) / name
+                path = checkpoint(args, state, resume_from) / name
                 if not path.exists():
                     raise ValueError(f"resume_from: expected a checkpoint with {name}, got none at {path}")
                 saved = torch.load(path, weights_only=True)
@@ -64,14 +67,15 @@ def as_callback(schedule: Schedule, *, resume_from: str | Path | None = None) ->
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.is_world_process_zero:
                 saved = {"state": schedule.state_dict(), "base": _base(schedule)}
-                torch.save(saved, _checkpoint(args, state, None) / name)
+                torch.save(saved, checkpoint(args, state, None) / name)
 
     return Callback()
 
 
 def _base(schedule: Schedule) -> dict[str, Tensor]:
-    """The base weights that the schedule changes, where the Trainer saves adapters alone (PEFT's models)."""
-    if not schedule.moves_base or not hasattr(schedule.model, "peft_config"):
+    """The base weights that the schedule changes, where the Trainer saves adapters alone."""
+    alone = hasattr(schedule.model, "peft_config") or vars(unwrapped(schedule.model)).get(BASE_LEFT_OUT)
+    if not schedule.moves_base or not alone:
         return {}
     return {pair.name: pair.weight for pair in lora_pairs(schedule.model) if pair.weight is not None}
 
@@ -82,7 +86,7 @@ def _load_base(schedule: Schedule, weights: dict[str, Tensor]) -> None:
         weight.copy_(weights[name])
 
 
-def _checkpoint(args: Any, state: Any, given: str | Path | None) -> Path:
+def checkpoint(args: Any, state: Any, given: str | Path | None) -> Path:
     """The folder of the checkpoint at the state's step, or where the run was told to resume from."""
     own = Path(args.output_dir) / f"checkpoint-{state.global_step}"
     resumed = args.resume_from_checkpoint
