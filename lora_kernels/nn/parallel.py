@@ -38,15 +38,7 @@ class ColwiseLoRA(ColwiseParallel):
         _split(self, module, device_mesh, {"weight": Shard(0), "bias": Shard(0)}, "out")
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        with owned.set_apart(module) as versions:
-            if isinstance(module, LoRALinear):
-                _check(module)
-                super()._apply(module, device_mesh)
-            else:
-                _stock(ColwiseParallel, self)._apply(module, device_mesh)
-        for version in versions:
-            _split_like(version, module, self.src_data_rank)
-        return module
+        return _apply(self, ColwiseParallel, module, device_mesh)
 
 
 class RowwiseLoRA(RowwiseParallel):
@@ -65,15 +57,25 @@ class RowwiseLoRA(RowwiseParallel):
         _split(self, module, device_mesh, {"weight": Shard(1), "bias": Replicate()}, "in")
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        with owned.set_apart(module) as versions:
-            if isinstance(module, LoRALinear):
-                _check(module)
-                super()._apply(module, device_mesh)
-            else:
-                _stock(RowwiseParallel, self)._apply(module, device_mesh)
-        for version in versions:
-            _split_like(version, module, self.src_data_rank)
-        return module
+        return _apply(self, RowwiseParallel, module, device_mesh)
+
+
+def _apply(
+    style: ColwiseLoRA | RowwiseLoRA,
+    stock: type[ColwiseParallel] | type[RowwiseParallel],
+    module: nn.Module,
+    device_mesh: DeviceMesh,
+) -> nn.Module:
+    """Splits a module, and the versions of its weight that others keep."""
+    with owned.set_apart(module) as versions:
+        if isinstance(module, LoRALinear):
+            _check(module)
+            stock._apply(style, module, device_mesh)  # type: ignore[arg-type]
+        else:
+            _stock(stock, style)._apply(module, device_mesh)
+    for version in versions:
+        _split_like(version, module, style.src_data_rank)
+    return module
 
 
 def _stock(cls: type[ParallelStyle], style: ParallelStyle) -> ParallelStyle:

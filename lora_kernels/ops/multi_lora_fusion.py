@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._inputs import autocasts, cast, compute_dtype
+from ._multi_inputs import check
 from .adapter_stack import AdapterStack
 from .invariant_linear import invariant_linear
-from .multi_lora_linear import check, multi_lora_linear, spread_rows
+from .multi_lora_linear import multi_lora_linear, spread_rows
 
 
 def multi_lora_fusion(

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import _dispatch
 from ._inputs import autocasts, cast, compute_dtype
 from ._lora_function import output_like
+from ._multi_inputs import check, check_target
 from .adapter_stack import AdapterSlices, AdapterStack
 from .batch_plan import BatchPlan, plan_batch
 from .invariant_linear import invariant_linear
@@ -138,7 +139,7 @@ def add_multi_lora_(
     if not isinstance(slices, AdapterSlices):
         raise TypeError(f"adapters: expected AdapterStack or AdapterSlices, got {type(adapters).__name__}")
     check(x, None, slices.stacks[0], adapter_ids, weights, None)
-    _check_target(y, x, sum(slices.widths))
+    check_target(y, x, sum(slices.widths))
     pages = [t for s in slices.stacks for t in (s.a_pages, s.b_pages, s.scalings)]
     if _needs_grad(y, x, weights, *pages):
         raise RuntimeError("add_multi_lora_: it has no gradient; use multi_lora_linear, or torch.no_grad()")
@@ -309,63 +310,6 @@ def _slot_ps(dropout_ps: Tensor | Sequence[float], count: int, plan: BatchPlan) 
     if ps.device.type == "cpu" and not ps.any():
         return None
     return torch.cat([ps, ps.new_zeros(1)]).to(plan.ids.device)[plan.ids]
-
-
-def check(
-    x: Tensor,
-    weight: Tensor | None,
-    adapters: AdapterStack,
-    ids: Tensor,
-    weights: Tensor | None,
-    bias: Tensor | None,
-) -> None:
-    """Raises what :func:`multi_lora_linear` promises."""
-    if not isinstance(adapters, AdapterStack):
-        raise TypeError(f"adapters: expected an AdapterStack, got {type(adapters).__name__}")
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("weights", weights)):
-        _check_tensor(name, tensor, x)
-    cols, out = adapters.a_pages.shape[1], adapters.b_pages.shape[1]
-    if x.shape[-1:] != (cols,):
-        raise ValueError(f"x: expected last dimension {cols} (the adapters'), got shape {tuple(x.shape)}")
-    if weight is not None and weight.shape != (out, cols):
-        raise ValueError(f"weight: expected shape {(out, cols)}, got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != (out,):
-        raise ValueError(f"bias: expected shape {(out,)}, got {tuple(bias.shape)}")
-    _check_ids(x, ids, weights, len(adapters))
-
-
-def _check_target(y: Tensor, x: Tensor, width: int) -> None:
-    _check_tensor("y", y, x)
-    if y.dtype != x.dtype:
-        raise TypeError(f"y: expected {x.dtype} (x's), got {y.dtype}")
-    if y.shape != (*x.shape[:-1], width):
-        raise ValueError(f"y: expected shape {(*x.shape[:-1], width)}, got {tuple(y.shape)}")
-
-
-def _check_tensor(name: str, tensor: Any, x: Tensor) -> None:
-    if tensor is None and name != "x":
-        return
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point() or (name in ("weight", "bias") and tensor.dtype != x.dtype):
-        want = "a floating dtype" if name in ("x", "weights") else f"{x.dtype} (x's)"
-        raise TypeError(f"{name}: expected {want}, got {tensor.dtype}")
-
-
-def _check_ids(x: Tensor, ids: Tensor, weights: Tensor | None, count: int) -> None:
-    if not isinstance(ids, Tensor) or ids.is_floating_point():
-        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"adapter_ids: expected a Tensor of integers, got {got}")
-    lead = tuple(x.shape[:-1])
-    if weights is not None and (weights.shape != ids.shape or tuple(ids.shape[:-1]) not in (lead, lead[:1])):
-        want = f"{(*lead, 'k')} or {(*lead[:1], 'k')} for both"
-        raise ValueError(f"weights: expected {want}, got {tuple(weights.shape)} and {tuple(ids.shape)}")
-    if weights is None and tuple(ids.shape) not in (lead, lead[:1]):
-        raise ValueError(f"adapter_ids: expected shape {lead} or {lead[:1]}, got {tuple(ids.shape)}")
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-        largest = int(ids.max())
-        if largest >= count:
-            raise ValueError(f"adapter_ids: expected below {count}, got {largest}")
 
 
 class _MultiLoRALinear(torch.autograd.Function):
