@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft_runs import assert_same_when_checkpointed, randomise, run
 from torch import nn
 
 from lora_kernels import dora_linear
@@ -23,23 +24,6 @@ def wrap(model, **options):
     model = get_peft_model(model, config)
     randomise(model)
     return model
-
-
-def randomise(model):
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
-
-
-def run(model, tokens):
-    """The output, and the gradient of every trainable parameter."""
-    y = model(input_ids=tokens).last_hidden_state
-    model.zero_grad()
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
-    (y * weights).sum().backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    return {"y": y.detach(), **grads}
 
 
 def assert_same_as_peft(model, tokens):
@@ -262,14 +246,7 @@ def test_decelerate_gives_the_classes_back(bert):
 def test_gradient_checkpointing(bert, tokens):
     model = wrap(bert(), lora_dropout=0.5).train()
     accelerate(model)
-    torch.manual_seed(5)
-    plain = run(model, tokens)
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    torch.manual_seed(5)
-    checkpointed = run(model, tokens)
-    for name in plain:
-        torch.testing.assert_close(checkpointed[name], plain[name])
+    assert_same_when_checkpointed(model, tokens)
 
 
 def test_what_is_unsupported_stays_pefts(bert, tokens):

@@ -9,7 +9,8 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora.layer import Linear as PeftLinear
-from test_peft import FixedDropout, randomise
+from peft_runs import assert_same_when_checkpointed, randomise, run
+from test_peft import FixedDropout
 from torch import nn
 
 import lora_kernels.nn.groups as groups
@@ -94,17 +95,6 @@ def exact(model):
             layer.__class__ = PeftLinear
             layer.base_layer = dequantized(layer.base_layer)
     return model.double()
-
-
-def run(model, tokens, autocast=None):
-    """The logits, and the gradient of every trainable parameter."""
-    model.zero_grad()
-    with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
-        y = model(input_ids=tokens).logits
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
-    (y * weights).sum().backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"y": y.detach(), **grads}
 
 
 def assert_same_as_peft(model, tokens, autocast=None):
@@ -315,15 +305,7 @@ def test_a_mixed_batch_and_a_disabled_adapter_are_pefts(llama, tokens):
 def test_gradient_checkpointing(llama, tokens):
     model = wrap(llama(), lora_dropout=0.5)
     accelerate(model)
-    torch.manual_seed(5)
-    plain = run(model, tokens)
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    torch.manual_seed(5)
-    checkpointed = run(model, tokens)
-    assert plain.keys() == checkpointed.keys()
-    for name in plain:
-        torch.testing.assert_close(checkpointed[name], plain[name])
+    assert_same_when_checkpointed(model, tokens)
 
 
 def test_save_reload_and_merge(llama, tokens, tmp_path):

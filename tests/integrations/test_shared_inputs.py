@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from test_peft import randomise
+from peft_runs import assert_same_when_checkpointed, randomise, run
 
 import lora_kernels.nn.groups as groups
 import lora_kernels.nn.mlp as mlp
@@ -49,14 +49,6 @@ def last_names(found):
     return [tuple(name.rpartition(".")[2] for name in group) for group in found]
 
 
-def run(model, tokens):
-    model.zero_grad()
-    y = model(input_ids=tokens).last_hidden_state
-    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"y": y.detach(), **grads}
-
-
 @pytest.fixture
 def calls(monkeypatch):
     made, real = [], groups.fused_group
@@ -97,15 +89,7 @@ def test_gradient_checkpointing_and_dropout(tokens):
     model = get_peft_model(tiny("Llama"), LoraConfig(**options)).train()
     randomise(model)
     accelerate(model)
-    torch.manual_seed(5)
-    plain = run(model, tokens)
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    torch.manual_seed(5)
-    checkpointed = run(model, tokens)
-    assert plain.keys() == checkpointed.keys()
-    for name in plain:
-        torch.testing.assert_close(checkpointed[name], plain[name])
+    assert_same_when_checkpointed(model, tokens)
 
 
 def test_generate_and_peft_adapters(tokens, calls):
