@@ -20,8 +20,10 @@ from lora_kernels import (
     load_adapter,
     lora_linear,
     methods,
+    multi_lora_linear,
     quantize_base,
     save_adapter,
+    stack_adapters,
     use_backend,
 )
 from lora_kernels.adapters import METHODS
@@ -127,6 +129,12 @@ def merged():
     model[0].set_adapter("other")
 
 
+def transformed():
+    stack = stack_adapters([torch.zeros(2, 4)], [torch.zeros(4, 2)])
+    ids = torch.zeros(3, dtype=torch.int64)
+    torch.func.vmap(lambda x: multi_lora_linear(x, None, stack, ids))(torch.zeros(2, 3, 4))
+
+
 def foreign():
     Path("adapter_config.json").write_text('{"peft_type": "IA3"}', encoding="utf-8")
     load_adapter(two(), ".")
@@ -174,6 +182,7 @@ CAUSES = (
     lambda: adapted()(torch.randn(2, 63)),
     lambda: apply_lora(adapted(), LoRAConfig(target_modules="all-linear")),
     merged,
+    transformed,
     lambda: accelerate(two()),
     foreign,
     without_weights,

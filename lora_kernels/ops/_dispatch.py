@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .. import _backend, _extension, _ops
@@ -123,9 +124,22 @@ def sharded(*tensors: Tensor) -> bool:
     return False
 
 
-def functorch_active() -> bool:
-    """Whether a transform of ``torch.func`` (grad, vjp, jvp, vmap, …) is at work."""
-    return torch._C._are_functorch_transforms_active()
+def transformed() -> bool:
+    """Whether ``torch.func`` (grad, vmap, jvp, …) or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def refuse_transforms(op: str) -> None:
+    """For an op whose sums by groups of rows no transform sees through.
+
+    Raises:
+        NotImplementedError: one is at work; a tangent would be lost without a word.
+    """
+    if transformed():
+        raise NotImplementedError(
+            f"{op}: expected plain tensors, got those of torch.func or of forward-mode differentiation, which"
+            " mixed batches and mixtures of experts do not support"
+        )
 
 
 def fused_decode(x: Tensor, weight: Tensor | None, bias: Tensor | None, layout: tuple[Any, ...]) -> Any:

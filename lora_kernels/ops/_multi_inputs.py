@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _dispatch
 from .adapter_stack import AdapterStack
 
 
@@ -19,6 +20,7 @@ def check(
     bias: Tensor | None,
 ) -> None:
     """Raises what :func:`multi_lora_linear` promises."""
+    _dispatch.refuse_transforms("multi_lora_linear")
     if not isinstance(adapters, AdapterStack):
         raise TypeError(f"adapters: expected an AdapterStack, got {type(adapters).__name__}")
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("weights", weights)):

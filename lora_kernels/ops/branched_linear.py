@@ -77,7 +77,7 @@ def branched_linear(
         quantized = isinstance(weight, QuantizedWeight)
         base = quantized_linear(x, weight, bias) if quantized else F.linear(x, weight, bias)
         return base + branched_linear(x if x_branch is None else x_branch, None, None, branch, tensors)
-    if _dispatch.functorch_active():
+    if _dispatch.transformed():
         return _transformable(x, weight, bias, branch, tensors, x_branch)
     return _BranchedLinear.apply(branch, x, x_branch, weight, bias, *tensors)
 
@@ -98,7 +98,10 @@ def _transformable(
 ) -> Tensor:
     """The same without a Function, for the transforms of ``torch.func``."""
     y = _base(rows_of(x), weight, bias, branch.out_features)
-    branch.add_(y, rows_of(x if x_branch is None else x_branch), *tensors)
+    read = x if x_branch is None else x_branch
+    for one in (read, *tensors):  # what vmap maps over has to be in y before it is written to
+        y = y + one.new_zeros((), dtype=y.dtype)
+    branch.add_(y, rows_of(read), *tensors)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

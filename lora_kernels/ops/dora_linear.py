@@ -97,7 +97,7 @@ def output_scale(
     """
     if isinstance(weight, QuantizedWeight):
         weight = dequantize(weight, torch.promote_types(magnitude.dtype, torch.float32))
-    if _dispatch.functorch_active():
+    if _dispatch.transformed():
         tensors = (weight.detach(), lora_a.detach(), lora_b.detach())
         return magnitude / row_norm(*tensors, scaling)
     return magnitude / low_rank_norm(weight, lora_a, lora_b, scaling)
@@ -133,7 +133,7 @@ def scaled_dora(
         # Outside the Function, so that autograd casts the gradients back. The norm is of W as it is.
         dtype = compute_dtype(x)
         x, weight, bias = (cast(t, dtype) for t in (x, weight, bias))
-    apply = _transformable if _dispatch.functorch_active() else _DoRALinear.apply
+    apply = _transformable if _dispatch.transformed() else _DoRALinear.apply
     return apply(x, weight, lora_a, lora_b, scale, bias, None, scaling, dropout_p)
 
 

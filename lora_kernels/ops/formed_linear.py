@@ -94,7 +94,7 @@ def formed_linear(
     weight, bias = cast(weight, x.dtype), cast(bias, x.dtype)
     # A view, since torch.compile takes no tensor twice.
     tensors = [weight[:] if t is same and weight is not None else t.to(x.dtype) for t in tensors]
-    if _dispatch.functorch_active():
+    if _dispatch.transformed():
         return F.linear(x, former.form(weight, *tensors)[0], bias)
     y: Tensor = _FormedLinear.apply(former, x, weight, bias, *tensors)
     return y

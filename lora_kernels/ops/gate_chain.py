@@ -38,7 +38,7 @@ class GateChain(Branch):
     def add_(self, y: Tensor, x: Tensor, *gates: Tensor, write: bool = False) -> tuple[Tensor, ...]:
         """Adds it for rows x; with ``write`` into memory that nobody has filled."""
         given = (y, x, list(gates), list(self.dims), not write)
-        if _dispatch.functorch_active():  # which differentiates what is composed, and no op
+        if _dispatch.transformed():  # which differentiates what is composed, and no op
             reference.gate_chain(*given)
         else:
             _dispatch.call("gate_chain", *given)

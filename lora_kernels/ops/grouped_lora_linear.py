@@ -45,7 +45,7 @@ def grouped_lora_linear(
         torch.Size([5, 4])
     """
     _check(x, weight, lora_a, lora_b, offsets, bias)
-    if _dispatch.functorch_active():
+    if _dispatch.transformed():
         return composite(x, weight, lora_a, lora_b, bias, offsets, scaling)
     if autocasts(x):
         with torch.autocast(x.device.type, enabled=False):

@@ -104,7 +104,7 @@ def fused(inputs: LoraInputs) -> Tensor:
 
         return fused_quantized(inputs)
     if seed is None:
-        if _dispatch.functorch_active():
+        if _dispatch.transformed():
             return transformable(inputs)
         if _dispatch.eager_cpp(x, lora_a.shape[0]):
             return torch.ops.lora_kernels.cpp_lora_linear_autograd.default(

@@ -92,7 +92,7 @@ def fused_group(members: Sequence[LoraInputs]) -> tuple[Tensor, ...]:
 
     All members have one x, and none an ``x_lora`` or a seed.
     """
-    if len(members) == 1 or _dispatch.functorch_active():
+    if len(members) == 1 or _dispatch.transformed():
         return tuple(fused_single(member) for member in members)
     x = members[0].x
     _, *columns, _, _, scalings, dropout_ps = zip(*members, strict=True)

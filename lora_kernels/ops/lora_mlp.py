@@ -107,7 +107,7 @@ def fused_mlp(
     x: Tensor, gate: LoRAProjection, up: LoRAProjection, down: LoRAProjection, activation: str
 ) -> Tensor:
     """:func:`lora_mlp` for arguments already known to fit: what modules call at every step."""
-    if _dispatch.functorch_active() or _dispatch.sharded(x, gate.lora_a):
+    if _dispatch.transformed() or _dispatch.sharded(x, gate.lora_a):
         return _linear(glu_composite(_linear(x, gate), _linear(x, up), activation), down)
     opened, raised = fused_group([_inputs(x, gate), _inputs(x, up)])
     weight, bias = down.weight, down.bias

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _dispatch
 from ._inputs import autocasts, cast, compute_dtype
 from ._multi_inputs import check
 from .adapter_stack import AdapterStack
@@ -100,6 +101,7 @@ def fuse_adapters(adapters: AdapterStack, ids: Tensor, weights: Tensor) -> Adapt
         ids: ``[samples, k]``; -1 for none.
         weights: of the same shape; differentiable, as the factors and scales are.
     """
+    _dispatch.refuse_transforms("multi_lora_fusion")
     samples, count, rank = ids.shape[0], len(adapters), adapters.max_rank
     present, places = torch.arange(count, device=ids.device), ids
     if count > ids.numel() and not torch.compiler.is_compiling():  # a pool of many

@@ -61,6 +61,7 @@ def multi_lora_linear(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape does not fit, or (on the CPU) an id is not below the number of adapters.
+        NotImplementedError: inside ``torch.func``'s transforms or forward-mode differentiation.
 
     Examples:
         >>> stack = stack_adapters([torch.randn(r, 8) for r in (2, 3)], [torch.randn(4, r) for r in (2, 3)])

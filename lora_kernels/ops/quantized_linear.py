@@ -36,7 +36,7 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     if autocasts(x):
         dtype = compute_dtype(x)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    if _dispatch.functorch_active():
+    if _dispatch.transformed():
         return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
     return _QuantizedLinear.apply(x, bias, *parts(weight), sizes(weight))
 

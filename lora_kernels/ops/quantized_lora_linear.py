@@ -30,7 +30,7 @@ def fused_quantized(inputs: LoraInputs) -> Tensor:
     x, weight, bias = inputs.x, inputs.weight, inputs.bias
     if bias is not None and bias.dtype != x.dtype:  # codes have no dtype, so that x may have any
         inputs = inputs._replace(bias=bias.to(x.dtype))
-    if inputs.seed is None and _dispatch.functorch_active():
+    if inputs.seed is None and _dispatch.transformed():
         return transformable(inputs._replace(weight=dequantize(weight, x.dtype)))
     return QuantizedLoRALinear.apply(*inputs._replace(weight=None), *parts(weight), sizes(weight))
 

@@ -22,7 +22,7 @@ def turned(square: Tensor, blocks: int) -> Tensor:
     places = torch.arange(width, device=square.device, dtype=square.dtype) % (width // 2)
     angles = torch.arange(blocks, device=square.device, dtype=square.dtype)[:, None]
     angles = (angles * _BASE ** (-2 * places / width))[:, None]
-    if _dispatch.functorch_active():
+    if _dispatch.transformed():
         return _turn(square, angles.cos(), angles.sin())
     return _Turned.apply(square, angles.cos(), angles.sin())
 
