@@ -10,6 +10,7 @@
 #include "cpu/direct_call.h"
 #include "cpu/dora_linear.h"
 #include "cpu/dropout.h"
+#include "cpu/flora.h"
 #include "cpu/gate_chain.h"
 #include "cpu/invariant_linear.h"
 #include "cpu/lora_linear.h"
@@ -43,6 +44,7 @@ TORCH_LIBRARY_IMPL(lora_kernels, CPU, library) {
   library.impl("cpp_quantized_lora_linear", lora_kernels::quantized_lora_linear);
   library.impl("cpp_gate_chain", lora_kernels::gate_chain);
   library.impl("cpp_gate_chain_backward", lora_kernels::gate_chain_backward);
+  library.impl("cpp_flora_step", lora_kernels::flora_step);
   library.impl("cpp_lora_linear", lora_kernels::lora_linear);
   library.impl("cpp_lora_linear_backward", lora_kernels::lora_linear_backward);
 }

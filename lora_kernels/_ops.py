@@ -218,6 +218,12 @@ CPP_AUTOGRAD = (
     "cpp_lora_linear_autograd(Tensor x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor? bias,"
     " Tensor? gate, Tensor? x_lora, float scaling, float dropout_p) -> Tensor"
 )
+# Flora's step of one float32 matrix; `momentum` [out,r] or [r,in] and `projection` where it is a sketch.
+CPP_FLORA = (
+    "cpp_flora_step(Tensor(a!) weight, Tensor gradient, Tensor(b!) rows, Tensor(c!) cols,"
+    " Tensor(d!)? momentum, Tensor? projection, float lr, float beta1, float beta2, float[2] eps,"
+    " float clip, float decay) -> ()"
+)
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -414,6 +420,7 @@ for _op, _schema in IN_PLACE.items():
     _define(_op, _schema, _fake_in_place)
     _define(f"cpp_{_op}", _schema, _fake_in_place)
 _library.define(CPP_AUTOGRAD)
+_library.define(CPP_FLORA)
 for _op in CUDA_OPS:
     _define(f"cuda_{_op}", (SCHEMAS | IN_PLACE)[_op], _FAKES.get(_op, _fake_in_place))
 _library.define(CUDA_FUSED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from .. import _extension
 from ._common import check_count, check_keys, check_number, evaluate
 
 
@@ -124,6 +126,8 @@ class Flora(Optimizer):
     def _move(self, parameter: Tensor, group: dict[str, Any], place: int) -> None:
         state: dict[str, Any] = self.state[parameter]
         state["step"] = state.get("step", 0) + 1
+        if _fits_native(parameter, group):
+            return _move_natively(parameter, state, group, place)
         wide = torch.promote_types(parameter.dtype, torch.float32)
         gradient: Any = parameter.grad
         update = _normalised(gradient.to(wide), state, group)
@@ -174,19 +178,71 @@ def _with_momentum(update: Tensor, state: dict[str, Any], group: dict[str, Any],
     if not _sketched(shape, group["rank"]):
         average = state.setdefault("exp_avg", torch.zeros_like(update))
         return average.lerp_(update, 1 - beta)
-    cycle = (state["step"] - 1) // group["kappa"]
-    now = _projection(update, group, place, cycle)
+    average, now = _momentum(update, state, group, place)
     own = compress(update, now)
-    if "exp_avg" not in state:
-        state["exp_avg"] = torch.zeros_like(own)
-    elif cycle != (state["step"] - 2) // group["kappa"]:
-        former = decompress(state["exp_avg"], _projection(update, group, place, cycle - 1), shape)
-        state["exp_avg"] = compress(former, now)
-    average = state["exp_avg"]
     sides = (average, now) if _over_columns(shape) else (now.T, average)
     result = update.addmm_(*sides, beta=1 - beta, alpha=beta)
     average.lerp_(own, 1 - beta)
     return result
+
+
+def _momentum(
+    like: Tensor, state: dict[str, Any], group: dict[str, Any], place: int
+) -> tuple[Tensor, Tensor]:
+    """M in the P of this cycle, and that P."""
+    cycle = (state["step"] - 1) // group["kappa"]
+    now = _projection(like, group, place, cycle)
+    if "exp_avg" not in state:
+        rows, columns = like.shape
+        state["exp_avg"] = like.new_zeros(
+            (rows, group["rank"]) if _over_columns(like.shape) else (group["rank"], columns)
+        )
+    elif cycle != (state["step"] - 2) // group["kappa"]:
+        former = decompress(state["exp_avg"], _projection(like, group, place, cycle - 1), like.shape)
+        state["exp_avg"] = compress(former, now)
+    return state["exp_avg"], now
+
+
+@functools.cache
+def _has_native() -> bool:
+    """Whether the compiled extension is here, and of this version."""
+    op = "lora_kernels::cpp_flora_step"
+    return _extension.load() is None and torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU")
+
+
+def _fits_native(parameter: Tensor, group: dict[str, Any]) -> bool:
+    """Whether the step is one for the C++ form: of a plain float32 matrix on the CPU, momentum a sketch."""
+    plain = all(
+        one is not None
+        and type(one) in (Tensor, torch.nn.Parameter)
+        and one.dtype == torch.float32
+        and one.device.type == "cpu"
+        and one.layout == torch.strided
+        and one.is_contiguous()
+        for one in (parameter, parameter.grad)
+    )
+    whole = group["beta1"] is not None and not _sketched(parameter.shape, group["rank"])
+    return plain and parameter.dim() == 2 and parameter.numel() > 0 and not whole and _has_native()
+
+
+def _move_natively(parameter: Tensor, state: dict[str, Any], group: dict[str, Any], place: int) -> None:
+    """The step in nine passes over G and W where tensors of its parts take sixteen."""
+    average, now = None, None
+    if group["beta1"] is not None:
+        average, now = _momentum(parameter, state, group, place)
+    for name, count in zip(("exp_avg_sq_row", "exp_avg_sq_col"), parameter.shape, strict=True):
+        if name not in state:
+            state[name] = parameter.new_zeros(count)
+    squares = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+    numbers = (
+        float(group["lr"]),
+        float(group["beta1"] or 0.0),
+        1 - state["step"] ** -0.8,
+        list(group["eps"]),
+    )
+    torch.ops.lora_kernels.cpp_flora_step(
+        parameter, parameter.grad, *squares, average, now, *numbers, group["clip"], group["weight_decay"]
+    )
 
 
 def _sketched(shape: torch.Size, rank: int) -> bool:

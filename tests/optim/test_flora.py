@@ -104,6 +104,60 @@ def test_momentum_is_its_formula(shape):
     torch.testing.assert_close(p.detach(), want, rtol=1e-12, atol=1e-12)
 
 
+def steps_of(shape, dtype, native, monkeypatch, **options):
+    """The weight and the state after four steps, of which one passes to another P."""
+    from lora_kernels.optim import flora
+
+    fits = flora._fits_native if native else lambda *_: False
+    with monkeypatch.context() as patched:
+        used = []
+        patched.setattr(flora, "_fits_native", lambda *a: used.append(fits(*a)) or used[-1])
+        generator = torch.Generator().manual_seed(0)
+        p = nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+        optimizer = Flora([p], lr=0.1, rank=3, kappa=2, seed=7, **options)
+        for i in range(4):
+            p.grad = torch.randn(shape, generator=generator).to(dtype) * 10.0**i
+            optimizer.step()
+        assert all(used) is native
+    state = sorted(optimizer.state[p].items())
+    return [p.detach(), *(value for _, value in state if torch.is_tensor(value))]
+
+
+@pytest.mark.parametrize("options", [{}, {"beta1": 0.8}, {"beta1": 0.8, "weight_decay": 0.1, "clip": 0.5}])
+@pytest.mark.parametrize("shape", [(5, 3), (3, 7), (130, 67), (65, 200)], ids=str)
+def test_the_compiled_step_is_the_eager_one(shape, options, monkeypatch):
+    from lora_kernels.optim import flora
+
+    if not flora._has_native():
+        pytest.skip("the extension is not built")
+    projections = flora.sketch  # of float64: the same numbers as float32 draws
+    monkeypatch.setattr(flora, "sketch", lambda r, n, s, d, t: projections(r, n, s, d, torch.float32).to(t))
+    exact = steps_of(shape, torch.float64, False, monkeypatch, **options)
+    eager = steps_of(shape, torch.float32, False, monkeypatch, **options)
+    found = steps_of(shape, torch.float32, True, monkeypatch, **options)
+    for want, other, got in zip(exact, eager, found, strict=True):
+        assert got.shape == want.shape and got.dtype == torch.float32
+        bound = 2 * (other.double() - want).norm() + torch.finfo(torch.float32).eps * want.norm()
+        assert (got.double() - want).norm() <= bound
+
+
+def test_what_the_compiled_step_does_not_take():
+    from lora_kernels.optim import flora
+
+    group = {"beta1": 0.9, "rank": 4}
+    tensors = {
+        "a vector": torch.randn(8),
+        "transposed": torch.randn(8, 9).T,
+        "float64": torch.randn(8, 9, dtype=torch.float64),
+        "momentum whole": torch.randn(64, 8),
+        "empty": torch.randn(0, 8),
+    }
+    for name, tensor in tensors.items():
+        p = nn.Parameter(tensor)
+        p.grad = torch.ones_like(p)
+        assert not flora._fits_native(p, group), name
+
+
 def test_the_state_is_small():
     p = nn.Parameter(torch.randn(40, 20))
     optimizer = Flora([p], rank=5, beta1=0.9)
