@@ -132,9 +132,11 @@ def _arguments(mlp: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
         return None
     if any(touched(module) for module in (*layers, mlp._modules["act_fn"])):
         return None
-    members: list[Any] = [layer.group_member(x) if _groupable(layer) else None for layer in layers]
-    if not all(_plain(member) for member in members):
-        return None
+    members: list[Any] = []
+    for layer in layers:  # up to the first that does not fit, since each makes its update
+        members.append(layer.group_member(x) if _groupable(layer) else None)
+        if not _plain(members[-1]):
+            return None
     gate, up, down = members
     fit = all(_fits(layer, member, x) for layer, member in zip(layers[:2], members, strict=False))
     device = down.weight.device == x.device and type(down.weight) in (Tensor, nn.Parameter)

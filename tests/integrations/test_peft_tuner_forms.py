@@ -8,10 +8,10 @@ from peft import GraloraConfig, OSFConfig, TinyLoraConfig, VBLoRAConfig, get_pef
 from test_peft_tuners import Model
 from torch import nn
 
-from lora_kernels.adapters.update import Dense, LowRank
+from lora_kernels.adapters.update import Branched, Dense, LowRank
 from lora_kernels.integrations.peft import accelerate, decelerate
 from lora_kernels.integrations.tuners.tinylora import FusedTinyLoraEmbedding
-from lora_kernels.integrations.tuners.wide import product
+from lora_kernels.integrations.tuners.wide import moved, product
 from lora_kernels.testing import assert_close
 
 
@@ -104,3 +104,27 @@ def test_what_is_as_wide_as_the_weight_is_added_to_it_where_rows_are_many(rows, 
     lora_a, lora_b = (torch.randn(10, 10, requires_grad=True) for _ in range(2))
     assert type(product(torch.randn(rows, 10), 0.0, (lora_b, lora_a))) is kind
     assert type(product(torch.randn(rows, 10).bfloat16(), 0.0, (lora_b, lora_a))) is LowRank
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kind"),
+    [((256, 512, 512, 480), Dense), ((256, 512, 1408, 480), Branched), ((2048, 512, 512, 256), Dense)],
+)
+def test_the_faster_way_measured_for_a_pair_beside_a_constant_one(sizes, kind):
+    """Measured: 0.70 against 0.78 x PEFT's, 0.83 against 1.01, 0.44 against 0.88."""
+    rows, width, out, r = sizes
+    pairs = [(torch.empty(out, r), torch.empty(r, width)) for _ in range(2)]
+    for factor in pairs[0]:
+        factor.requires_grad_()
+    assert type(moved(torch.empty(rows, width, requires_grad=True), *pairs)) is kind
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kind"),
+    [((256, 512, 512), LowRank), ((256, 512, 1408), LowRank), ((2048, 512, 512), Dense)],
+)
+def test_the_faster_way_measured_for_a_base_scaled_on_its_small_side(sizes, kind):
+    """Measured: 0.95 against 1.00 x PEFT's, 0.94 against 1.35, 0.50 against 0.97."""
+    rows, width, out = sizes
+    pair = torch.empty(out, width), torch.empty(width, width, requires_grad=True)
+    assert type(product(torch.empty(rows, width, requires_grad=True), 0.0, pair)) is kind

@@ -130,6 +130,37 @@ def test_dropout_is_pefts_but_for_the_bits(tuner):
     assert_same_as_peft(model, torch.float32, fixed)
 
 
+class Pair(nn.Module):
+    """Two linears that read one x, as query and key do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.first(x) * self.second(x)
+
+
+@pytest.mark.parametrize("tuner", CASES)
+def test_layers_that_share_an_input_make_each_update_once(tuner, monkeypatch):
+    """What draws would draw once more than PEFT, and all of it would be for nothing."""
+    case = CASES[tuner]
+    torch.manual_seed(0)
+    config = case.config(target_modules=["first", "second"], **case.options)
+    model = shaken(get_peft_model(Pair(), config), config)
+    accelerate(model)
+    made = []
+
+    def counted(layer, *args, update=case.fused.update, **read):
+        made.append(layer)
+        return update(layer, *args, **read)
+
+    monkeypatch.setattr(case.fused, "update", counted)
+    run(model, torch.float32)
+    assert len(made) == 2
+    assert_same_as_peft(model, torch.float32)
+
+
 def without_grad(model):
     with torch.no_grad():
         return model(torch.linspace(-2, 2, ROWS * WIDTH).sin().view(ROWS, WIDTH))

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..._arguments import LoraInputs
-from ...adapters.update import LowRank, Update, apply_updates
+from ...adapters.update import Branched, LowRank, Update, apply_updates
 from ...nn.groups import grouped
+from ...ops.cored_rank import CoredRank
 from ..peft_linear import PeftNamed, hooked, is_conv1d, parameter, why_not_base
 
 
@@ -31,6 +32,8 @@ class FusedTuner(PeftNamed):
     reads: frozenset[str] = frozenset()
     # Whether PEFT gives y in the dtype of x, under autocast too; else it is in its base layer's.
     in_dtype_of_x: bool = True
+    # Whether A is frozen: a group of such layers has no dA to share, and on a CPU takes longer than they do.
+    frozen_a: bool = False
 
     def update(self, name: str, x: Tensor) -> Update:
         """What adapter ``name`` makes of this layer; ``x`` is for those that read it."""
@@ -50,7 +53,12 @@ class FusedTuner(PeftNamed):
         return y.to(x.dtype) if self.in_dtype_of_x else y
 
     def group_member(self: Any, x: Tensor) -> LoraInputs | None:
-        """What this layer computes for ``x``, where that is one plain fused linear."""
+        """What this layer computes for ``x``, where that is one plain fused linear.
+
+        ``None`` in the class of a tuner whose update is none: it would be made, and drawn, twice.
+        """
+        if self.frozen_a and x.device.type == "cpu":
+            return None
         names = _names_now(self, x)
         update = self.update(names[0], x) if len(names) == 1 and not is_conv1d(self.base_layer) else None
         if type(update) is not LowRank or not update.plain:
@@ -133,6 +141,13 @@ def dropout_now(layer: Any, name: str) -> float:
         return 0.0
     module = getattr(layer, layer.dropouts)[name]
     return module.p if module.training and isinstance(module, nn.Dropout) else 0.0
+
+
+def cored(lora_a: Tensor, core: Tensor, lora_b: Tensor, scaling: float, p: float) -> LowRank | Branched:
+    """s · drop(x) Aᵀ Cᵀ Bᵀ of frozen A and B; where it drops, C goes into B, so that our kernels draw."""
+    if p:
+        return LowRank(lora_a, lora_b @ core, scaling)
+    return Branched(CoredRank(lora_b.shape[0], scaling), (lora_a, core, lora_b))
 
 
 def dropped(layer: Any, name: str, x: Tensor) -> Tensor | None:

@@ -16,8 +16,6 @@ from .lycoris import FusedLycoris
 class FusedLoKr(FusedLycoris, Linear):
     """y = x Wᵀ + b + s · (x, as m rows, by C₂ and then by C₁): no ΔW is made."""
 
-    group_member = None
-
     def update(self: Any, name: str, x: Tensor) -> Added:
         """As our own LoKr; either factor may be a product itself."""
         c1, c2 = (self._factor(one, name) for one in ("lokr_w1", "lokr_w2"))

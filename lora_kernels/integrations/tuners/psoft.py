@@ -8,8 +8,8 @@ import torch
 from peft.tuners.psoft.layer import Linear
 from torch import Tensor
 
-from ...adapters.update import LowRank
-from .base import FusedTuner, linear
+from ...adapters.update import Branched, LowRank
+from .base import FusedTuner, cored, dropout_now, linear
 
 
 class FusedPsoft(FusedTuner, Linear):
@@ -17,14 +17,15 @@ class FusedPsoft(FusedTuner, Linear):
 
     per_adapter = "psoft_R"
     dropouts = "psoft_dropout"
+    group_member = None
     in_dtype_of_x = False
 
-    def update(self: Any, name: str, x: Tensor) -> LowRank:
-        """R - I goes into B, so that A has no gradient and x need not be saved."""
+    def update(self: Any, name: str, x: Tensor) -> LowRank | Branched:
+        """R - I is the core."""
         lora_a, lora_b = self._psoft_A_cache[name], self._psoft_B_cache[name]
         turned = self.psoft_R[name].get_matrix().to(lora_b.dtype)
         turn = turned - torch.eye(len(turned), dtype=turned.dtype, device=turned.device)
-        return LowRank(lora_a, lora_b @ turn, self.scaling[name])
+        return cored(lora_a, turn, lora_b, self.scaling[name], dropout_now(self, name))
 
 
 TAKEOVERS = {Linear: linear(FusedPsoft)}

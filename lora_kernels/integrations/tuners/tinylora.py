@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from peft.tuners.tinylora.layer import Embedding, Linear
 from torch import Tensor, nn
 
-from ...adapters.update import LowRank
+from ...adapters.update import Branched, LowRank
 from ...nn.embedding import embed
 from ..peft_linear import PeftNamed
-from .base import FusedTuner, Takeover, dropout_now, linear, names_now, why_not_now
+from .base import FusedTuner, Takeover, cored, dropout_now, linear, names_now, why_not_now
 
 
 class FusedTinyLora(FusedTuner, Linear):  # type: ignore[misc]
@@ -19,11 +19,12 @@ class FusedTinyLora(FusedTuner, Linear):  # type: ignore[misc]
 
     per_adapter = "tinylora_A"
     dropouts = "tinylora_dropout"
+    group_member = None
 
-    def update(self: Any, name: str, x: Tensor) -> LowRank:
-        """R goes into B, so that A has no gradient and x need not be saved."""
-        lora_b = self.tinylora_B[name]
-        return LowRank(self.tinylora_A[name], lora_b @ self._compute_R(name).to(lora_b.dtype))
+    def update(self: Any, name: str, x: Tensor) -> LowRank | Branched:
+        """R is the core."""
+        lora_a, lora_b, core = self.tinylora_A[name], self.tinylora_B[name], self._compute_R(name)
+        return cored(lora_a, core.to(lora_b.dtype), lora_b, 1.0, dropout_now(self, name))
 
 
 class FusedTinyLoraEmbedding(PeftNamed, Embedding):

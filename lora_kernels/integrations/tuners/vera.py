@@ -16,6 +16,7 @@ class FusedVera(FusedTuner, Linear):
 
     per_adapter = "vera_lambda_d"
     dropouts = "vera_dropout"
+    frozen_a = True
 
     def update(self: Any, name: str, x: Tensor) -> LowRank:
         """The slices of the shared A and B that fit this layer."""

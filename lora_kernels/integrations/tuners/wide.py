@@ -1,4 +1,4 @@
-"""Updates whose rank may be W's own: two thin products, or W + ΔW, whichever multiplies less."""
+"""Updates whose rank may be W's own: thin products, or W + ΔW, whichever takes less."""
 
 from __future__ import annotations
 
@@ -7,42 +7,59 @@ import math
 import torch
 from torch import Tensor
 
-from ...adapters.update import Dense, LowRank
+from ...adapters.update import Branched, Dense, LowRank
+from ...ops.moved_rank import MovedRank
+
+Pair = tuple[Tensor, Tensor]
+
+# Multiply-adds in the time that ΔW, W + ΔW and ΔW's gradient take an element of W in memory.
+_PASSES = 64
 
 
-def product(x: Tensor, p: float, *pairs: tuple[Tensor, Tensor]) -> LowRank | Dense:
-    """ΔW = Σ_i B_i A_i for pairs (B_i, A_i), x being dropped with probability ``p``.
-
-    In half precision W + ΔW would round away what is small in ΔW.
-    """
-    narrow = torch.is_autocast_enabled(x.device.type) or x.dtype not in (torch.float32, torch.float64)
-    if narrow or _thin(x, pairs) <= _dense(x, p, pairs):
-        if len(pairs) == 1:
-            return LowRank(pairs[0][1], pairs[0][0])
-        return LowRank(torch.cat([a for _, a in pairs]), torch.cat([b for b, _ in pairs], 1))
-    delta = pairs[0][0] @ pairs[0][1]
-    for lora_b, lora_a in pairs[1:]:
-        delta = torch.addmm(delta, lora_b, lora_a)
-    return Dense(delta)
+def product(x: Tensor, p: float, pair: Pair) -> LowRank | Dense:
+    """ΔW = B A for a pair (B, A); ``p`` is the probability with which x is dropped."""
+    lora_b, lora_a = pair
+    return Dense(lora_b @ lora_a) if _is_dense(x, p, pair) else LowRank(lora_a, lora_b)
 
 
-def _trained(pair: tuple[Tensor, Tensor]) -> int:
+def moved(x: Tensor, pair: Pair, constant: Pair) -> LowRank | Branched | Dense:
+    """ΔW = B A + B₀ A₀, of a pair that trains and one that does not."""
+    (lora_b, lora_a), (b0, a0) = pair, constant
+    if _is_narrow(x):
+        return LowRank(torch.cat([lora_a, a0]), torch.cat([lora_b, b0], 1))
+    if _is_dense(x, 0.0, pair, constant):
+        return Dense(torch.addmm(b0 @ a0, lora_b, lora_a))
+    return Branched(MovedRank(lora_b.shape[0]), (lora_a, lora_b, a0, b0))
+
+
+def _is_narrow(x: Tensor) -> bool:
+    """In half precision W + ΔW would round away what is small in ΔW, and so would one sum after another."""
+    return torch.is_autocast_enabled(x.device.type) or x.dtype not in (torch.float32, torch.float64)
+
+
+def _is_dense(x: Tensor, p: float, *pairs: Pair) -> bool:
+    return not _is_narrow(x) and _dense(x, p, pairs) < _thin(x, pairs)
+
+
+def _trained(pair: Pair) -> int:
     return sum(factor.requires_grad for factor in pair) if torch.is_grad_enabled() else 0
 
 
-def _thin(x: Tensor, pairs: tuple[tuple[Tensor, Tensor], ...]) -> int:
-    """Products of x Aᵀ and of that with Bᵀ, and of their gradients: each side's is of the ranks of all."""
-    rows, rank = math.prod(x.shape[:-1]), sum(a.shape[0] for _, a in pairs)
-    sides = pairs[0][1].shape[1], pairs[0][0].shape[0]
-    if not torch.is_grad_enabled() or not (x.requires_grad or any(map(_trained, pairs))):
-        return rows * rank * sum(sides)
-    trained = [any(pair[1 - at].requires_grad for pair in pairs) for at in (0, 1)]
-    return rows * rank * sum(side * (2 + trains) for side, trains in zip(sides, trained, strict=True))
+def _thin(x: Tensor, pairs: tuple[Pair, ...]) -> int:
+    """Multiply-adds of x Aᵀ and of that with Bᵀ, of their gradients, and of those of A and B."""
+    rows = math.prod(x.shape[:-1])
+    backward = torch.is_grad_enabled() and (x.requires_grad or any(map(_trained, pairs)))
+    each = 0
+    for lora_b, lora_a in pairs:
+        out, into = lora_b.shape[0], lora_a.shape[1]
+        trained = out * lora_b.requires_grad + into * lora_a.requires_grad
+        each += lora_a.shape[0] * ((out + into) * (1 + backward) + trained * backward)
+    return rows * each
 
 
-def _dense(x: Tensor, p: float, pairs: tuple[tuple[Tensor, Tensor], ...]) -> int:
-    """Products that make ΔW and take its gradient apart, and those with x that W's do not include."""
+def _dense(x: Tensor, p: float, pairs: tuple[Pair, ...]) -> int:
+    """Multiply-adds that make ΔW and take its gradient apart, and those with x that W's do not include."""
     rows, size = math.prod(x.shape[:-1]), pairs[0][0].shape[0] * pairs[0][1].shape[1]
-    trained = any(map(_trained, pairs))
-    beside = 2 * (p > 0) + trained
-    return size * (sum(a.shape[0] * (1 + _trained((b, a))) for b, a in pairs) + rows * beside)
+    beside = 2 * (p > 0) + any(map(_trained, pairs))
+    made = sum(lora_a.shape[0] * (1 + _trained((lora_b, lora_a))) for lora_b, lora_a in pairs)
+    return size * (made + rows * beside + _PASSES)

@@ -1,0 +1,48 @@
+"""Low rank with a core between two frozen factors, beside a linear: TinyLoRA's and PSOFT's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class CoredRank(NamedTuple):
+    """y += s · (x Aᵀ) Cᵀ Bᵀ
+
+    A ``[r, in]`` and B ``[out, r]`` are constants, C ``[r, r]`` has a gradient: one of [rows, r], where C
+    taken into B would have the product of one as wide as y. x is not saved.
+    """
+
+    out_features: int
+    # s.
+    scaling: float
+
+    @property
+    def wide(self) -> bool:
+        """Whether its tensors keep their dtype."""
+        return False
+
+    @property
+    def writes(self) -> bool:
+        """Whether it fills new memory as well."""
+        return True
+
+    def add_(
+        self, y: Tensor, x: Tensor, lora_a: Tensor, core: Tensor, lora_b: Tensor, write: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Adds it for rows x; with ``write`` into memory that nobody has filled."""
+        h = x @ lora_a.T
+        y.addmm_(h @ core.T, lora_b.T, beta=0 if write else 1, alpha=self.scaling)
+        return h, lora_a, core, lora_b
+
+    def gradients(
+        self, dy: Tensor, dx: Tensor | None, needs: Sequence[bool], *saved: Any, write: bool = False
+    ) -> list[Any]:
+        """Of C."""
+        h, lora_a, core, lora_b = saved
+        turned = (dy @ lora_b).mul_(self.scaling)
+        if dx is not None:
+            dx.addmm_(turned @ core, lora_a, beta=0 if write else 1)
+        return [None, turned.T @ h if needs[1] else None, None]
