@@ -30,7 +30,7 @@ from .config import (
 )
 from .dropout import signed_threshold
 from .launch import blocks, gate_argument, precision, unit_columns
-from .primitives import apply_gate, cast, dot, keep_bytes, load_keep, load_tile, store_tile, unpack
+from .primitives import apply_gate, cast, dot, drop_tile, expand, load_keep, load_tile, store_tile
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -80,24 +80,18 @@ def lora_forward_kernel(
         x = load_tile(x_ptr, rows, cols, stride_xm, 1, M, K)
         if DROPOUT:
             bytes_ = k // 8 + tl.arange(0, BLOCK_C // 8)
-            packed = keep_bytes(seed, rows, bytes_, row_bytes, threshold)
-            store_tile(mask_ptr, packed, rows, bytes_, row_bytes, 1, M, row_bytes)
-            x = tl.where(unpack(packed, BLOCK_M, BLOCK_C), x, 0.0)
+            x = drop_tile(x, seed, mask_ptr, rows, bytes_, M, row_bytes, threshold, BLOCK_M, BLOCK_C)
         a = cast(load_tile(a_ptr, cols, ranks, stride_ak, stride_ar, K, R), dtype)
         acc = dot(x, a, acc, PRECISION)
 
     h = cast(acc * keep_scale, dtype)
     store_tile(h_ptr, h, rows, ranks, R, 1, M, R)
     if EXPAND:
-        if HAS_GATE:
-            h = apply_gate(h, gate_ptr, rows, ranks, M, R, stride_gm)
-        for n in range(0, N, BLOCK_C):
-            cols = n + tl.arange(0, BLOCK_C)
-            b = cast(load_tile(b_ptr, ranks, cols, stride_br, stride_bn, R, N), dtype)
-            y = dot(h, b, tl.zeros((BLOCK_M, BLOCK_C), tl.float32), PRECISION) * scaling
-            if HAS_BIAS:
-                y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-            store_tile(y_ptr, y, rows, cols, N, 1, M, N)
+        expand(
+            *(h, b_ptr, bias_ptr, gate_ptr, y_ptr, rows, ranks, M, N, R),
+            *(stride_bn, stride_br, stride_gm, scaling),
+            *(HAS_BIAS, HAS_GATE, PRECISION, BLOCK_M, BLOCK_C),
+        )
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_chunk"])

@@ -21,7 +21,7 @@ from . import beta
 from .config import Tile, group_forward_tile, group_x_tile, padded_rank, row_chunks
 from .dropout import signed_threshold
 from .launch import blocks, gate_argument, precision, unit_columns
-from .primitives import apply_gate, cast, dot, keep_bytes, load_keep, load_tile, store_tile, unpack
+from .primitives import cast, dot, drop_tile, expand, load_keep, load_tile, store_tile
 
 # The sums of all members stay in registers side by side: their padded ranks may add up to this.
 MAX_WIDTH = 256
@@ -52,45 +52,9 @@ def _shrink_step(
     """acc + drop(x) Aᵀ for one member's tile; writes the tile's keep bits."""
     row_bytes = (K + 7) // 8
     if DROPOUT:
-        packed = keep_bytes(seed, rows, bytes_, row_bytes, threshold)
-        store_tile(mask_ptr, packed, rows, bytes_, row_bytes, 1, M, row_bytes)
-        x = tl.where(unpack(packed, BLOCK_M, BLOCK_C), x, 0.0)
+        x = drop_tile(x, seed, mask_ptr, rows, bytes_, M, row_bytes, threshold, BLOCK_M, BLOCK_C)
     a = cast(load_tile(a_ptr, cols, ranks, stride_ak, stride_ar, K, R), x.dtype)
     return dot(x, a, acc, PRECISION)
-
-
-@triton.jit
-def _expand(
-    h,
-    b_ptr,
-    bias_ptr,
-    gate_ptr,
-    y_ptr,
-    rows,
-    ranks,
-    M,
-    N,
-    R,
-    stride_bn,
-    stride_br,
-    stride_gm,
-    scaling,
-    HAS_BIAS: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Writes one member's b + s (h ⊙ g) Bᵀ."""
-    if HAS_GATE:
-        h = apply_gate(h, gate_ptr, rows, ranks, M, R, stride_gm)
-    for n in range(0, N, BLOCK_C):
-        cols = n + tl.arange(0, BLOCK_C)
-        b = cast(load_tile(b_ptr, ranks, cols, stride_br, stride_bn, R, N), h.dtype)
-        y = dot(h, b, tl.zeros((BLOCK_M, BLOCK_C), tl.float32), PRECISION) * scaling
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-        store_tile(y_ptr, y, rows, cols, N, 1, M, N)
 
 
 @triton.jit(do_not_specialize=["M", "thresholds"])
@@ -149,7 +113,7 @@ def group_forward_kernel(
     for i in tl.static_range(MEMBERS):
         h = cast(sums[i] * keep_scales[i], dtype)
         store_tile(h_ptrs[i], h, rows, r, ranks[i], 1, M, ranks[i])
-        _expand(
+        expand(
             *(h, b_ptrs[i], bias_ptrs[i], gate_ptrs[i], y_ptrs[i], rows, r, M, outs[i], ranks[i]),
             *(strides_bn[i], strides_br[i], strides_gm[i], scalings[i]),
             *(HAS_BIAS, HAS_GATE, PRECISION, BLOCK_M, BLOCK_C),

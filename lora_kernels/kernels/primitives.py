@@ -79,6 +79,25 @@ def unpack(packed, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def drop_tile(
+    x,
+    seed,
+    mask_ptr,
+    rows,
+    bytes_,
+    n_rows,
+    row_bytes,
+    threshold,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """The tile with zeros where dropout takes an element; writes its keep bits, those of ``n_rows`` rows."""
+    packed = keep_bytes(seed, rows, bytes_, row_bytes, threshold)
+    store_tile(mask_ptr, packed, rows, bytes_, row_bytes, 1, n_rows, row_bytes)
+    return tl.where(unpack(packed, ROWS, COLS), x, 0.0)
+
+
+@triton.jit
 def load_keep(mask_ptr, rows, first_col, n_rows, row_bytes, ROWS: tl.constexpr, COLS: tl.constexpr):
     """The keep bits of COLS columns from ``first_col``, a multiple of eight; false outside."""
     bytes_ = first_col // 8 + tl.arange(0, COLS // 8)
@@ -91,3 +110,37 @@ def apply_gate(h, gate_ptr, rows, ranks, n_rows, R, stride_row):
     """h ⊙ g in h's dtype; a gate that all rows share has row stride 0."""
     gate = load_tile(gate_ptr, rows, ranks, stride_row, 1, n_rows, R)
     return cast(h * gate.to(tl.float32), h.dtype)
+
+
+@triton.jit
+def expand(
+    h,
+    b_ptr,
+    bias_ptr,
+    gate_ptr,
+    y_ptr,
+    rows,
+    ranks,
+    M,
+    N,
+    R,
+    stride_bn,
+    stride_br,
+    stride_gm,
+    scaling,
+    HAS_BIAS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Writes b + s (h ⊙ g) Bᵀ for these rows."""
+    if HAS_GATE:
+        h = apply_gate(h, gate_ptr, rows, ranks, M, R, stride_gm)
+    for n in range(0, N, BLOCK_C):
+        cols = n + tl.arange(0, BLOCK_C)
+        b = cast(load_tile(b_ptr, ranks, cols, stride_br, stride_bn, R, N), h.dtype)
+        y = dot(h, b, tl.zeros((BLOCK_M, BLOCK_C), tl.float32), PRECISION) * scaling
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        store_tile(y_ptr, y, rows, cols, N, 1, M, N)

@@ -19,7 +19,7 @@ from .beta import backward
 from .config import replaced, single_tile
 from .dropout import signed_threshold
 from .launch import blocks, gate_argument, precision, unit_columns
-from .primitives import apply_gate, cast, dot, keep_bytes, load_tile, store_tile, unpack
+from .primitives import apply_gate, cast, dot, drop_tile, load_tile, store_tile
 
 __all__ = ["backward", "forward", "single_kernel"]
 
@@ -84,9 +84,7 @@ def single_kernel(
             x = load_tile(branch_ptr, rows, inner, stride_branch, 1, M, K)
         if DROPOUT:
             bytes_ = k // 8 + tl.arange(0, BLOCK_K // 8)
-            packed = keep_bytes(seed, rows, bytes_, row_bytes, threshold)
-            store_tile(mask_ptr, packed, rows, bytes_, row_bytes, 1, writers, row_bytes)
-            x = tl.where(unpack(packed, BLOCK_M, BLOCK_K), x, 0.0)
+            x = drop_tile(x, seed, mask_ptr, rows, bytes_, writers, row_bytes, threshold, BLOCK_M, BLOCK_K)
         a = cast(load_tile(a_ptr, inner, ranks, stride_ak, stride_ar, K, R), dtype)
         acc_h = dot(x, a, acc_h, PRECISION)
 
