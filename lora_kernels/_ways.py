@@ -61,6 +61,9 @@ _BANDS = (ROWS, WEIGHTS, RANKS)
 # "rows/weight/rank", in the order of the extension's table.
 CLASSES = tuple("/".join(band.name for band in bands) for bands in itertools.product(*_BANDS))
 
+# What ships gives way to what was measured faster than this share of its own time: medians of a busy
+# machine lie further apart than that.
+MARGIN = 0.95
 # Microseconds by op, class and way.
 Times = Mapping[str, Mapping[str, Mapping[str, float]]]
 
@@ -86,7 +89,7 @@ def example(name: str) -> tuple[int, int, int, int]:
 
 
 def choose(op: str, name: str, times: Times, instructions: str, vendor: str = "") -> Choice:
-    """The way of ``op`` for the class ``name``: the fastest one measured, else what ships.
+    """The way of ``op`` for the class ``name``: the fastest one measured where it gains, else what ships.
 
     Args:
         op: a key of :data:`OPS`.
@@ -96,9 +99,12 @@ def choose(op: str, name: str, times: Times, instructions: str, vendor: str = ""
         vendor: of the processor, as it calls itself.
     """
     measured = {way: us for way, us in times.get(op, {}).get(name, {}).items() if way in OPS[op]}
-    if measured:
-        return Choice(min(measured, key=measured.__getitem__), "measured here")
-    return Choice(_default(op, name, instructions, vendor), f"default for {instructions}")
+    ships = _default(op, name, instructions, vendor)
+    if not measured:
+        return Choice(ships, f"default for {instructions}")
+    fastest = min(measured, key=measured.__getitem__)
+    gains = measured[fastest] < MARGIN * measured.get(ships, math.inf)
+    return Choice(fastest if gains else ships, "measured here")
 
 
 def _default(op: str, name: str, instructions: str, vendor: str) -> str:
@@ -141,18 +147,18 @@ def force(name: str) -> None:
     _forced = name
 
 
-_forced = "auto"
+_forced: str | None = None
 
 
 def settle() -> None:
-    """Follows the environment, and under ``auto`` what was measured."""
-    force(_settings.read().cpu_products)
+    """Follows the environment, and under ``auto`` what was measured; a way that is forced by now stays."""
+    force(_forced or _settings.read().cpu_products)
 
 
 @contextlib.contextmanager
 def forced(name: str) -> Iterator[None]:
     """:func:`force` inside the ``with`` block, and what was before it after it."""
-    before = _forced
+    before = _forced or _settings.read().cpu_products
     force(name)
     try:
         yield
@@ -162,7 +168,7 @@ def forced(name: str) -> Iterator[None]:
 
 def now() -> dict[str, dict[str, Choice]]:
     """What the ops do in this process."""
-    return decide(remembered(), _forced, instruction_set(), maker())
+    return decide(remembered(), _forced or "auto", instruction_set(), maker())
 
 
 def bounds() -> tuple[int, ...]:
