@@ -52,7 +52,7 @@ def _experts_forward(
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
     y = _project(module, "down_proj", inner, routing, factors)
     dtype = torch.promote_types(y.dtype, weights.dtype)
-    y = y.index_select(0, routing.place).view(*index.shape, -1)
+    y = y.index_select(0, routing.place).view(*index.shape, y.shape[-1])
     return (weights.to(dtype).unsqueeze(1) @ y.to(dtype)).squeeze(1).to(x.dtype)
 
 

@@ -137,10 +137,11 @@ class _BranchedLinear(torch.autograd.Function):
         weight, *saved = ctx.saved_tensors
         _, needs_x, needs_branch, _, _, *needs = ctx.needs_input_grad
         rows = rows_of(dy)
+        shape = (*dy.shape[:-1], ctx.in_features)  # no -1, which no rows would leave open
         if needs_x and not needs_branch and weight is not None and ctx.branch.writes:
             dx = rows.new_empty(rows.shape[0], ctx.in_features)
             grads = ctx.branch.gradients(rows, dx, needs, *saved, write=True)
-            return None, dx.addmm_(rows, weight).view(*dy.shape[:-1], -1), None, None, None, *grads
+            return None, dx.addmm_(rows, weight).view(shape), None, None, None, *grads
         dx = branch_dx = None
         if needs_x:
             dx = _zeros(rows, ctx.in_features) if weight is None else rows @ weight
@@ -148,7 +149,7 @@ class _BranchedLinear(torch.autograd.Function):
         if needs_branch:
             branch_dx = _zeros(rows, ctx.in_features)
         grads = ctx.branch.gradients(rows, branch_dx, needs, *saved)
-        shaped = [None if d is None else d.view(*dy.shape[:-1], -1) for d in (dx, branch_dx)]
+        shaped = [None if d is None else d.view(shape) for d in (dx, branch_dx)]
         return None, shaped[0], shaped[1] if needs_branch else None, None, None, *grads
 
 

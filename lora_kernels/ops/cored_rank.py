@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from .branched_linear import Branch
 
-class CoredRank(NamedTuple):
+
+@dataclass(frozen=True)
+class CoredRank(Branch):
     """y += s · (x Aᵀ) Cᵀ Bᵀ
 
     A ``[r, in]`` and B ``[out, r]`` are constants, C ``[r, r]`` has a gradient: one of [rows, r], where C
     taken into B would have the product of one as wide as y. x is not saved.
     """
 
-    out_features: int
+    writes = True
+
     # s.
     scaling: float
-
-    @property
-    def wide(self) -> bool:
-        """Whether its tensors keep their dtype."""
-        return False
-
-    @property
-    def writes(self) -> bool:
-        """Whether it fills new memory as well."""
-        return True
 
     def add_(
         self, y: Tensor, x: Tensor, lora_a: Tensor, core: Tensor, lora_b: Tensor, write: bool = False

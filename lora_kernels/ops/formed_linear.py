@@ -118,7 +118,7 @@ class _FormedLinear(torch.autograd.Function):
         _, needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad
         rows: Any = rows_of(dy)
         formed, made = ctx.former.form(weight, *tensors)
-        dx = (rows @ formed).view(*dy.shape[:-1], -1) if needs_x else None
+        dx = (rows @ formed).view(*dy.shape[:-1], formed.shape[1]) if needs_x else None
         del formed
         grad = None if x is None else rows.T @ rows_of(x)
         grads = ctx.former.gradients(grad, needs, made, *tensors) if any(needs) else [None] * len(needs)

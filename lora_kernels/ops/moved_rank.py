@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from .branched_linear import Branch
 
-class MovedRank(NamedTuple):
+
+@dataclass(frozen=True)
+class MovedRank(Branch):
     """y += (x Aᵀ) Bᵀ + (x A₀ᵀ) B₀ᵀ
 
     A ``[r, in]`` and B ``[out, r]`` have gradients; A₀ ``[r₀, in]`` and B₀ ``[out, r₀]`` are constants, which
     side by side with the others would get theirs computed too.
     """
 
-    out_features: int
-
-    @property
-    def wide(self) -> bool:
-        """Whether its tensors keep their dtype."""
-        return False
-
-    @property
-    def writes(self) -> bool:
-        """Whether it fills new memory as well."""
-        return True
+    writes = True
 
     def add_(
         self, y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, *constant: Tensor, write: bool = False

@@ -47,7 +47,7 @@ class SparseSpectrum(Branch):
         """Adds it for rows x."""
         picked, order, places, *_, target, _, sign = indices
         wide = torch.promote_types(x.dtype, torch.float32)
-        bins_x = torch.fft.rfft(x.to(wide))
+        bins_x = _spectra(x.to(wide))
         weights = _weights(spectrum.to(wide) * self._scale, sign, target, self.out_features)[order]
         entries = torch.view_as_real(bins_x.index_select(1, picked)) * weights
         y += _summed(entries, self.forward_levels, places, self.out_features)
@@ -57,7 +57,7 @@ class SparseSpectrum(Branch):
         """Of c."""
         bins_x, spectrum, *_, picked_x, order, places, picked_y, _, source, sign = saved
         wide = bins_x.dtype
-        bins_y = torch.view_as_real(torch.fft.rfft(dy.to(wide)).index_select(1, picked_y))
+        bins_y = torch.view_as_real(_spectra(dy.to(wide)).index_select(1, picked_y))
         grad = None
         if needs[0]:
             entries = torch.view_as_real(torch.view_as_complex(bins_x).index_select(1, picked_x))
@@ -91,6 +91,13 @@ def plan(
     return branch, dict(zip(INDICES, found, strict=True))
 
 
+def _spectra(rows: Tensor) -> Tensor:
+    """``rfft`` of each row; MKL refuses to transform none."""
+    if not len(rows):
+        return rows.new_empty(0, rows.shape[1] // 2 + 1, dtype=rows.dtype.to_complex())
+    return torch.fft.rfft(rows)
+
+
 def _levels(bins: Tensor, count: int) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """An order of the entries in which each bin's first come first, then each bin's second, and so on.
 
@@ -116,6 +123,8 @@ def _weights(spectrum: Tensor, sign: Tensor, bins: Tensor, length: int) -> Tenso
 
 def _summed(entries: Tensor, levels: tuple[int, ...], places: Tensor, length: int) -> Tensor:
     """Entries [rows, n, 2] in the order of :func:`_levels`, summed by bin and transformed back."""
+    if not len(entries):
+        return entries.new_empty(0, length)
     first, *others = entries.split(levels, 1)
     sums = torch.nn.functional.pad(first, (0, 0, 0, 1))
     for more in others:

@@ -52,7 +52,8 @@ class WalshGrid(NamedTuple):
         parted = grid.view(batch, len(down) // order, order, len(across) // order, order, channels)
         patches = parted.transpose(2, 3).reshape(-1, order * order, channels)
         masks = self._matrix(basis.to(x))
-        return masks.expand(len(patches), -1, -1).bmm(patches).unflatten(0, (batch, -1))
+        projected = masks.expand(len(patches), -1, -1).bmm(patches)
+        return projected.unflatten(0, (batch, parted.shape[1] * parted.shape[3]))
 
     def restore(self, projected: Tensor, basis: Tensor) -> Tensor:
         """Σ_k m_k[t] g[p, k], the transpose of :meth:`project` but for what the mirror adds."""

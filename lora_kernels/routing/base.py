@@ -119,7 +119,10 @@ def scores(x: Tensor, weight: Tensor) -> Tensor:
 
 def pooled(x: Tensor) -> Tensor:
     """The mean of each sample of x ``[samples, ..., in]``; a matrix has samples of one row."""
-    return x.flatten(1, -2).mean(1) if x.dim() > 2 else x
+    if x.dim() == 2:
+        return x
+    tokens = x.flatten(1, -2)
+    return tokens.sum(1) / max(1, tokens.shape[1])  # and 0 of none
 
 
 def seen(call: Call) -> dict[str, Seen]:

@@ -95,6 +95,18 @@ def assert_same_as_peft(model, dtype, prepared=lambda model: model):
         assert_close(ours[name], eager[name], exact[name], name, ulps=4.0)
 
 
+@pytest.mark.parametrize("tuner", CASES)
+def test_no_rows(tuner):
+    model = wrapped(CASES[tuner])
+    accelerate(model)
+    x = torch.randn(0, 3, WIDTH, requires_grad=True)
+    y = model(x)
+    assert y.shape[:-1] == x.shape[:-1]
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("tuner", "kind"), [(name, kind) for name in CASES for kind in CASES[name].kinds])
 def test_outputs_and_gradients_are_pefts(tuner, kind, dtype):

@@ -5,6 +5,7 @@ Over 60 lines: a task for the batch and a task for each sample are two ways.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -61,7 +62,8 @@ class TALoRA(Adapter):
             )
         h = F.linear(self.drop(x), self.lora_A.to(x.dtype))
         cores = torch.einsum("rsv,kv->krs", self.core, self.tasks).to(h.dtype)[task]
-        mixed = (h.reshape(*lead, -1, self.r) @ cores).reshape(*h.shape[:-1], -1)
+        tokens = math.prod(h.shape[len(lead) : -1])
+        mixed = (h.reshape(*lead, tokens, self.r) @ cores).reshape(*h.shape[:-1], cores.shape[-1])
         return LowRank(None, self.lora_B, self.scaling, x_lora=mixed)
 
     def norms(self) -> list[Tensor]:
