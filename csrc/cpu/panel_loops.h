@@ -7,9 +7,12 @@ namespace {
 using Vector = VectorOf<float>;
 constexpr int kOne = kWidth<float>;
 
-// A tile of `out` that is summed in registers.
-constexpr int kVectors = kOne == 8 ? 3 : 2;
-constexpr int64_t kPanelRows = kTileRows, kPanelCols = kVectors * kOne;
+// A tile of `out` that is summed in registers: for each step of the depth, rows and vectors together
+// are what is loaded. 6 x 4 loads least of what 32 registers hold and common sizes are multiples of.
+constexpr int kVectors = kOne == 16 ? 4 : kOne == 8 ? 3 : 2;
+constexpr int64_t kPanelRows = kOne == 16 ? 6 : kTileRows, kPanelCols = kVectors * kOne;
+// How many tiles of a panel share a packed right factor, which stays in the second cache.
+constexpr int64_t kAtOnce = 256 / kPanelCols;
 
 // packed[k][n] for `cols` of a panel's columns and a run of depth, zeros beyond `cols`.
 LK_INLINE void pack_slowly(const PanelTerm& term, Range depth, int64_t col, int64_t cols,
@@ -130,6 +133,15 @@ LK_INLINE void store(const PanelProduct& p, const Tile& tile, int64_t row_panel,
   }
 }
 
+// What store() will add to, or write, is asked for before the tile is summed.
+LK_INLINE void prefetch_out(const PanelProduct& p, int64_t row_panel, int64_t col_panel) {
+  const int64_t row = row_panel * kPanelRows, rows = std::min(kPanelRows, p.rows - row);
+  const float* out = p.out + row * p.out_stride + col_panel * kPanelCols;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out + i * p.out_stride + v * kOne, 1);
+  }
+}
+
 LK_INLINE void multiply_block(const PanelProduct& p, const Block& block, Range row_panels,
                               Range col_panels, bool add, float* scratch) {
   const int64_t each = block.depth * kPanelCols, panels = panels_of(p.rows, kPanelRows);
@@ -139,6 +151,7 @@ LK_INLINE void multiply_block(const PanelProduct& p, const Block& block, Range r
   for (int64_t m = row_panels.begin; m < row_panels.end; ++m) {
     for (int64_t n = col_panels.begin; n < col_panels.end; ++n) {
       const float* right = scratch + (n - col_panels.begin) * each;
+      prefetch_out(p, m, n);
       store(p, block_tile(block, panels, m, right), m, n, add);
     }
   }
@@ -163,38 +176,19 @@ LK_INLINE void multiply_columns(const PanelProduct& p, Range row_panels, Range c
   multiply_block(p, block, row_panels, col_panels, add, scratch);
 }
 
-// The even lanes of two vectors in a row, or the odd ones.
-template <int First, int... Lane>
-LK_INLINE Vector every_other(const Vector& low, const Vector& high,
-                             std::integer_sequence<int, Lane...>) {
-#if __has_builtin(__builtin_shufflevector)
-  return __builtin_shufflevector(low, high, (2 * Lane + First)...);
-#else  // gcc before 12
-  return __builtin_shuffle(low, high, VectorOf<LaneBits<float> >{2 * Lane + First...});
-#endif
-}
+// packed[k][row] for kOne columns of a whole panel. The lanes beyond a low panel's rows are written
+// over by the columns that follow: kSpilled of them must.
+constexpr int64_t kSpilled = kPanelRows < kOne ? panels_of(kOne, kPanelRows) - 1 : 0;
 
-// packed[k][row] for as many columns of a whole panel as kPackedColumns. A panel half as high as a
-// vector is wide is a square whose rows are the even columns of every row and then the odd ones:
-// turned, a row of it is two columns.
-constexpr int64_t kPackedColumns = kPanelRows < kOne ? 2 * kOne : kOne;
-
-template <int64_t Rows = kPanelRows>
 LK_INLINE void pack_columns(const float* rows, int64_t stride, float* packed) {
-  if constexpr (Rows < kOne) {
-    static_assert(Rows * 2 == kOne);
-    constexpr auto lanes = std::make_integer_sequence<int, kOne>();
-    Vector square[kOne];
-    for (int i = 0; i < Rows; ++i) {
-      const Vector low = vector(rows + i * stride), high = vector(rows + i * stride + kOne);
-      square[i] = every_other<0>(low, high, lanes);
-      square[Rows + i] = every_other<1>(low, high, lanes);
-    }
+  if constexpr (kPanelRows < kOne) {
+    Vector square[kOne] = {};
+    for (int i = 0; i < kPanelRows; ++i) square[i] = vector(rows + i * stride);
     transpose_rows<float>(square);
-    for (int k = 0; k < kOne; ++k) vector(packed + k * kOne) = square[k];
+    for (int k = 0; k < kOne; ++k) vector(packed + k * kPanelRows) = square[k];
   } else {
-    for (int64_t i = 0; i < Rows; i += kOne) {
-      transpose_square(rows + i * stride, stride, packed + i, Rows);
+    for (int64_t i = 0; i < kPanelRows; i += kOne) {
+      transpose_square(rows + i * stride, stride, packed + i, kPanelRows);
     }
   }
 }
@@ -202,7 +196,7 @@ LK_INLINE void pack_columns(const float* rows, int64_t stride, float* packed) {
 LK_INLINE void pack_panel(const float* rows, int64_t stride, int64_t there, Range depth,
                           float* packed) {
   int64_t k = depth.begin;
-  for (; there == kPanelRows && k + kPackedColumns <= depth.end; k += kPackedColumns) {
+  for (; there == kPanelRows && k + kOne + kSpilled <= depth.end; k += kOne) {
     pack_columns(rows + k, stride, packed + (k - depth.begin) * kPanelRows);
   }
   packed += (k - depth.begin) * kPanelRows;
@@ -213,7 +207,7 @@ LK_INLINE void pack_panel(const float* rows, int64_t stride, int64_t there, Rang
 
 }  // namespace
 
-LK_LOOP PanelShape panel_shape() { return {kPanelRows, kPanelCols}; }
+LK_LOOP PanelShape panel_shape() { return {kPanelRows, kPanelCols, kAtOnce}; }
 
 LK_LOOP void pack_rows(const float* matrix, int64_t stride, int64_t rows, int64_t depth,
                        Range panels, float* packed) {
@@ -230,8 +224,8 @@ LK_LOOP void pack_rows(const float* matrix, int64_t stride, int64_t rows, int64_
 
 LK_LOOP void multiply_panels(const PanelProduct& p, Range row_panels, Range col_panels,
                              float* scratch) {
-  for (int64_t n = col_panels.begin; n < col_panels.end; n += kPanelsAtOnce) {
-    const Range some = {n, std::min(n + kPanelsAtOnce, col_panels.end)};
+  for (int64_t n = col_panels.begin; n < col_panels.end; n += kAtOnce) {
+    const Range some = {n, std::min(n + kAtOnce, col_panels.end)};
     multiply_columns(p, row_panels, some, scratch);
   }
 }

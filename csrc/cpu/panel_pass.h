@@ -10,8 +10,6 @@
 
 namespace lora_kernels {
 
-// How many of a panel's tiles share a packed right factor.
-constexpr int64_t kPanelsAtOnce = 8;
 // A factor's depth is cut into equal parts of at most kPartDepth, and parts that follow one another
 // are one chain of additions up to kChainDepth: not much longer than in the vendors' GEMMs, so that
 // it rounds as theirs do.
@@ -20,9 +18,10 @@ constexpr int64_t kPartDepth = 256, kChainDepth = 320;
 // A tile of `out` that is summed in registers: as large as the version in use has room for.
 struct PanelShape {
   int64_t rows, cols;
+  int64_t at_once;  // panels of columns
 
   // Elements of the memory that multiply_panels() works in.
-  int64_t scratch() const { return kChainDepth * cols * kPanelsAtOnce; }
+  int64_t scratch() const { return kChainDepth * cols * at_once; }
 };
 
 PanelShape panel_shape();

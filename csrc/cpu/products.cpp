@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 
 #include "branch.h"
 #include "math_type.h"
@@ -49,13 +50,19 @@ Tensor readable(const Tensor& right) {
 // more than what is written into them.
 enum class Kept { kPacked, kScratch };
 
+// It starts where a cache line does: a vector across two lines is loaded twice.
+struct Aligned {
+  static constexpr std::align_val_t kLine{64};
+  void operator()(float* memory) const { ::operator delete[](memory, kLine); }
+};
+
 template <Kept>
 float* kept(int64_t elements) {
-  thread_local std::unique_ptr<float[]> memory;
+  thread_local std::unique_ptr<float[], Aligned> memory;
   thread_local int64_t size = 0;
   if (size < elements) {
     memory.reset();
-    memory = std::make_unique_for_overwrite<float[]>(elements);
+    memory.reset(new (Aligned::kLine) float[elements]);
     size = elements;
   }
   return memory.get();
@@ -109,7 +116,7 @@ void multiply(const PanelProduct& product, int64_t depth) {
   const int64_t rows = panels_of(product.rows, shape.rows);
   const int64_t cols = panels_of(product.cols, shape.cols);
   if (cols == 0) return;
-  const int64_t cuts = std::clamp<int64_t>(panels_of(kPanelsAtOnce * at::get_num_threads(), cols),
+  const int64_t cuts = std::clamp<int64_t>(panels_of(shape.at_once * at::get_num_threads(), cols),
                                            1, std::max<int64_t>(1, rows / 8));
   const int64_t each =
       panels_of(rows, cuts) * shape.rows * shape.cols * std::max<int64_t>(depth, 1);
