@@ -25,7 +25,7 @@ def phm(x: Tensor, rule: Tensor, left: Tensor, right: Tensor) -> Tensor:
     u = x.reshape(-1, n, part) @ left.transpose(0, 1).reshape(part, n * k)
     v = torch.einsum("taik,iab->tbik", u.unflatten(2, (n, k)), rule)
     y = v.flatten(2) @ right.reshape(n * k, -1)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return y.reshape(*x.shape[:-1], n * y.shape[-1])
 
 
 class PHMLinear(nn.Module):
