@@ -20,7 +20,7 @@ def run(model, tokens, autocast=None):
     model.zero_grad()
     with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
         output = model(input_ids=tokens)
-    y = output.logits if "logits" in output else output.last_hidden_state
+    y = output.logits if hasattr(output, "logits") else output.last_hidden_state
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
     (y * weights).sum().backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
