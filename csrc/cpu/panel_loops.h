@@ -7,8 +7,9 @@ namespace {
 using Vector = VectorOf<float>;
 constexpr int kOne = kWidth<float>;
 
-// A tile of `out` that is summed in registers: for each step of the depth, rows and vectors together
-// are what is loaded. 6 x 4 loads least of what 32 registers hold and common sizes are multiples of.
+// A tile of `out` that is summed in registers: for each step of the depth, rows and vectors
+// together are what is loaded. 6 x 4 loads least of what 32 registers hold and common sizes are
+// multiples of.
 constexpr int kVectors = kOne == 16 ? 4 : kOne == 8 ? 3 : 2;
 constexpr int64_t kPanelRows = kOne == 16 ? 6 : kTileRows, kPanelCols = kVectors * kOne;
 // How many tiles of a panel share a packed right factor, which stays in the second cache.
