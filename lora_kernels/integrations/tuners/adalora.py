@@ -8,10 +8,10 @@ from peft.tuners.adalora.layer import SVDLinear
 from torch import Tensor
 
 from ...adapters.update import LowRank
-from .base import FusedTuner, linear
+from .base import GroupedTuner, linear
 
 
-class FusedAdaLora(FusedTuner, SVDLinear):
+class FusedAdaLora(GroupedTuner, SVDLinear):
     """y = x Wᵀ + b + α / (r + 10⁻⁵) · ((drop(x) Aᵀ) ⊙ E) Bᵀ: E is the gate, r what PEFT's allocator left.
 
     The parameters are PEFT's own, so that its orthogonality loss and its ``RankAllocator`` see them.

@@ -32,8 +32,6 @@ class FusedTuner(PeftNamed):
     reads: frozenset[str] = frozenset()
     # Whether PEFT gives y in the dtype of x, under autocast too; else it is in its base layer's.
     in_dtype_of_x: bool = True
-    # Whether A is frozen: a group of such layers has no dA to share, and on a CPU takes longer than they do.
-    frozen_a: bool = False
 
     def update(self, name: str, x: Tensor) -> Update:
         """What adapter ``name`` makes of this layer; ``x`` is for those that read it."""
@@ -52,11 +50,26 @@ class FusedTuner(PeftNamed):
         y = _computed(self, names, x, kwargs) if y is None else y
         return y.to(x.dtype) if self.in_dtype_of_x else y
 
-    def group_member(self: Any, x: Tensor) -> LoraInputs | None:
-        """What this layer computes for ``x``, where that is one plain fused linear.
 
-        ``None`` in the class of a tuner whose update is none: it would be made, and drawn, twice.
-        """
+def _computed(layer: Any, names: list[str], x: Tensor, read: dict[str, Any]) -> Tensor:
+    """y with what each adapter adds."""
+    weight, bias = base_of(layer)
+    updates = [layer.update(name, x, **read) for name in names]
+    ps = [dropout_now(layer, name) for name in names]
+    return apply_updates(x, weight, bias, updates, ps)
+
+
+class GroupedTuner(FusedTuner):
+    """Whose update is a plain LowRank: with its siblings on the same x it is computed in one call.
+
+    That of any other tuner would be made, and drawn, once to find out and once to compute.
+    """
+
+    # Whether A is frozen: a group of such layers has no dA to share, and on a CPU takes longer than they do.
+    frozen_a: bool = False
+
+    def group_member(self: Any, x: Tensor) -> LoraInputs | None:
+        """What this layer computes for ``x``, where that is one plain fused linear."""
         if self.frozen_a and x.device.type == "cpu":
             return None
         names = _names_now(self, x)
@@ -67,14 +80,6 @@ class FusedTuner(PeftNamed):
         weight, bias = base_of(self)
         p = dropout_now(self, names[0])
         return LoraInputs(x, weight, lora_a, lora_b, bias, gate, None, None, scaling, p)  # type: ignore[arg-type]
-
-
-def _computed(layer: Any, names: list[str], x: Tensor, read: dict[str, Any]) -> Tensor:
-    """y with what each adapter adds."""
-    weight, bias = base_of(layer)
-    updates = [layer.update(name, x, **read) for name in names]
-    ps = [dropout_now(layer, name) for name in names]
-    return apply_updates(x, weight, bias, updates, ps)
 
 
 class Takeover(NamedTuple):

@@ -8,12 +8,12 @@ from peft.tuners.delora.layer import DeloraLinear
 from torch import Tensor
 
 from ...adapters.update import LowRank
-from .base import FusedTuner, linear
+from .base import GroupedTuner, linear
 
 _SMALLEST = 1e-4
 
 
-class FusedDelora(FusedTuner, DeloraLinear):
+class FusedDelora(GroupedTuner, DeloraLinear):
     """y = x Wᵀ + b + ((drop(x) (A ⊙ n)ᵀ) ⊙ g) Bᵀ, n the norms of W's columns, g_i = λ / (r ‖A_i‖ ‖B^i‖)."""
 
     per_adapter = "delora_A"

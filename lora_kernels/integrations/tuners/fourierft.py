@@ -22,7 +22,6 @@ class FusedFourierFT(FusedTuner, FourierFTLinear):
     What ``torch.compile`` makes is PEFT's: it cannot trace how the places of the entries are drawn.
     """
 
-    group_member = None
     per_adapter = "fourierft_spectrum"
 
     def why_not_adapter(self, name: str) -> str | None:

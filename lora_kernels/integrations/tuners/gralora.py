@@ -15,7 +15,6 @@ from .base import FusedTuner, dropped, linear
 class FusedGraLora(FusedTuner, Linear):  # type: ignore[misc]
     """y = x Wᵀ + b + the blocks' updates."""
 
-    group_member = None
     per_adapter = "gralora_A"
     dropouts = "gralora_dropout"
 

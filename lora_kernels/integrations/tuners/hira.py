@@ -15,7 +15,6 @@ from .base import FusedTuner, base_of, linear
 class FusedHira(FusedTuner, Linear):
     """y = x (W ⊙ (1 + B A))ᵀ + b: one product, of a weight that is made at each call."""
 
-    group_member = None
     per_adapter = "hira_A"
     dropouts = "hira_dropout"
     in_dtype_of_x = False

@@ -9,10 +9,10 @@ from peft.tuners.hra.layer import HRALinear
 from torch import Tensor
 
 from ...adapters.update import LowRank
-from .base import FusedTuner, base_of, linear
+from .base import GroupedTuner, base_of, linear
 
 
-class FusedHra(FusedTuner, HRALinear):
+class FusedHra(GroupedTuner, HRALinear):
     """y = x (W H)ᵀ + b, H = Π_i (I - 2 u_i u_iᵀ) = I - U T Uᵀ: A = Uᵀ and B = -W U T
 
     T⁻¹ is half of the identity and what UᵀU has above the diagonal. PEFT multiplies W by H, which it makes of

@@ -13,7 +13,6 @@ from .base import FusedTuner
 class FusedLycoris(FusedTuner):
     """A linear of PEFT's ``LycorisLayer``."""
 
-    group_member = None
     per_adapter = "scaling"
 
     def why_not_adapter(self: Any, name: str) -> str | None:

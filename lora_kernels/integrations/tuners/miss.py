@@ -19,7 +19,6 @@ class FusedMiss(FusedTuner, MissLinear):
     Of the form ``bat`` y = x (W + ΔW)ᵀ + b, where ΔW is W D + D by blocks and nothing is dropped.
     """
 
-    group_member = None
     per_adapter = "miss_block"
     dropouts = "miss_dropout"
 

@@ -15,7 +15,6 @@ from .wide import moved
 class FusedOsf(FusedTuner, Linear):
     """y = x Wᵀ + b + x (U S V - U₀ S₀ V₀)ᵀ; PEFT's hooks on U and V project the gradients."""
 
-    group_member = None
     per_adapter = "osf_svd_params"
 
     def why_not_adapter(self: Any, name: str) -> str | None:

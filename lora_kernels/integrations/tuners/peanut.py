@@ -16,7 +16,6 @@ class FusedPeanut(FusedTuner, Linear):
 
     per_adapter = "peanut_A"
     in_dtype_of_x = False
-    group_member = None
 
     def update(self: Any, name: str, x: Tensor) -> Dense:
         """ΔW as PEFT makes it."""

@@ -17,7 +17,6 @@ class FusedPsoft(FusedTuner, Linear):
 
     per_adapter = "psoft_R"
     dropouts = "psoft_dropout"
-    group_member = None
     in_dtype_of_x = False
 
     def update(self: Any, name: str, x: Tensor) -> LowRank | Branched:

@@ -16,7 +16,6 @@ from .base import FusedTuner, dropout_now, linear
 class FusedPvera(FusedTuner, Linear):  # type: ignore[misc]
     """y = x Wᵀ + b + h (b' ⊙ B)ᵀ with [μ | l] = (drop(x) Aᵀ) ⊙ d, and h = μ + exp(l / 2) ⊙ ε or μ alone."""
 
-    group_member = None
     per_adapter = "pvera_lambda_d"
     dropouts = "pvera_dropout"
 

@@ -15,7 +15,6 @@ from .wide import product
 class FusedRandLora(FusedTuner, Linear):  # type: ignore[misc]
     """y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ, the smaller of A and B scaled by rank and by column."""
 
-    group_member = None
     per_adapter = "randlora_lambda"
     dropouts = "randlora_dropout"
 

@@ -19,7 +19,6 @@ class FusedTinyLora(FusedTuner, Linear):  # type: ignore[misc]
 
     per_adapter = "tinylora_A"
     dropouts = "tinylora_dropout"
-    group_member = None
 
     def update(self: Any, name: str, x: Tensor) -> LowRank | Branched:
         """R is the core."""

@@ -8,10 +8,10 @@ from peft.tuners.unilora.layer import Linear
 from torch import Tensor
 
 from ...adapters.update import LowRank
-from .base import FusedTuner, linear
+from .base import GroupedTuner, linear
 
 
-class FusedUniLora(FusedTuner, Linear):  # type: ignore[misc]
+class FusedUniLora(GroupedTuner, Linear):  # type: ignore[misc]
     """y = x Wᵀ + b + drop(x) Aᵀ Bᵀ with A = θ[i] ⊙ c and B = θ[j] ⊙ d."""
 
     per_adapter = "unilora_indices_A"

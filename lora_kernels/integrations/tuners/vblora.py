@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ...adapters.generated.vblora import composed
 from ...adapters.update import LowRank
-from .base import FusedTuner, linear
+from .base import GroupedTuner, linear
 
 
-class FusedVBLora(FusedTuner, Linear):  # type: ignore[misc]
+class FusedVBLora(GroupedTuner, Linear):  # type: ignore[misc]
     """y = x Wᵀ + b + drop(x) Aᵀ Bᵀ, each run of a row of A or a column of B a mean of the bank's vectors."""
 
     per_adapter = "vblora_logits_A"

@@ -8,10 +8,10 @@ from peft.tuners.vera.layer import Linear
 from torch import Tensor
 
 from ...adapters.update import LowRank
-from .base import FusedTuner, linear
+from .base import GroupedTuner, linear
 
 
-class FusedVera(FusedTuner, Linear):
+class FusedVera(GroupedTuner, Linear):
     """y = x Wᵀ + b + ((drop(x) Aᵀ) ⊙ d) (b' ⊙ B)ᵀ: d is the gate, and B's rows carry b'."""
 
     per_adapter = "vera_lambda_d"

@@ -15,7 +15,6 @@ class FusedWaveFT(FusedTuner, WaveFTLinear):
     """y = x (W + ΔW)ᵀ + b: PEFT's ΔW, in one product where PEFT has two."""
 
     per_adapter = "waveft_spectrum"
-    group_member = None
 
     def update(self: Any, name: str, x: Tensor) -> Dense:
         """ΔW as PEFT makes it."""
