@@ -13,6 +13,7 @@ from lora_kernels import (
     BatchPlan,
     _backend,
     _extension,
+    _fakes,
     _ops,
     plan_batch,
     quantize,
@@ -323,8 +324,8 @@ def test_every_backend_takes_the_arguments_of_the_schema(backend, op):
     schema = getattr(torch.ops.lora_kernels, op).default._schema
     function = _backend.implementation(backend, op)
     assert list(inspect.signature(function).parameters) == [a.name for a in schema.arguments]
-    fake = _ops._FAKES[op]
-    if fake is _ops._fake_in_place:  # which reads nothing of what it is given
+    fake = _fakes.FAKES[op]
+    if fake is _fakes.in_place:  # which reads nothing of what it is given
         assert not schema.returns
     else:
         assert list(inspect.signature(fake).parameters) == [a.name for a in schema.arguments]
@@ -348,7 +349,7 @@ def test_fake_kernel_tells_shape_dtype_and_strides(op, args, backend):
     real = _backend.implementation(backend, op)(*args)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = tree_map_only(torch.Tensor, mode.from_tensor, args)
-        fake = _ops._FAKES[op](*fakes)
+        fake = _fakes.FAKES[op](*fakes)
     pairs = zip(*(r if isinstance(r, (tuple, list)) else (r,) for r in (real, fake)), strict=True)
     for number, (one, other) in enumerate(pairs):
         assert layout(one) == layout(other), f"result {number}"
