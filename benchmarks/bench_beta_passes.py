@@ -84,7 +84,7 @@ class Pass:
 
 
 def _forward(problem: Problem, o: Operands) -> Callable[[], tuple[Tensor, ...]]:
-    from lora_kernels.kernels.beta import branch_pass
+    from lora_kernels.kernels.passes import branch_pass
 
     seed, y = _seed(problem.case), torch.empty_like(o.dy)
 
@@ -101,7 +101,7 @@ def _want_forward(o: Operands) -> tuple[Tensor, ...]:
 
 
 def _dy_pass(problem: Problem, o: Operands) -> Callable[[], tuple[Tensor, ...]]:
-    from lora_kernels.kernels.beta import dy_pass
+    from lora_kernels.kernels.passes import dy_pass
 
     def run() -> tuple[Tensor, ...]:
         u, db = dy_pass(o.dy, o.b, o.h, None, SCALING)
@@ -112,7 +112,7 @@ def _dy_pass(problem: Problem, o: Operands) -> Callable[[], tuple[Tensor, ...]]:
 
 
 def _x_pass(problem: Problem, o: Operands) -> Callable[[], tuple[Tensor, ...]]:
-    from lora_kernels.kernels.beta import x_pass
+    from lora_kernels.kernels.passes import x_pass
 
     def run() -> tuple[Tensor, ...]:
         dx, da = x_pass(o.x, o.u, o.a, o.mask, o.p, True)

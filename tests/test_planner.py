@@ -229,7 +229,7 @@ CHANGES = {
 def test_a_plan_reaches_the_kernels(strategy, folder, device, monkeypatch):
     pytest.importorskip("triton")
     from lora_kernels import lora_linear, use_backend
-    from lora_kernels.kernels import beta, kext, single
+    from lora_kernels.kernels import kext, passes, single
 
     sizes = {"rows": 24, "cols": 40, "out": 32, "rank": 4, "dtype": "fp32", "card": planner.card(device)}
     ops = ("lora_linear", "lora_linear_backward")
@@ -237,7 +237,7 @@ def test_a_plan_reaches_the_kernels(strategy, folder, device, monkeypatch):
     write(folder, measured(*(Entry(Problem(op, **sizes), tried) for op in ops), card=sizes["card"]))
     seen = {}
 
-    def spy(module, name):
+    def spy(name, module):
         inner = module.blocks
 
         def record(tile):
@@ -246,8 +246,8 @@ def test_a_plan_reaches_the_kernels(strategy, folder, device, monkeypatch):
 
         monkeypatch.setattr(module, "blocks", record)
 
-    for module in (beta, kext, single):
-        spy(module, module.__name__.rpartition(".")[2])
+    for name, module in {"beta": passes, "kext": kext, "single": single}.items():
+        spy(name, module)
     x, w = torch.randn(24, 40, device=device, requires_grad=True), torch.randn(32, 40, device=device)
     a, b = (torch.randn(s, device=device, requires_grad=True) for s in ((4, 40), (32, 4)))
     with use_backend("triton"):

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .._arguments import DoraBackward, DoraInputs, flat
-from .beta import Unscaling, branch_pass, dy_pass, x_pass
 from .launch import unit_columns
+from .passes import Unscaling, branch_pass, dy_pass, x_pass
 from .primitives import load_keep, load_tile, store_tile
 
 _ROWS, _COLS = 32, 128

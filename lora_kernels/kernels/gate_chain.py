@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import gate_chain as reference
-from .beta import sum_parts
 from .config import (
     Tile,
     chain_chunks,
@@ -29,6 +28,7 @@ from .config import (
     stages,
 )
 from .launch import has_descriptors, precision, unit_columns
+from .passes import sum_parts
 from .primitives import cast, dot
 
 

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import planner
 from .._arguments import LoraBackward, LoraInputs
 from ..planner import Plan
-from . import beta
+from . import beta, passes
 from .config import GemmTile, kext_tile, replaced
 from .launch import blocks, gate_argument, has_descriptors, precision, processors
 from .primitives import apply_gate, cast, dot, load_keep, load_tile, store_tile
@@ -172,7 +172,7 @@ def forward(plan: Plan, inputs: LoraInputs) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, lora_a, lora_b, bias, gate, _, seed, scaling, dropout_p = inputs
     if weight is None:
         return beta.forward(plan, inputs)
-    h, mask = beta.branch_pass(inputs.branch, lora_a, seed, dropout_p, changes=plan.tile.get("forward"))
+    h, mask = passes.branch_pass(inputs.branch, lora_a, seed, dropout_p, changes=plan.tile.get("forward"))
     tile = _tile(plan, x.shape[0], h.shape[1], x)
     y = matmul(x, weight.T, h, lora_b.T, tile, scale=scaling, bias=bias, gate=gate)
     return y, h, mask
@@ -185,7 +185,7 @@ def backward(plan: Plan, saved: LoraBackward) -> list[Tensor]:
         return beta.backward(plan, saved)
     dh, db, dgate = beta.factor_grads(plan, saved)
     x, changes = saved.x if needs[1] else None, plan.tile.get("x")
-    _, da = beta.x_pass(x, dh, saved.lora_a, mask, dropout_p, False, changes)
+    _, da = passes.x_pass(x, dh, saved.lora_a, mask, dropout_p, False, changes)
     keep_scale = 1.0 / (1.0 - dropout_p)
     tile = _tile(plan, dy.shape[0], dh.shape[1], dy)
     dx = matmul(dy, saved.weight, dh, saved.lora_a, tile, scale=keep_scale, mask=mask)

@@ -1,7 +1,7 @@
 """y_i = x W_iᵀ + b_i + s_i · ((drop_i(x) A_iᵀ) ⊙ g_i) B_iᵀ on Triton, by *beta*'s scheme.
 
 Forward: one pass over x writes every member's h, keep bits and b_i + s_i (h_i ⊙ g_i) B_iᵀ; the vendor's
-GEMM accumulates each x W_iᵀ. Backward: one pass over each dY_i (``beta.dy_pass``); one pass over x gives
+GEMM accumulates each x W_iᵀ. Backward: one pass over each dY_i (``passes.dy_pass``); one pass over x gives
 every dA_i and writes Σ keep_i ⊙ (dH_i A_i)/(1-p_i), into which the GEMMs accumulate each dY_i W_i.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from .._arguments import GroupBackward, GroupInputs, flat
 from ..reference.lora_linear import grad_gate
 from ..reference.lora_linear_group import accumulate
-from . import beta
+from . import passes
 from .config import Tile, group_forward_tile, group_x_tile, padded_rank, row_chunks
 from .dropout import signed_threshold
 from .launch import blocks, gate_argument, precision, unit_columns
@@ -193,8 +193,8 @@ def lora_linear_group(inputs: GroupInputs) -> list[Tensor]:
     if _fused(lora_as, own_seeds, biases, gates):
         hs, masks = _branch_passes(x, seeds, *members)
     else:
-        passes = [beta.branch_pass(x, *member) for member in zip(*members, strict=True)]
-        hs, masks = map(list, zip(*passes, strict=True))
+        apart = [passes.branch_pass(x, *member) for member in zip(*members, strict=True)]
+        hs, masks = map(list, zip(*apart, strict=True))
         masks = [mask for mask in masks if mask.numel()]
     for y, weight in zip(ys, weights, strict=True):
         if weight is not None:
@@ -261,12 +261,12 @@ def lora_linear_group_backward(saved: GroupBackward) -> list[Tensor]:
     needs_a, needs_b, needs_gate = needs[1::3], needs[2::3], needs[3::3]
     dhs, dbs, dgates = [], [], []
     for i, dy in enumerate(map(unit_columns, dys)):
-        u, db = beta.dy_pass(dy, lora_bs[i], hs[i] if needs_b[i] else None, gates[i], scalings[i])
+        u, db = passes.dy_pass(dy, lora_bs[i], hs[i] if needs_b[i] else None, gates[i], scalings[i])
         dhs.append(u if gates[i] is None else (u * gates[i]).to(dy.dtype))
         dbs.append(db)
         dgates.append(grad_gate(u, hs[i], gates[i]) if needs_gate[i] else None)
-    passes = _x_passes if _fused(lora_as, masks) else _separate_x_passes
-    dx, das = passes(x if any(needs_a) else None, dhs, lora_as, masks, dropout_ps, needs[0])
+    x_passes = _x_passes if _fused(lora_as, masks) else _separate_x_passes
+    dx, das = x_passes(x if any(needs_a) else None, dhs, lora_as, masks, dropout_ps, needs[0])
     if needs[0]:
         accumulate(dx, dys, weights)
     grads = [dx, *(grad for member in zip(das, dbs, dgates, strict=True) for grad in member)]
@@ -283,7 +283,7 @@ def _separate_x_passes(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """What :func:`_x_passes` gives, with one pass a member."""
     members = zip(dhs, lora_as, masks, dropout_ps, strict=True)
-    branches, das = zip(*(beta.x_pass(x, *member, needs_x) for member in members), strict=True)
+    branches, das = zip(*(passes.x_pass(x, *member, needs_x) for member in members), strict=True)
     dx = branches[0]
     for branch in branches[1:] if needs_x else ():
         dx.add_(branch)
@@ -323,4 +323,4 @@ def _x_passes(
     )
     if x is None:
         return dx, [None] * len(dhs)
-    return dx, [beta.sum_parts(p, a.dtype, 1.0) for p, a in zip(parts, lora_as, strict=True)]
+    return dx, [passes.sum_parts(p, a.dtype, 1.0) for p, a in zip(parts, lora_as, strict=True)]

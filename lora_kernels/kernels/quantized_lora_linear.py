@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .._arguments import QuantizedInputs, flat
-from .beta import branch_pass
 from .config import QUANTIZED_RANK, QUANTIZED_ROWS
+from .passes import branch_pass
 from .quantized_linear import launch, quantized_linear
 
 

@@ -12,7 +12,6 @@ import torch
 from .. import _ops
 from . import (
     batch_plan,
-    beta,
     dequantize,
     dora_linear,
     dropout,
@@ -23,6 +22,7 @@ from . import (
     lora_linear_group,
     low_rank_norm,
     multi_lora_linear,
+    passes,
     quantized_linear,
     single,
     stacked_lora,
@@ -143,7 +143,9 @@ def _all_specs(dtypes: tuple[str, ...], ranks: tuple[int, ...]) -> Iterator[Spec
         yield from _elementwise_specs(dtype)
         yield from _batch_specs(dtype)
         yield from _chain_specs(dtype)
-    yield Spec("sum_parts", "", "fp32", 0, beta.sum_parts_kernel, {"BLOCK": 1024}, None, {"out_ptr": "*bf16"})
+    yield Spec(
+        "sum_parts", "", "fp32", 0, passes.sum_parts_kernel, {"BLOCK": 1024}, None, {"out_ptr": "*bf16"}
+    )
     pointers = {"mask_ptr": "*u8", "seed_ptr": "*i64", "limit_ptr": "*i64"}
     for variant in ("", "rows"):
         constants = {"PER_ROW": variant == "rows", "BLOCK_M": 16, "BLOCK_C": 128}
@@ -164,14 +166,14 @@ def _linear_specs(dtype: str, rank: int) -> Iterator[Spec]:
         ("gate", False, True),
     ):
         flags = {"HAS_BIAS": True, "HAS_GATE": gate, "DROPOUT": dropout_on, "EXPAND": True, **precision}
-        yield Spec("forward", variant, dtype, rank, beta.lora_forward_kernel, flags, forward, types)
+        yield Spec("forward", variant, dtype, rank, passes.lora_forward_kernel, flags, forward, types)
     for variant, gate in (("plain", False), ("gate", True)):
         flags = {"HAS_GATE": gate, "NEED_DB": True, **precision}
         if rank <= DY_PASS_MAX_RANK:
-            yield DySpec("dy_pass", variant, dtype, rank, beta.dy_pass_kernel, flags, None, types)
+            yield DySpec("dy_pass", variant, dtype, rank, passes.dy_pass_kernel, flags, None, types)
     for variant, dropout_on in (("plain", False), ("dropout", True)):
         flags = {"DROPOUT": dropout_on, "NEED_DX": True, "NEED_DA": True, **precision}
-        yield Spec("x_pass", variant, dtype, rank, beta.x_pass_kernel, flags, x_tile(rank, itemsize), types)
+        yield Spec("x_pass", variant, dtype, rank, passes.x_pass_kernel, flags, x_tile(rank, itemsize), types)
 
 
 def _dora_types(dtype: str) -> dict[str, str]:
@@ -187,7 +189,7 @@ def _dora_specs(dtype: str, rank: int) -> Iterator[Spec]:
     tile = norm_tile(rank, itemsize)
     yield Spec("low_rank_norm", "", dtype, rank, low_rank_norm.low_rank_norm_kernel, flags, tile, types)
     flags = {"HAS_GATE": False, "NEED_DB": True, "SCALED": True, "NEED_DSCALE": True, "PRECISION": "tf32"}
-    yield DySpec("dy_pass", "scaled", dtype, rank, beta.dy_pass_kernel, flags, None, types)
+    yield DySpec("dy_pass", "scaled", dtype, rank, passes.dy_pass_kernel, flags, None, types)
 
 
 def _elementwise_specs(dtype: str) -> Iterator[Spec]:

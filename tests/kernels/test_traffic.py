@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lora_kernels.kernels import beta, gate_chain, traffic
+from lora_kernels.kernels import gate_chain, passes, traffic
 from lora_kernels.planner import Plan, Problem
 
 BACKWARD = Problem("lora_linear_backward", 8192, 4096, 4096, 16, "bf16", "sm_90", dropout=True)
@@ -15,13 +15,13 @@ FORWARD = dataclasses.replace(BACKWARD, op="lora_linear")
 BETA = Plan("beta")
 
 
-def passes(forward, backward):
+def counted_passes(forward, backward):
     launches = [*traffic.launches(forward, BETA), *traffic.launches(backward, BETA)]
     return {launch.name: launch for launch in launches if launch.name != "gemm"}
 
 
 def test_the_passes_of_beta_stay_within_a_tenth_of_the_floor():
-    counted = passes(FORWARD, BACKWARD)
+    counted = counted_passes(FORWARD, BACKWARD)
     assert set(counted) == {"branch_pass", "dy_pass", "x_pass"}
     together = sum(p.memory for p in counted.values()) / sum(p.floor for p in counted.values())
     assert together <= 1.1
@@ -36,7 +36,7 @@ def test_the_passes_of_beta_stay_within_a_tenth_of_the_floor():
 
 
 def test_no_pass_asks_for_much_more_than_it_moves():
-    for launch in passes(FORWARD, BACKWARD).values():
+    for launch in counted_passes(FORWARD, BACKWARD).values():
         assert launch.requested <= 1.25 * launch.memory, launch
 
 
@@ -49,14 +49,14 @@ def test_wide_ranks_read_dy_twice_and_split_nothing():
 def test_the_parts_counted_are_the_parts_allocated(rank, device, monkeypatch):
     problem = Problem("lora_linear_backward", 70, 200, 300, rank, "fp32", "cpu")
     summed = []
-    monkeypatch.setattr(beta, "sum_parts", lambda parts, dtype, scale: summed.append(parts.nbytes))
+    monkeypatch.setattr(passes, "sum_parts", lambda parts, dtype, scale: summed.append(parts.nbytes))
     dy, b = torch.randn(70, 300, device=device), torch.randn(300, rank, device=device)
     h, a = torch.randn(70, rank, device=device), torch.randn(rank, 200, device=device)
-    beta.dy_pass(dy, b, h, None, 1.0)
+    passes.dy_pass(dy, b, h, None, 1.0)
     counted = traffic.dy_pass(problem, BETA)
     assert counted.memory == counted.floor + 2 * sum(summed)
     summed.clear()
-    beta.x_pass(torch.randn(70, 200, device=device), h, a, None, 0.0, True)
+    passes.x_pass(torch.randn(70, 200, device=device), h, a, None, 0.0, True)
     counted = traffic.x_pass(problem, BETA)
     assert counted.memory == counted.floor + 2 * sum(summed)
 
