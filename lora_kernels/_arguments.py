@@ -158,11 +158,6 @@ class MultiInputs(NamedTuple):
     # Whether h is returned.
     keep_h: bool
 
-    @property
-    def layout(self) -> tuple[Tensor, ...]:
-        """Which pages and which slots are whose."""
-        return self.pages, self.spans, self.order, self.offsets, self.tiles
-
 
 class MultiBackward(NamedTuple):
     """Of ``multi_lora_linear_backward``; the fields are those of the one above."""
@@ -183,11 +178,6 @@ class MultiBackward(NamedTuple):
     max_rank: int
     # Of x, a_pages, b_pages and coef.
     needs: Sequence[bool]
-
-    @property
-    def layout(self) -> tuple[Tensor, ...]:
-        """Which pages and which slots are whose."""
-        return self.pages, self.spans, self.order, self.offsets, self.tiles
 
 
 class MultiAdd(NamedTuple):

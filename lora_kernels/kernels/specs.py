@@ -16,12 +16,12 @@ from . import (
     dora_linear,
     dropout,
     gate_chain,
+    gather,
     glu,
     invariant_linear,
     kext,
     lora_linear_group,
     low_rank_norm,
-    multi_lora_linear,
     passes,
     quantized_linear,
     single,
@@ -245,9 +245,9 @@ def _multi_specs(dtype: str, rank: int) -> Iterator[Spec]:
         table = {"SLICED": False, "ALIGNED": False}
         expand = {**flags, **table, "HAS_COEF": True, "HAS_SCALE": masked, "ADD": False, "WRITE_H": True}
         for kernel, fn, constants in (
-            ("gather_shrink", multi_lora_linear.gather_shrink_kernel, {**flags, **table}),
-            ("gather_expand", multi_lora_linear.gather_expand_kernel, expand),
-            ("page_grad", multi_lora_linear.page_grad_kernel, flags),
+            ("gather_shrink", gather.gather_shrink_kernel, {**flags, **table}),
+            ("gather_expand", gather.gather_expand_kernel, expand),
+            ("page_grad", gather.page_grad_kernel, flags),
         ):
             yield Spec(kernel, variant, dtype, rank, fn, constants, tile, types)
     yield from _sliced_specs(dtype, rank, types)
@@ -258,7 +258,7 @@ def _sliced_specs(dtype: str, rank: int, types: dict[str, str]) -> Iterator[Spec
     tile, types = page_tile(4096, rank, _ITEMSIZE[dtype]), {**types, "table_ptr": "*i64"}
     flags = {"HAS_MASK": False, "PRECISION": "tf32", "SLICED": True, "ALIGNED": True}
     expand = {**flags, "HAS_COEF": False, "HAS_SCALE": False, "ADD": True, "WRITE_H": False}
-    shrink_fn, expand_fn = multi_lora_linear.gather_shrink_kernel, multi_lora_linear.gather_expand_kernel
+    shrink_fn, expand_fn = gather.gather_shrink_kernel, gather.gather_expand_kernel
     yield Spec("gather_shrink", "sliced", dtype, rank, shrink_fn, flags, tile, types)
     yield Spec("gather_expand", "sliced", dtype, rank, expand_fn, expand, tile, types)
 
