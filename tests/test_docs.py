@@ -29,6 +29,7 @@ from lora_kernels import (
 from lora_kernels.adapters import METHODS
 from lora_kernels.cli.methods import with_table
 from lora_kernels.nn import merge_adapters, mixed_adapters
+from lora_kernels.schedules import compact
 from lora_kernels.serving.modules import apply_multi_lora, pool_linears
 from lora_kernels.serving.pool import AdapterPool
 
@@ -135,6 +136,17 @@ def transformed():
     torch.func.vmap(lambda x: multi_lora_linear(x, None, stack, ids))(torch.zeros(2, 3, 4))
 
 
+def moments_of_more_ranks():
+    model = adapted()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(torch.randn(2, 64)).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        model[0].adapters["default"].lora_A[0] = 0
+    compact(model)
+    optimizer.step()
+
+
 def foreign():
     Path("adapter_config.json").write_text('{"peft_type": "IA3"}', encoding="utf-8")
     load_adapter(two(), ".")
@@ -183,6 +195,7 @@ CAUSES = (
     lambda: apply_lora(adapted(), LoRAConfig(target_modules="all-linear")),
     merged,
     transformed,
+    moments_of_more_ranks,
     lambda: accelerate(two()),
     foreign,
     without_weights,

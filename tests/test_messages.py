@@ -14,7 +14,18 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from lora_kernels import LoRAConfig, _backend, _extension, _messages, _ways, apply_lora, calibrate, planner
+from lora_kernels import (
+    LoRAConfig,
+    _backend,
+    _extension,
+    _messages,
+    _ways,
+    apply_lora,
+    calibrate,
+    load_adapter,
+    planner,
+    save_adapter,
+)
 
 PACKAGE = Path(_messages.__file__).parent
 # What is run to read what it prints.
@@ -95,6 +106,17 @@ def unsound(read, name):
     return read(path)
 
 
+def optimiser_of_another_rank():
+    """A file of another rank, loaded over an adapter whose optimiser goes on."""
+    pytest.importorskip("safetensors")
+    save_adapter(adapted(two()), "wide")
+    model = apply_lora(two(), LoRAConfig(r=1, target_modules="all-linear"))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    load_adapter(model, "wide")
+    for _ in range(2):
+        optimizer.step()
+
+
 CAUSES = {
     "_extension.py": lambda: _extension._rebuild("the extension is of another version, rebuild it"),
     "_ways.py": lambda: unsound(_ways.read, "cpu"),
@@ -103,6 +125,7 @@ CAUSES = {
     "nn/apply.py": lambda: adapted(two(), ["0"], modules_to_save=["1", "nope"]),
     "nn/exposed.py": lambda: adapted(Reads(), ["proj"], lora_dropout=0.1),
     "nn/invocation.py": without_ids,
+    "nn/outdated.py": optimiser_of_another_rank,
     "nn/sites.py": lambda: adapted(nn.Sequential(nn.Linear(4, 4), weight_norm(nn.Linear(4, 4)))),
     "nn/sites.py strays": lambda: adapted(two(), ["0", "nope"]),
     "planner.py": lambda: unsound(lambda path: planner.read(path, "sm_90"), "sm_90"),

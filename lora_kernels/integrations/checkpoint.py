@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..adapters import METHODS, LoRAConfig
+from ..adapters import METHODS, Adapter, LoRAConfig
 from ..adapters.token_rows import TokenRows
 from ..init import GIVEN
 from ..nn import owned
 from ..nn.adapted import is_combined, lora_configs, lora_layers, lora_state_dict
-from ..nn.install import install, reinstall, retune
+from ..nn.install import check_retune, install, reinstall, retune
 from ..nn.plan import Plan, plan_adapter
 from ..nn.quantized import QuantizedLinear, QuantizedLoRALinear
 from ..nn.wrappers import plain_key, plain_names, unwrapped
@@ -185,7 +185,7 @@ def load_adapter(
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged, has keys that are not known, which are named, sets an option that is
             not supported, or does not fit the model.
-        RuntimeError: a layer is merged of which the adapter has to be replaced.
+        RuntimeError: a layer is merged of which the adapter has to be replaced, or that very adapter is.
 
     Examples:
         >>> import tempfile
@@ -205,6 +205,8 @@ def load_adapter(
     plan, slots = fitted(model, plan, tensors, source)
     values = [value_of(slot, tensors) for slot in slots]
     there = _same_tensors(model, plan, slots, adapter_name)
+    if there is not None:
+        check_retune(plan, adapter_name)
     _fill_all([slot.target for slot in slots] if there is None else there, values)
     if there is not None:
         retune(model, config, adapter_name, plan)
@@ -232,23 +234,29 @@ def _read(
 def _same_tensors(model: nn.Module, plan: Plan, slots: list[Slot], adapter_name: str) -> list[Tensor] | None:
     """The tensors for the slots in the adapter that is there, if it has these and no others."""
     there: dict[tuple[str, str], Tensor] = dict(owned.owned_tensors(model, adapter_name))
-    if any(adapter.rest is not None for _, _, adapter in plan.layers):  # W changes as well
+    if any((one.rest is not None) != (layer._taker == adapter_name) for _, layer, one in plan.layers):
         return None
     seen: set[int] = set()
-    planned = {layer: type(adapter) for _, layer, adapter in plan.layers}
+    planned = {layer: _kind(adapter) for _, layer, adapter in plan.layers}
     for at, layer in lora_layers(model).items():
         if adapter_name in layer.adapters:
             adapter = layer.adapters[adapter_name]
-            if planned.get(layer) is not type(adapter):
+            if planned.get(layer) != _kind(adapter):
                 return None
             for name, value in adapter.state_dict(keep_vars=True).items():
-                if id(value) not in seen:  # else one that layers share
+                # Else one that layers share, or that the plan was made with.
+                if id(value) not in seen and name not in GIVEN:
                     there[at, name] = value
                 seen.add(id(value))
     wanted = {(slot.at, slot.name): slot.target.shape for slot in slots}
     if {place: tensor.shape for place, tensor in there.items()} != wanted:
         return None
     return [there[slot.at, slot.name] for slot in slots]
+
+
+def _kind(adapter: Adapter) -> tuple[type[Adapter], set[str]]:
+    """What a planned adapter has to share with the one whose tensors it fills."""
+    return type(adapter), {name for name in GIVEN if name in adapter._buffers}
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import ItemsView, Iterable, Iterator, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, ValuesView
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -229,6 +229,13 @@ class AdapterLayer(nn.Module):
         self._taker, self._taking = name, False
         self._buffers["_other_weight"] = nn.Parameter(rest.contiguous(), requires_grad=False)
 
+    @torch.no_grad()
+    def take_again(self, adapter: Adapter) -> None:
+        """Writes the weight that ``adapter`` goes on with where that of the taker stands."""
+        rest = self._unmatrix(adapter.__dict__["rest"])
+        place = self._own_weight if self._taking else self._buffers["_other_weight"]
+        place.copy_(rest)
+
     def _settle_weight(self) -> None:
         """Puts W, or what the taker left of it, into ``weight``."""
         if self._taker is None or self._taking == (self._taker in self.active):
@@ -393,6 +400,14 @@ class AdapterLayer(nn.Module):
         shifts: list[Any] = [adapter.lower(None, current_call()) for adapter in active]
         return bias + sum(one.shift for one in shifts).to(bias.dtype)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As of any module; parameters that are kept among the buffers stay themselves, as others do."""
+        kept = {name: one for name, one in self._buffers.items() if isinstance(one, nn.Parameter)}
+        super()._apply(fn, recurse)
+        for name, parameter in kept.items():
+            self._buffers[name] = _moved(parameter, self._buffers[name])
+        return self
+
     def _must_be_unmerged(self, what: str) -> None:
         if self.merged:
             raise RuntimeError(
@@ -424,6 +439,16 @@ class AdapterLayer(nn.Module):
         state = "" if self.enabled else ", disabled"
         state += f", merged={list(self.merged)}" if self.merged else ""
         return f"{super().extra_repr()}, active={list(self.active)}{state}"
+
+
+def _moved(parameter: nn.Parameter, moved: Any) -> nn.Parameter:
+    """``parameter`` with the numbers of ``moved``, or where torch cannot do that a new one."""
+    if moved is parameter:
+        return parameter
+    if torch._has_compatible_shallow_copy_type(parameter, moved):
+        parameter.data = moved.data
+        return parameter
+    return nn.Parameter(moved, parameter.requires_grad)
 
 
 def inside_adapters(model: nn.Module) -> set[int]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..adapters import Adapter, LoRAConfig
+from ..init import GIVEN
 from . import owned
 from .adapted import CONFIGS, check_adapters, is_combined, lora_configs, lora_layers
 from .adapter_layer import AdapterLayer
@@ -14,6 +17,7 @@ from .exposed import expose_weights, hide_weights
 from .groups import group_layers, ungroup_layers, why_alone
 from .invocation import find_invocations
 from .mlp import fuse_mlps, unfuse_mlps
+from .outdated import note_replaced
 from .plan import Plan
 from .quantized import QuantizedLinear
 from .side_inputs import open_calls
@@ -50,9 +54,12 @@ def install(
 def reinstall(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Plan) -> None:
     """Puts a planned adapter in the place of the one called ``adapter_name``, active as that was.
 
+    A parameter that both have in one shape stays the same object; where others come or go, an optimiser that
+    was made before says so at its next step.
+
     Raises:
-        RuntimeError: a layer of either is merged, or :func:`owned.check_choice` refuses. The model is then as
-            it was.
+        RuntimeError: a layer of either is merged, FSDP2 has taken over the parameters, or
+            :func:`owned.check_choice` refuses. The model is then as it was.
     """
     layers = lora_layers(model)
     for layer in (*layers.values(), *(layer for _, layer, _ in plan.layers)):
@@ -63,6 +70,9 @@ def reinstall(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Pla
     acting = owned.acting(model) - {adapter_name}
     owned.check_add(model, plan.owned)
     owned.check_choice(model, acting)
+    owned.check_whole(model, f"replace {adapter_name!r}")
+    before = list(_trained(model, adapter_name))
+    plan = _keep_parameters(model, adapter_name, plan)
     kept, combined = {id(layer) for _, layer, _ in plan.layers}, is_combined(model)
     for layer in layers.values():
         if adapter_name in layer.adapters and id(layer) not in kept:
@@ -79,12 +89,66 @@ def reinstall(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Pla
     expose_weights(model)
     vars(unwrapped(model))[CONFIGS][adapter_name] = config
     open_side_calls(model)
+    note_replaced(f"the adapter {adapter_name!r} that was loaded", before, _trained(model, adapter_name))
+
+
+def _trained(model: nn.Module, adapter_name: str) -> Iterator[Tensor]:
+    """What trains of an adapter, and of what it owns."""
+    for layer in lora_layers(model).values():
+        if adapter_name in layer.adapters:
+            yield from (one for one in layer.adapters[adapter_name].parameters() if one.requires_grad)
+    yield from (one for one in owned.owned_tensors(model, adapter_name).values() if one.requires_grad)
+
+
+def _keep_parameters(model: nn.Module, adapter_name: str, plan: Plan) -> Plan:
+    """The plan with the very parameters of the adapter that is there, where their shapes do, filled anew."""
+    found: dict[int, Tensor] = {}
+    for _, layer, adapter in plan.layers:
+        old = dict(layer.adapters.items()).get(adapter_name)
+        there = {} if old is None else dict(old.named_parameters())
+        for name, parameter in adapter.named_parameters():
+            _keep(parameter, there.get(name), found)
+        for module in adapter.modules():
+            for name, one in module._parameters.items():
+                module._parameters[name] = found.get(id(one), one)  # type: ignore[assignment]
+    own = owned.places(model, adapter_name)
+    for place, tensor in plan.owned.items():
+        _keep(tensor, own.get(place), found)
+    return plan._replace(owned={place: found.get(id(one), one) for place, one in plan.owned.items()})
+
+
+@torch.no_grad()
+def _keep(new: Tensor, old: Tensor | None, found: dict[int, Tensor]) -> None:
+    """Fills ``old`` with the values of ``new`` and notes that it takes its place, where it can."""
+    taken = any(one is old for one in found.values())
+    if not isinstance(old, nn.Parameter) or not isinstance(new, nn.Parameter) or taken or id(new) in found:
+        return
+    if (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device):
+        old.copy_(new)
+        old.grad = None
+        found[id(new)] = old
+
+
+def check_retune(plan: Plan, adapter_name: str) -> None:
+    """Raises a RuntimeError where the adapter is merged, so that its new tensors would not act."""
+    for _, layer, _ in plan.layers:
+        if adapter_name in layer.merged:
+            layer._must_be_unmerged(f"fill {adapter_name!r}")
 
 
 def retune(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Plan) -> None:
-    """Gives the adapter that is there the settings of a planned one that has the same tensors."""
+    """Gives the adapter that is there the settings of a planned one that has the same tensors.
+
+    What such a start takes out of W is taken anew, in place.
+    """
     for _, layer, adapter in plan.layers:
-        layer.adapters[adapter_name].take_settings(adapter)
+        there = layer.adapters[adapter_name]
+        there.take_settings(adapter)
+        for name in GIVEN:
+            if name in adapter._buffers:
+                there._buffers[name].copy_(adapter._buffers[name])  # type: ignore[union-attr, arg-type]
+        if adapter.rest is not None:
+            layer.take_again(adapter)
     vars(unwrapped(model))[CONFIGS][adapter_name] = config
     open_side_calls(model)
 

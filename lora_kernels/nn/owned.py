@@ -96,6 +96,15 @@ def owned_tensors(model: nn.Module, owner: str) -> dict[tuple[str, str], Tensor]
     }
 
 
+def places(model: nn.Module, owner: str) -> dict[Place, Tensor]:
+    """What an adapter owns, by the module and the name in it."""
+    return {
+        (module, name): _get(module if holder.owner == owner else holder._modules[owner], name)
+        for _, module, holder in _held(model)
+        for name in holder.names.get(owner, ())
+    }
+
+
 def state_keys(model: nn.Module, owner: str) -> dict[tuple[str, str], str]:
     """The keys that :func:`owned_tensors` have in the model's state dict now."""
     return {
@@ -131,6 +140,16 @@ def check_add(model: nn.Module, tensors: Mapping[Place, Tensor]) -> None:
             f"cannot add an adapter that owns parameters of the model ({name!r} of {len(tensors)}) after"
             " fully_shard took them over; add the adapter before"
         )
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Whether parameters of adapters can come and go.
+
+    Raises:
+        RuntimeError: FSDP2 has taken over the parameters.
+    """
+    if _fully_sharded(model):
+        raise RuntimeError(f"cannot {what} by tensors of other shapes after fully_shard took them over")
 
 
 def add(owner: str, tensors: Mapping[Place, Tensor], trained: Iterable[Place]) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..nn.adapted import lora_configs
 from ..nn.adapter_layer import AdapterLayer
+from ..nn.outdated import note_cut
 from ..nn.pairs import Pair
 from ..optim._common import pairs_of
 from ._common import check_unmerged
@@ -31,20 +33,25 @@ _TENSORS = {
 
 
 @torch.no_grad()
-def compact(model: nn.Module) -> dict[str, int]:
+def compact(model: nn.Module, *, optimizer: Optimizer | None = None) -> dict[str, int]:
     """A ← A[alive], B ← B[:, alive] for the ranks that contribute; s as it was, the output the same
 
     A rank is dead where its row of A, its column of B or its gate is zero, and where an elastic method does
     not use it at this moment; one stays where all are. For adapters of ``lora``, ``advlora``, ``sora``,
     ``adalora``, ``alora_alloc``, ``blora``, ``dylora`` and ``lonas``, and of PEFT's LoRA. The parameters
-    stay the same objects, of other shapes: call it once training is done, optimisers know the old ones.
-    Configs get the new ranks, so that the adapter can be saved.
+    stay the same objects, of other shapes. Configs get the new ranks, so that the adapter can be saved.
+
+    Args:
+        model: one of :func:`apply_lora` or of PEFT.
+        optimizer: one that goes on training it: its moments are cut as the parameters are, and what it has
+            in other shapes (factored moments) is forgotten. Any other that knows the old shapes refuses its
+            next step.
 
     Returns:
         Name of each layer -> its rank.
 
     Raises:
-        TypeError: not a module.
+        TypeError: not a module, or no optimiser.
         ValueError: there are no adapters, a method cannot be made smaller, a layer is merged or is no matrix;
             nothing is changed.
 
@@ -53,11 +60,15 @@ def compact(model: nn.Module) -> dict[str, int]:
         >>> compact(model)
         {'0': 1}
     """
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer: expected a torch optimiser, got {type(optimizer).__name__}")
     pairs = pairs_of(model)
     check_unmerged(pairs)
     alive = [_alive(pair) for pair in pairs]
     for pair, kept in zip(pairs, alive, strict=True):
-        _shrink(model, pair, kept)
+        for parameter, dim in _tensors(pair):
+            _take(pair.name, parameter, kept, dim, optimizer)
+        _note_rank(model, pair, len(kept))
     return {pair.name: pair.rank for pair in pairs}
 
 
@@ -87,12 +98,19 @@ def _in_use(pair: Pair, adapter: Any) -> Tensor:
     return torch.nn.functional.pad(used, (0, pair.rank - len(used)))
 
 
-def _shrink(model: nn.Module, pair: Pair, kept: Tensor) -> None:
-    rank, layer = len(kept), pair.layer
+def _tensors(pair: Pair) -> list[tuple[Any, int]]:
+    """The tensors of a rank's length, and along which dimension."""
+    if not isinstance(pair.layer, AdapterLayer):
+        return [(pair.lora_a, 0), (pair.lora_b, 1)]
+    adapter = pair.layer.adapters[pair.adapter]
+    return [(getattr(adapter, name), dim) for name, dim in _TENSORS[adapter.method].items()]
+
+
+def _note_rank(model: nn.Module, pair: Pair, rank: int) -> None:
+    """Writes the new rank wherever one stands."""
+    layer = pair.layer
     if isinstance(layer, AdapterLayer):
         adapter: Any = layer.adapters[pair.adapter]
-        for name, dim in _TENSORS[adapter.method].items():
-            _take(getattr(adapter, name), kept, dim)
         if adapter.method != "adalora":  # whose scale keeps the first r
             adapter.lora_alpha = pair.scaling * (math.sqrt(rank) if adapter.use_rslora else rank)
         adapter.r = rank
@@ -104,8 +122,6 @@ def _shrink(model: nn.Module, pair: Pair, kept: Tensor) -> None:
         if hasattr(adapter, "set_rank"):
             _settle(adapter, config)
         return
-    _take(pair.lora_a, kept, 0)
-    _take(pair.lora_b, kept, 1)
     _shrink_peft(model, pair, rank)
 
 
@@ -129,9 +145,24 @@ def _shrink_peft(model: Any, pair: Pair, rank: int) -> None:
     _note(config, pair.name.removeprefix("base_model.model."), rank, alpha)
 
 
-def _take(parameter: nn.Parameter, kept: Tensor, dim: int) -> None:
+def _take(what: str, parameter: Any, kept: Tensor, dim: int, optimizer: Optimizer | None) -> None:
+    before = parameter.shape
     parameter.grad = None
     parameter.data = parameter.data.index_select(dim, kept)
+    if optimizer is not None:
+        _take_moments(optimizer.state, parameter, before, kept, dim)
+    if parameter.shape != before:
+        note_cut(what, parameter, before)
+
+
+def _take_moments(states: Any, parameter: Any, before: torch.Size, kept: Tensor, dim: int) -> None:
+    """The parts of the moments that belong to what is kept; none where they are of other shapes."""
+    moments = {k: v for k, v in states.get(parameter, {}).items() if isinstance(v, Tensor) and v.dim()}
+    if any(one.shape != before for one in moments.values()):
+        states.pop(parameter)
+        return
+    for key, one in moments.items():
+        states[parameter][key] = one.index_select(dim, kept)
 
 
 def _note(config: Any, name: str, rank: int, alpha: float) -> None:

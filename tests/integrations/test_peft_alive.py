@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.integrations.peft import accelerate, decelerate
 from lora_kernels.testing import assert_close
+from lora_kernels.testing.peft_tuners import CASES
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -205,3 +206,21 @@ def test_reasons_that_are_no_hooks(kind):
     layer_of(model).base_layer.forward = lambda x: x
     with warnings.catch_warnings(record=True):
         assert accelerate(model).skipped[0][1] == "the forward of its base layer was replaced"
+
+
+class Square(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.down_proj = nn.Linear(64, 64), nn.Linear(64, 64)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_an_optimiser_made_before_goes_on(kind):
+    """Whatever the tuner, the parameters are PEFT's own, taken over and given back."""
+    made = CASES[kind].made(4, 64, target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(Square(), made)
+    before = {name: id(one) for name, one in model.named_parameters()}
+    accelerate(model)
+    assert {name: id(one) for name, one in model.named_parameters()} == before
+    decelerate(model)
+    assert {name: id(one) for name, one in model.named_parameters()} == before

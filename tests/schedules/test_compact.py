@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optim_models import batch, loss, net, ours
+from optim_models import batch, loss, net, ours, train
 from optim_models import peft as peft_model
 from schedule_cases import CASES, adam, run
 
@@ -152,3 +152,60 @@ def test_bad_input_changes_nothing():
     with pytest.raises(ValueError, match="model: square: expected adapters that are not merged"):
         compact(merged)
     assert merged.wide.adapters["default"].lora_A.shape == (4, 12) and apply_lora is not None
+
+
+KINDS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "adamw, fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+}
+
+
+def trained_and_pruned(make, kind):
+    """A model of ours or PEFT's in the midst of training, some of its ranks zero in factors and moments."""
+    model = make()
+    optimizer = KINDS[kind]([p for p in model.parameters() if p.requires_grad])
+    train(model, optimizer, 2)
+    with torch.no_grad():
+        for pair in lora_pairs(model):
+            for factor, dim in ((pair.lora_a, 0), (pair.lora_b, 1)):
+                dead = torch.tensor([1, 2])
+                factor.index_fill_(dim, dead, 0)
+                for moment in optimizer.state[factor].values():
+                    if moment.shape == factor.shape:
+                        moment.index_fill_(dim, dead, 0)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("make", [ours, peft_model])
+@pytest.mark.parametrize("kind", ["adamw", "adamw, fused", "sgd"])
+def test_an_optimiser_that_is_given_goes_on_as_if_the_ranks_were_there(make, kind):
+    whole, optimizer = trained_and_pruned(make, kind)
+    train(whole, optimizer, 3, first=2)
+    cut, optimizer = trained_and_pruned(make, kind)
+    assert set(compact(cut, optimizer=optimizer).values()) == {2}
+    train(cut, optimizer, 3, first=2)
+    torch.testing.assert_close(cut(batch()), whole(batch()), rtol=1e-12, atol=1e-12)
+
+
+def test_moments_of_other_shapes_are_forgotten():
+    model, optimizer = trained_and_pruned(ours, "adafactor")
+    compact(model, optimizer=optimizer)
+    assert not any(pair.lora_a in optimizer.state for pair in lora_pairs(model))
+    train(model, optimizer, 2)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw, fused", "sgd"])
+def test_an_optimiser_that_knows_the_old_ranks_refuses_its_step(kind):
+    model, optimizer = trained_and_pruned(ours, kind)
+    compact(model)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"moments of the shape \(2, 12\) for wide, got \(4, 12\)"):
+            train(model, optimizer, 1)
+    train(model, KINDS[kind]([p for p in model.parameters() if p.requires_grad]), 2)
+
+
+def test_what_is_no_optimiser_is_refused():
+    with pytest.raises(TypeError, match="optimizer: expected a torch optimiser, got str"):
+        compact(ours(), optimizer="adam")

@@ -47,6 +47,14 @@ def test_it_goes_on_bit_for_bit(key):
 
 
 @every_schedule
+def test_an_optimiser_holds_all_that_trains(key):
+    model, optimizer, schedule = built(key)
+    before = {name: (id(one), one.shape) for name, one in model.named_parameters()}
+    run(model, optimizer, schedule, 6)
+    assert {name: (id(one), one.shape) for name, one in model.named_parameters()} == before
+
+
+@every_schedule
 def test_a_state_is_a_copy(key):
     model, optimizer, schedule = built(key)
     run(model, optimizer, schedule, 3)
