@@ -1,7 +1,7 @@
 """A training step of one linear with each registered structure, beside our LoRA of the same rank.
 
-Also beside the same method with its ΔW formed densely, as a plain implementation would, and beside PEFT's own
-of it. Options and side inputs of a method are those that its tests use.
+Also beside the same method with its ΔW formed densely, as a plain implementation would, and beside PEFT's and
+LyCORIS' own of it. Options and side inputs of a method are those that its tests use.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .providers import needs
 from .suites import Benchmark, Goal, Plan, Provider, Runner
 
 OP = "methods"
-LORA, DENSE, PEFT_LORA, PEFT = "lora", "dense", "peft_lora", "peft"
+LORA, DENSE, PEFT_LORA, PEFT, LYCORIS = "lora", "dense", "peft_lora", "peft", "lycoris"
 OURS = "ours"
 ROWS, WIDTH, RANK = 512, 1024, 16
 
@@ -144,6 +144,8 @@ def _peft_configs(case: Case) -> dict[str, Callable[[], Any]]:
         "vblora": lambda: peft.VBLoRAConfig(r=r, num_vectors=256, vector_length=64, topk=2, **common),
         "miss": lambda: peft.MissConfig(r=r, **common),
         "fourierft": lambda: peft.FourierFTConfig(n_frequency=1000, **common),
+        "loha": lambda: peft.LoHaConfig(r=r, alpha=2 * r, **common),
+        "lokr": lambda: peft.LoKrConfig(r=r, alpha=2 * r, **common),
     }
 
 
@@ -159,6 +161,32 @@ def _in_peft(problem: Problem, method: str) -> Runner:
 def _peft_missing(case: Case, mode: str) -> str | None:
     why = needs("peft")(case, mode)
     return why or (None if case.method in _peft_configs(case) else "PEFT has no such method")
+
+
+# The module and the class of each method that LyCORIS has too, and what it is told.
+_LYCORIS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    LORA: ("locon", "LoConModule", {}),
+    "dora": ("locon", "LoConModule", {"weight_decompose": True}),
+    "loha": ("loha", "LohaModule", {}),
+    "lokr": ("lokr", "LokrModule", {}),
+}
+
+
+def _in_lycoris(problem: Problem) -> Runner:
+    file, name, options = _LYCORIS[problem.case.method]
+    module = getattr(importlib.import_module(f"lycoris.modules.{file}"), name)
+    r = problem.case.rank
+    layer = (
+        module("linear", problem.linear(), lora_dim=r, alpha=2 * r, **options).to(problem.case.device).train()
+    )
+    return Runner(layer, _trained(layer))
+
+
+def _lycoris_missing(case: Case, mode: str) -> str | None:
+    if case.method not in _LYCORIS:
+        return "LyCORIS has no such method"
+    why = needs("lycoris")(case, mode)
+    return f"{why}; --rival-path names a folder that has it" if why else None
 
 
 def _outputs(runner: Runner, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
@@ -207,8 +235,15 @@ BENCHMARK = Benchmark(
         Provider(DENSE, _dense, _dense_missing),
         Provider(PEFT_LORA, functools.partial(_in_peft, method=LORA), needs("peft")),
         Provider(PEFT, lambda problem: _in_peft(problem, problem.case.method), _peft_missing),
+        Provider(LYCORIS, _in_lycoris, _lycoris_missing),
     ),
-    baselines={LORA: "our LoRA", DENSE: "dense ΔW", PEFT_LORA: "PEFT's LoRA", PEFT: "PEFT's"},
+    baselines={
+        LORA: "our LoRA",
+        DENSE: "dense ΔW",
+        PEFT_LORA: "PEFT's LoRA",
+        PEFT: "PEFT's",
+        LYCORIS: "LyCORIS'",
+    },
     problem=make_problem,
     check=check,
     goals=GOALS,
