@@ -73,8 +73,17 @@ def device_name(device: str) -> str:
             if line.startswith("model name"):
                 name = line.split(":", 1)[1].strip()
                 break
-    bound = " bound to cores" if os.environ.get("OMP_PROC_BIND") == "true" else ""
+    bound = " bound to cores" if bound_to_cores() else ""
     return f"{name}, {instruction_set()}, {torch.get_num_threads()} threads{bound}"
+
+
+def bound_to_cores() -> bool:
+    """Whether OpenMP keeps threads of this process on cores of their own, as the system has it."""
+    torch.ones(2**20).add_(1.0)  # a loop that starts them
+    with contextlib.suppress(OSError, AttributeError):  # no such list, or no such call
+        own = os.sched_getaffinity(0)
+        return any(not own & os.sched_getaffinity(int(one)) for one in os.listdir("/proc/self/task"))
+    return False
 
 
 # What the environment can hold loops and products to.

@@ -317,12 +317,29 @@ def test_no_bar_where_nobody_watches():
     assert stream.getvalue() == ""
 
 
+def unbound(*python, **given):
+    """What a fresh Python prints, in an environment that says of threads only what is given."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")} | given
+    done = subprocess.run([sys.executable, *python], env=env, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a single core, which no thread has for itself")
 @pytest.mark.parametrize("given", [{}, {"OMP_PROC_BIND": "false"}])
 def test_the_command_binds_its_threads_unless_the_environment_says_otherwise(given):
-    code = "from benchmarks import report; print(report.device_name('cpu'))"
-    env = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")} | given
-    told = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert told.stdout.endswith("threads\n" if given else "threads bound to cores\n")
+    options = ("--device", "cpu", "--quick", "--repeats", "1", "--filter", "x64/.*/forward/eager")
+    table = unbound("-m", "benchmarks", *options, **given)
+    assert ("threads bound to cores;" in table) == (not given) and "threads" in table
+
+
+@pytest.mark.parametrize("late", ["", "import torch; os.environ['OMP_PROC_BIND'] = 'true'; "])
+def test_a_program_that_imports_it_keeps_its_threads(late):
+    told = unbound(
+        "-c",
+        f"import os; {late}before = dict(os.environ); from benchmarks import report\n"
+        "print(dict(os.environ) == before, report.device_name('cpu'))",
+    )
+    assert told.startswith("True ") and told.endswith("threads\n")
 
 
 @pytest.mark.skipif(_extension.load() is not None, reason="the extension is not built")
