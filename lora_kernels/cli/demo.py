@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._messages import progress
-from ..demo.plan import QUICK, SHARE, Cost, Plan, choose
+from ..demo.sizes import QUICK, SHARE, Cost, Sizes, choose
 
 if TYPE_CHECKING:
     from ..demo.data import Task
@@ -76,11 +76,11 @@ def _run(args: argparse.Namespace) -> int:
     times, cost = train.first_steps(path, tokenizer, texts, 1 if args.quick else 7, args.seconds / 10)
     report.print_times(times)
     left = args.seconds - (time.perf_counter() - start)
-    plan = _plan(args, cost, left, own)
-    report.print_plan(plan, cost, left)
-    tasks = own or data.standard_library(items, plan.pool, plan.held_out, args.seed)[: plan.label_sets]
-    with progress("fine-tuning", train.ticks(tasks, plan)) as tick:
-        at = train.Setting(path, tokenizer, model.Frozen(path, tokenizer), output, plan, tick)
+    sizes = _sizes_of(args, cost, left, own)
+    report.print_sizes(sizes, cost, left)
+    tasks = own or data.standard_library(items, sizes.pool, sizes.held_out, args.seed)[: sizes.label_sets]
+    with progress("fine-tuning", train.ticks(tasks, sizes)) as tick:
+        at = train.Setting(path, tokenizer, model.Frozen(path, tokenizer), output, sizes, tick)
         outcomes = [train.run_task(task, at) for task in tasks]
         served = serve.serve_mixed(outcomes, tasks, path, tokenizer, tick)
     report.print_table(outcomes)
@@ -88,18 +88,18 @@ def _run(args: argparse.Namespace) -> int:
     report.plot(outcomes, times, output / "demo.png")
     print(f"checkpoints and plot: {output}; {time.perf_counter() - start:.0f} s")
     failed = _differing(outcomes, served)
-    if plan.compared and not args.data:
+    if sizes.compared and not args.data:
         failed += _beaten(outcomes)
     for line in failed:
         print(f"demo: {line}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _plan(args: argparse.Namespace, cost: Cost, seconds: float, own: list[Task]) -> Plan:
+def _sizes_of(args: argparse.Namespace, cost: Cost, seconds: float, own: list[Task]) -> Sizes:
     """The sizes: all of the user's texts, or what fits of ours."""
     if own:
         epochs, texts = (1 if args.quick else args.epochs), len(own[0].train)
-        return Plan(round(texts * SHARE), epochs, len(own[0].test), seeds=1, label_sets=1)
+        return Sizes(round(texts * SHARE), epochs, len(own[0].test), seeds=1, label_sets=1)
     return QUICK if args.quick else choose(cost, seconds)
 
 

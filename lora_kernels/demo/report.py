@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from .plan import DRAWS, Cost, Plan, left_out
+from .sizes import DRAWS, Cost, Sizes, left_out
 from .serve import Served
 from .train import Outcome, quantiles
 
@@ -41,16 +41,16 @@ def _range(scores: list[float]) -> str:
     return f"{mean} ({100 * min(scores):.1f} to {100 * max(scores):.1f})" if len(scores) > 1 else mean
 
 
-def print_plan(plan: Plan, cost: Cost, seconds: float) -> None:
+def print_sizes(sizes: Sizes, cost: Cost, seconds: float) -> None:
     """What was chosen, and why."""
-    texts = f"{plan.train} training texts, {plan.epochs} pass{'es' if plan.epochs > 1 else ''}"
-    sets = f"{plan.label_sets} label set{'s' if plan.label_sets > 1 else ''}"
-    runs = f"{sets} of {texts}, {plan.held_out} held out"
+    texts = f"{sizes.train} training texts, {sizes.epochs} pass{'es' if sizes.epochs > 1 else ''}"
+    sets = f"{sizes.label_sets} label set{'s' if sizes.label_sets > 1 else ''}"
+    runs = f"{sets} of {texts}, {sizes.held_out} held out"
     print(f"a text takes {1e3 * cost.step:.1f} ms to train on and {1e3 * cost.forward:.1f} ms to read,")
-    print(f"so in the {seconds:.0f} s left: {runs}, {plan.seeds} of {DRAWS} draws with LoRA")
-    if less := left_out(plan):
+    print(f"so in the {seconds:.0f} s left: {runs}, {sizes.seeds} of {DRAWS} draws with LoRA")
+    if less := left_out(sizes):
         print(f"less than the whole job: {', '.join(less)}")
-    print(f"expected: {plan.seconds(cost):.0f} s", flush=True)
+    print(f"expected: {sizes.seconds(cost):.0f} s", flush=True)
 
 
 def print_served(served: list[Served]) -> None:

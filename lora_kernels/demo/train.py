@@ -19,7 +19,7 @@ from ..integrations.peft import accelerate, decelerate
 from ..optim import lora_plus_groups
 from .data import Task
 from .model import Batch, Frozen, accuracy, batches, choose_decay, features, fit_head, load_encoder, pooled
-from .plan import DRAWS, Cost, Plan
+from .sizes import DRAWS, Cost, Sizes
 
 RANK = 8
 TARGETS = ["query", "key", "value", "dense"]
@@ -62,7 +62,7 @@ class Setting:
     tokenizer: Any
     frozen: Frozen
     output: Path
-    plan: Plan
+    sizes: Sizes
     tick: Callable[[], object]
 
 
@@ -79,13 +79,13 @@ def adapt(path: str) -> Any:
 def run_task(task: Task, at: Setting) -> Outcome:
     """Baselines, fine-tuning, saving and reloading for one label set."""
     at.frozen.read([text for text, _ in task.train + task.test], at.tick)
-    draws = [_draw(task.train, at.plan.train, seed) for seed in range(DRAWS)]
+    draws = [_draw(task.train, at.sizes.train, seed) for seed in range(DRAWS)]
     decay = choose_decay(*at.frozen(draws[0]), len(task.classes))
     heads = [fit_head(*at.frozen(draw), len(task.classes), decay) for draw in draws]
     x, labels = at.frozen(task.test)
     frozen = [accuracy(head(x), labels) for head in heads]
     start = time.perf_counter()
-    runs = [tuned(task, draws[seed], heads[seed], seed, at) for seed in range(at.plan.seeds)]
+    runs = [tuned(task, draws[seed], heads[seed], seed, at) for seed in range(at.sizes.seeds)]
     seconds = time.perf_counter() - start
     model, head, losses, _ = runs[0]
     target = at.output / task.name.replace(" ", "_")
@@ -110,7 +110,7 @@ def tuned(
     model = adapt(at.path)
     accelerate(model)
     head = copy.deepcopy(head)
-    losses = fine_tune(model, head, batches(at.tokenizer, draw, BATCH), at.plan.epochs, at.tick, seed)
+    losses = fine_tune(model, head, batches(at.tokenizer, draw, BATCH), at.sizes.epochs, at.tick, seed)
     x, labels = features(model.eval(), batches(at.tokenizer, task.test, 64), at.tick)
     with torch.no_grad():
         return model, head, losses, accuracy(head(x), labels)
@@ -151,10 +151,10 @@ def reload_difference(model: Any, path: str, checkpoint: Path, batch: Batch) -> 
     return (pooled(model.eval(), batch) - pooled(fresh, batch)).abs().max().item()
 
 
-def ticks(tasks: list[Task], plan: Plan) -> int:
+def ticks(tasks: list[Task], sizes: Sizes) -> int:
     """The steps of a run, about: what a progress bar counts to."""
-    steps = sum(-(-min(plan.train, len(t.train)) // BATCH) * plan.epochs for t in tasks) * plan.seeds
-    read = sum(-(-(len(t.train) + (1 + plan.seeds) * len(t.test)) // 64) for t in tasks)
+    steps = sum(-(-min(sizes.train, len(t.train)) // BATCH) * sizes.epochs for t in tasks) * sizes.seeds
+    read = sum(-(-(len(t.train) + (1 + sizes.seeds) * len(t.test)) // 64) for t in tasks)
     return steps + read + len(tasks) + 1
 
 

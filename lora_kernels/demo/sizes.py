@@ -23,7 +23,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Sizes:
     """The sizes of a run. ``seeds`` is how many of the draws LoRA is trained on; frozen features take all."""
 
     train: int
@@ -49,13 +49,13 @@ class Plan:
         return self.label_sets == _LABEL_SETS and self.train >= _SMALLEST.train
 
 
-WHOLE = Plan(train=1024, epochs=2, held_out=600, seeds=3)
-_SMALLEST = Plan(train=384, epochs=1, held_out=320, seeds=1)
+WHOLE = Sizes(train=1024, epochs=2, held_out=600, seeds=3)
+_SMALLEST = Sizes(train=384, epochs=1, held_out=320, seeds=1)
 
 QUICK = replace(_SMALLEST, train=64, held_out=32)
 
 
-def _sizes() -> Iterator[Plan]:
+def _sizes() -> Iterator[Sizes]:
     """From the whole job down to the least: first seeds go, then passes and texts, then label sets."""
     yield WHOLE
     yield replace(WHOLE, epochs=1)
@@ -70,22 +70,22 @@ def _sizes() -> Iterator[Plan]:
     yield replace(QUICK, label_sets=1)
 
 
-def choose(cost: Cost, seconds: float) -> Plan:
+def choose(cost: Cost, seconds: float) -> Sizes:
     """The largest run that takes at most ``seconds``; the least there is where none does."""
-    plan = WHOLE
-    for plan in _sizes():
-        if plan.seconds(cost) <= seconds:
+    sizes = WHOLE
+    for sizes in _sizes():
+        if sizes.seconds(cost) <= seconds:
             break
-    return plan
+    return sizes
 
 
-def left_out(plan: Plan) -> list[str]:
-    """What ``plan`` has less of than the whole job, in words."""
+def left_out(sizes: Sizes) -> list[str]:
+    """What ``sizes`` has less of than the whole job, in words."""
     names = {"train": "training texts", "epochs": "passes", "held_out": "held-out texts"}
     names |= {"seeds": "seeds of LoRA", "label_sets": "label sets"}
     less = [
-        f"{name} {getattr(plan, field)} of {getattr(WHOLE, field)}"
+        f"{name} {getattr(sizes, field)} of {getattr(WHOLE, field)}"
         for field, name in names.items()
-        if getattr(plan, field) < getattr(WHOLE, field)
+        if getattr(sizes, field) < getattr(WHOLE, field)
     ]
-    return less if plan.compared else [*less, "too few to ask that LoRA beats frozen features"]
+    return less if sizes.compared else [*less, "too few to ask that LoRA beats frozen features"]

@@ -5,35 +5,35 @@ import itertools
 import pytest
 
 from lora_kernels.cli import demo as command
-from lora_kernels.demo import plan as plans
-from lora_kernels.demo.plan import WHOLE, Cost, choose, left_out
+from lora_kernels.demo import sizes as all_sizes
+from lora_kernels.demo.sizes import WHOLE, Cost, choose, left_out
 
 
 def test_a_fast_machine_runs_the_whole_job():
-    plan = choose(Cost(step=2e-3, forward=0.8e-3), 140)
-    assert plan == WHOLE and plan.compared
-    assert left_out(plan) == []
+    sizes = choose(Cost(step=2e-3, forward=0.8e-3), 140)
+    assert sizes == WHOLE and sizes.compared
+    assert left_out(sizes) == []
 
 
 @pytest.mark.parametrize("step", [30e-3, 50e-3])
 def test_a_slow_machine_gives_up_seeds_and_texts_and_still_compares(step):
     cost = Cost(step, 0.4 * step)
-    plan = choose(cost, 120)
-    assert plan.compared and plan.label_sets == WHOLE.label_sets
-    assert plan.seconds(cost) <= 120
-    assert any(line == "seeds of LoRA 1 of 3" for line in left_out(plan))
+    sizes = choose(cost, 120)
+    assert sizes.compared and sizes.label_sets == WHOLE.label_sets
+    assert sizes.seconds(cost) <= 120
+    assert any(line == "seeds of LoRA 1 of 3" for line in left_out(sizes))
 
 
 def test_an_absurdly_slow_machine_runs_the_least_and_says_what_it_drops():
-    plan = choose(Cost(step=10.0, forward=4.0), 100)
-    assert plan == list(plans._sizes())[-1] and not plan.compared
-    said = left_out(plan)
+    sizes = choose(Cost(step=10.0, forward=4.0), 100)
+    assert sizes == list(all_sizes._sizes())[-1] and not sizes.compared
+    said = left_out(sizes)
     assert "label sets 1 of 3" in said
     assert said[-1] == "too few to ask that LoRA beats frozen features"
 
 
 def test_slower_never_chooses_more_and_less_time_neither():
-    sizes = list(plans._sizes())
+    sizes = list(all_sizes._sizes())
     for times in itertools.pairwise(
         [cost * 1e-3 for cost in (1, 3, 5, 8, 13, 20, 30, 45, 70, 100, 300, 1000)]
     ):
@@ -44,7 +44,7 @@ def test_slower_never_chooses_more_and_less_time_neither():
 
 
 def test_each_size_takes_less_than_the_one_before():
-    seconds = [plan.seconds(Cost(30e-3, 11e-3)) for plan in plans._sizes()]
+    seconds = [sizes.seconds(Cost(30e-3, 11e-3)) for sizes in all_sizes._sizes()]
     assert seconds == sorted(seconds, reverse=True) and len(set(seconds)) == len(seconds)
 
 
