@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from .sizes import DRAWS, Cost, Sizes, left_out
 from .serve import Served
+from .sizes import DRAWS, Cost, Sizes, left_out
 from .train import Outcome, quantiles
 
 

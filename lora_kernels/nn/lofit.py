@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..adapters.bases.lofit import LoFiT
+from ..adapters.layer_kinds.lofit import LoFiT
 from .adapted import lora_layers
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import LoRAConfig, make
-from ..adapters.bases.qalora import QALoRA
+from ..adapters.layer_kinds.qalora import QALoRA
 from ..ops.dequantize import dequantize
 from ..quant.grouped import icq_quantize, int4_values, quantize_int4
 from .quantized import QuantizedLinear

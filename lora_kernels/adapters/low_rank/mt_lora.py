@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..base import register
-from ..bases.merged_linear import enabled_parts, spread_parts
 from ..call import Call
+from ..layer_kinds.merged_linear import enabled_parts, spread_parts
 from ..lora import LoRA
 from ..site import Site, Start
 from ..update import LowRank

@@ -1,1 +1,0 @@
-"""Methods for convolutions, quantised bases and linears of several outputs."""

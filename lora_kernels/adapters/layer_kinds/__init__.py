@@ -1,0 +1,1 @@
+"""Methods for one kind of layer: convolutions, quantised bases, heads, linears of several outputs."""
