@@ -15,7 +15,7 @@ from ..nn import lora_layers, owned
 from ..nn.adapted import is_combined, lora_configs
 from ..nn.adapter_layer import AdapterLayer, _check_name
 from ..nn.install import install
-from ..nn.plan import Plan, plan_adapter
+from ..nn.planned import PlannedAdapter, plan_adapter
 from ..nn.wrappers import plain_names
 from .merging import Factors, Merging, combine, decompose, merge_factors
 
@@ -161,7 +161,7 @@ def _config(first: LoRAConfig, ranks: dict[str, int]) -> LoRAConfig:
 
 
 @torch.no_grad()
-def _fill(plan: Plan, found: dict[str, tuple[Tensor, Tensor]]) -> None:
+def _fill(plan: PlannedAdapter, found: dict[str, tuple[Tensor, Tensor]]) -> None:
     for site, _, adapter in plan.layers:
         lora_a, lora_b = found[site.plain]
         adapter.lora_A.copy_(lora_a)

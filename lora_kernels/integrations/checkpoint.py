@@ -23,7 +23,7 @@ from ..init import GIVEN
 from ..nn import owned
 from ..nn.adapted import is_combined, lora_configs, lora_layers, lora_state_dict
 from ..nn.install import check_retune, install, reinstall, retune
-from ..nn.plan import Plan, plan_adapter
+from ..nn.planned import PlannedAdapter, plan_adapter
 from ..nn.quantized import QuantizedLinear, QuantizedLoRALinear
 from ..nn.wrappers import plain_key, plain_names, unwrapped
 from .checkpoint_config import CONFIG, config_text, read_start
@@ -231,7 +231,9 @@ def _read(
     return config, tensors, {name.removeprefix(PREFIX): start for name, start in starts.items()}
 
 
-def _same_tensors(model: nn.Module, plan: Plan, slots: list[Slot], adapter_name: str) -> list[Tensor] | None:
+def _same_tensors(
+    model: nn.Module, plan: PlannedAdapter, slots: list[Slot], adapter_name: str
+) -> list[Tensor] | None:
     """The tensors for the slots in the adapter that is there, if it has these and no others."""
     there: dict[tuple[str, str], Tensor] = dict(owned.owned_tensors(model, adapter_name))
     if any((one.rest is not None) != (layer._taker == adapter_name) for _, layer, one in plan.layers):

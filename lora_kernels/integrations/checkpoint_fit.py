@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..init import GIVEN
 from ..nn import owned
-from ..nn.plan import Plan
+from ..nn.planned import PlannedAdapter
 from ..nn.wrappers import plain_names
 from .checkpoint_keys import factor_key, factor_shape, model_name, owned_key
 
@@ -26,8 +26,8 @@ class Slot(NamedTuple):
 
 
 def fitted(
-    model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], source: Any
-) -> tuple[Plan, list[Slot]]:
+    model: nn.Module, plan: PlannedAdapter, tensors: Mapping[str, Tensor], source: Any
+) -> tuple[PlannedAdapter, list[Slot]]:
     """The plan, with what the file has beside it, and where each of the file's tensors goes.
 
     Raises:
@@ -76,7 +76,7 @@ def _check_tensor(slot: Slot, tensors: Mapping[str, Tensor], source: Any) -> Non
             )
 
 
-def _slots(model: nn.Module, plan: Plan) -> list[Slot]:
+def _slots(model: nn.Module, plan: PlannedAdapter) -> list[Slot]:
     """One for each tensor of the plan."""
     names, plain = _names(model, plan), plain_names(model)
     adapted: set[nn.Module] = {layer for _, layer, _ in plan.layers}
@@ -98,7 +98,7 @@ def _slots(model: nn.Module, plan: Plan) -> list[Slot]:
     return found
 
 
-def _names(model: nn.Module, plan: Plan) -> dict[nn.Module, list[str]]:
+def _names(model: nn.Module, plan: PlannedAdapter) -> dict[nn.Module, list[str]]:
     """Every dotted name of each module, and of the planned layers those that they will have."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -120,7 +120,7 @@ def _beside(model: nn.Module, keys: Iterable[str]) -> dict[str, tuple[owned.Plac
 
 def _base_versions(
     model: nn.Module,
-    plan: Plan,
+    plan: PlannedAdapter,
     tensors: Mapping[str, Tensor],
     beside: Mapping[str, tuple[owned.Place, Tensor]],
 ) -> dict[owned.Place, tuple[str, Tensor]]:

@@ -12,7 +12,7 @@ from . import owned
 from .adapted import lora_configs
 from .adapter_layer import _check_name
 from .install import install
-from .plan import Statistics, check_types, plan_adapter
+from .planned import Statistics, check_types, plan_adapter
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from .groups import group_layers, ungroup_layers, why_alone
 from .invocation import find_invocations
 from .mlp import fuse_mlps, unfuse_mlps
 from .outdated import note_replaced
-from .plan import Plan
+from .planned import PlannedAdapter
 from .quantized import QuantizedLinear
 from .side_inputs import open_calls
 from .sites import Target
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def install(
-    model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Plan, *, fuse: bool = True
+    model: nn.Module, config: LoRAConfig, adapter_name: str, plan: PlannedAdapter, *, fuse: bool = True
 ) -> None:
     """Adds a planned adapter; the model's first one becomes active, and what is none of its own is frozen."""
     owned.check_add(model, plan.owned)
@@ -51,7 +51,7 @@ def install(
     open_side_calls(model)
 
 
-def reinstall(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Plan) -> None:
+def reinstall(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: PlannedAdapter) -> None:
     """Puts a planned adapter in the place of the one called ``adapter_name``, active as that was.
 
     A parameter that both have in one shape stays the same object; where others come or go, an optimiser that
@@ -100,7 +100,7 @@ def _trained(model: nn.Module, adapter_name: str) -> Iterator[Tensor]:
     yield from (one for one in owned.owned_tensors(model, adapter_name).values() if one.requires_grad)
 
 
-def _keep_parameters(model: nn.Module, adapter_name: str, plan: Plan) -> Plan:
+def _keep_parameters(model: nn.Module, adapter_name: str, plan: PlannedAdapter) -> PlannedAdapter:
     """The plan with the very parameters of the adapter that is there, where their shapes do, filled anew."""
     found: dict[int, Tensor] = {}
     for _, layer, adapter in plan.layers:
@@ -129,14 +129,14 @@ def _keep(new: Tensor, old: Tensor | None, found: dict[int, Tensor]) -> None:
         found[id(new)] = old
 
 
-def check_retune(plan: Plan, adapter_name: str) -> None:
+def check_retune(plan: PlannedAdapter, adapter_name: str) -> None:
     """Raises a RuntimeError where the adapter is merged, so that its new tensors would not act."""
     for _, layer, _ in plan.layers:
         if adapter_name in layer.merged:
             layer._must_be_unmerged(f"fill {adapter_name!r}")
 
 
-def retune(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Plan) -> None:
+def retune(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: PlannedAdapter) -> None:
     """Gives the adapter that is there the settings of a planned one that has the same tensors.
 
     What such a start takes out of W is taken anew, in place.

@@ -22,7 +22,7 @@ from .token_sites import find_token_sites
 Statistics = Mapping[str, Mapping[str, Tensor]]
 
 
-class Plan(NamedTuple):
+class PlannedAdapter(NamedTuple):
     """An adapter that is not yet there: its part of each layer, and the tensors of the model that it owns."""
 
     layers: list[tuple[Target, AdapterLayer, Adapter]]
@@ -32,7 +32,7 @@ class Plan(NamedTuple):
 
 def plan_adapter(
     model: nn.Module, config: LoRAConfig, *, draw: bool = True, statistics: Statistics | None = None
-) -> Plan:
+) -> PlannedAdapter:
     """What :func:`apply_lora` would add; the model stays as it is.
 
     Without ``draw`` all new tensors are memory that nobody wrote to.
@@ -50,7 +50,7 @@ def plan_adapter(
     if config.ensure_weight_tying:
         _check_ties(model, {site.linear: layer for site, layer, _ in layers if site.rows is None})
     places = tuple(owned.config_places(model, config, adapted))
-    return Plan(layers, owned.copies(places, config.ensure_weight_tying, draw), places)
+    return PlannedAdapter(layers, owned.copies(places, config.ensure_weight_tying, draw), places)
 
 
 def _all_sites(model: nn.Module, config: LoRAConfig) -> list[Target]:
