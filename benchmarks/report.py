@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lora_kernels import _cpu_version, _extension, _ways
+from lora_kernels import _cpu_version, _cpu_ways, _extension
 
 from .measure import Results
 from .suites import Benchmark, Goal, Row
@@ -106,7 +106,7 @@ def limited() -> str | None:
     """The instruction set of our loops, where they are held to less than the processor has."""
     if _extension.load() is not None:
         return None
-    now = _ways.instruction_set()
+    now = _cpu_ways.instruction_set()
     return None if now == widest() else now
 
 
@@ -121,7 +121,7 @@ def widest() -> str:
 def instruction_set() -> str:
     """Of our loops and of PyTorch's, and whether the processor has more."""
     less = limited()  # loads the extension, which then follows the environment
-    parts = f"{_ways.instruction_set()}, torch {torch.backends.cpu.get_cpu_capability()}"
+    parts = f"{_cpu_ways.instruction_set()}, torch {torch.backends.cpu.get_cpu_capability()}"
     return f"{widest()} limited to {parts}" if less else parts
 
 

@@ -8,7 +8,7 @@ import logging
 
 import torch
 
-from . import _cpu_version, _ops, _settings, _ways
+from . import _cpu_version, _cpu_ways, _ops, _settings
 from ._messages import warn
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def _load() -> str | None:
     try:
         _ = native.lora_linear  # what came last
         _cpu_version.settle()
-        _ways.settle()
+        _cpu_ways.settle()
     except AttributeError as error:
         return _rebuild(f"the extension is of another version of this package, rebuild it: {error}")
     return None

@@ -20,7 +20,7 @@ class Settings:
     backend: str
     # LORA_KERNELS_SKIP_EXTENSION: 1 leaves the compiled extension unloaded, as if it were not built.
     skip_extension: bool
-    # LORA_KERNELS_CPU_PRODUCTS: auto | panels | vendor | torch; which way the ops go on the CPU (_ways.py).
+    # LORA_KERNELS_CPU_PRODUCTS: auto | panels | vendor | torch; which way ops go on the CPU (_cpu_ways.py).
     # auto: by shape, as `lora-kernels tune --cpu` measured or as this processor's defaults say.
     cpu_products: str
     # LORA_KERNELS_CPU_VERSION: auto | avx512 | avx2 | sse2 | neon; the instructions of the

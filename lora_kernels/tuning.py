@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ways, planner
+from . import _cpu_ways, planner
 from ._arguments import LoraBackward, LoraInputs
 from .kernels import traffic
 from .planner import Entry, Plan, Problem, Table
@@ -150,14 +150,14 @@ def predict(wanted: Sequence[Problem], card: str) -> Table:
     return Table(card, "predicted", tuple(entries))
 
 
-def save_ways(path: Path, times: _ways.Times) -> None:
+def save_ways(path: Path, times: _cpu_ways.Times) -> None:
     """Adds the times to the table in ``path``; this process goes by them where that is its table."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        known = _ways.read(path)
-    merged = {op: {**known.get(op, {}), **times.get(op, {})} for op in _ways.OPS}
-    write(path, _ways.to_text({op: classes for op, classes in merged.items() if classes}))
-    _ways.settle()
+        known = _cpu_ways.read(path)
+    merged = {op: {**known.get(op, {}), **times.get(op, {})} for op in _cpu_ways.OPS}
+    write(path, _cpu_ways.to_text({op: classes for op, classes in merged.items() if classes}))
+    _cpu_ways.settle()
 
 
 def save(path: Path, card: str, entries: Sequence[Entry]) -> None:

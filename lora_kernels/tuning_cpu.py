@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ways
+from . import _cpu_ways
 from .ops.dora_linear import dora_linear
 from .ops.lora_linear import lora_linear
 from .ops.lora_linear_group import lora_linear_group
@@ -56,28 +56,28 @@ def _calls(op: str, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Call:
     return lambda: (lora_linear(x, packed, a, b),)
 
 
-def measure(op: str, shape: tuple[int, int, int, int], timer: Timer, repeats: int) -> _ways.Times:
+def measure(op: str, shape: tuple[int, int, int, int], timer: Timer, repeats: int) -> _cpu_ways.Times:
     """Microseconds of each way of ``op`` at rows, columns, outputs and rank, and of its backward pass's."""
     known = Example(op, shape)
-    name = _ways.shape_class(shape[0], shape[1] * shape[2], shape[3])
+    name = _cpu_ways.shape_class(shape[0], shape[1] * shape[2], shape[3])
     works: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
         op: (lambda: None, lambda _: known.forward()),
         f"{op}_backward": (known.forward, known.backward),
     }
     times: dict[str, dict[str, dict[str, float]]] = {}
-    for direction in (one for one in works if one in _ways.OPS):
-        samplers = {way: _sampler(way, timer, *works[direction]) for way in _ways.OPS[direction]}
+    for direction in (one for one in works if one in _cpu_ways.OPS):
+        samplers = {way: _sampler(way, timer, *works[direction]) for way in _cpu_ways.OPS[direction]}
         samples = interleave(samplers, repeats)
         times[direction] = {name: {way: round(statistics.median(us), 2) for way, us in samples.items()}}
     return times
 
 
 def _sampler(way: str, timer: Timer, prepare: Callable[[], Any], run: Callable[[Any], object]) -> Sampler:
-    with _ways.forced(way):
+    with _cpu_ways.forced(way):
         sample = timer.sampler(prepare, run)
 
     def sampler() -> float:
-        with _ways.forced(way):
+        with _cpu_ways.forced(way):
             return sample()
 
     return sampler
@@ -85,10 +85,10 @@ def _sampler(way: str, timer: Timer, prepare: Callable[[], Any], run: Callable[[
 
 def ops() -> tuple[str, ...]:
     """The ops that are measured, each with its backward pass."""
-    return tuple(op for op in _ways.OPS if not op.endswith("_backward"))
+    return tuple(op for op in _cpu_ways.OPS if not op.endswith("_backward"))
 
 
-def merge(times: Iterable[_ways.Times]) -> _ways.Times:
+def merge(times: Iterable[_cpu_ways.Times]) -> _cpu_ways.Times:
     """All of them in one; of a class that was measured twice the times of each way are added."""
     total: dict[str, dict[str, dict[str, float]]] = {}
     for one in times:

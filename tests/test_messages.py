@@ -17,9 +17,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from lora_kernels import (
     LoRAConfig,
     _backend,
+    _cpu_ways,
     _extension,
     _messages,
-    _ways,
     apply_lora,
     calibrate,
     load_adapter,
@@ -119,7 +119,7 @@ def optimiser_of_another_rank():
 
 CAUSES = {
     "_extension.py": lambda: _extension._rebuild("the extension is of another version, rebuild it"),
-    "_ways.py": lambda: unsound(_ways.read, "cpu"),
+    "_cpu_ways.py": lambda: unsound(_cpu_ways.read, "cpu"),
     "integrations/peft.py": of_peft,
     "integrations/pool.py": embedding_in_a_pool,
     "nn/apply.py": lambda: adapted(two(), ["0"], modules_to_save=["1", "nope"]),

@@ -16,7 +16,7 @@ PACKAGE = Path(lora_kernels.__file__).parent
 # Lower layers first: a module imports from its own layer and from those before it.
 LAYERS = (
     ("_version", "_settings", "_messages", "_arguments", "methods", "quant"),
-    ("_extension", "_fakes", "_ops", "_ways", "planner"),
+    ("_extension", "_fakes", "_ops", "_cpu_ways", "planner"),
     ("_backend",),
     ("reference",),
     ("kernels",),

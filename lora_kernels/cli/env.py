@@ -45,11 +45,11 @@ def _version(package: str) -> str:
 
 def _cpu_ways() -> dict[str, str]:
     """Which way each op goes on the CPU, by class of shape (rows/weight/rank), and why."""
-    from .. import _extension, _ways
+    from .. import _cpu_ways, _extension
 
     if reason := _extension.load():
         return {"all": f"PyTorch: {reason}"}
-    return {op: "; ".join(_told(classes)) for op, classes in _ways.now().items()}
+    return {op: "; ".join(_told(classes)) for op, classes in _cpu_ways.now().items()}
 
 
 def _told(classes: Mapping[str, Any]) -> list[str]:

@@ -125,7 +125,7 @@ def tune(args: argparse.Namespace, device: Any, card: str, timer: Any) -> int:
 
 def tune_cpu(args: argparse.Namespace, timer: Any) -> int:
     """The command for the processor: each way of each op, for one shape of each class or for those given."""
-    from .. import _extension, _ways, tuning, tuning_cpu
+    from .. import _cpu_ways, _extension, tuning, tuning_cpu
 
     if reason := _extension.load():
         print(f"tune: {reason}")
@@ -136,17 +136,17 @@ def tune_cpu(args: argparse.Namespace, timer: Any) -> int:
         print(f"tune: {error}", file=sys.stderr)
         return 2
     shapes = [(*shape, rank) for shape in given for rank in args.rank or [16]]
-    todo = list(itertools.product(tuning_cpu.ops(), shapes or map(_ways.example, _ways.CLASSES)))
+    todo = list(itertools.product(tuning_cpu.ops(), shapes or map(_cpu_ways.example, _cpu_ways.CLASSES)))
     measured = []
     with progress("tune", len(todo)) as tick:
         for op, shape in todo:
             measured.append(tuning_cpu.measure(op, shape, timer, args.repeats))
             tick()
     times = tuning_cpu.merge(measured)
-    path = Path(args.output) if args.output else _ways.table()
+    path = Path(args.output) if args.output else _cpu_ways.table()
     tuning.save_ways(path, times)
     _report_ways(times)
-    used = "used from now on" if path == _ways.table() else "used where it is the one of the environment"
+    used = "used from now on" if path == _cpu_ways.table() else "used where it is the one of the environment"
     print(f"table: {path}, {used}")
     return 0
 

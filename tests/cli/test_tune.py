@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import argparse
 
-from lora_kernels import _extension, _ways, planner, tuning, tuning_cpu
+from lora_kernels import _cpu_ways, _extension, planner, tuning, tuning_cpu
 from lora_kernels.cli import main, tune
 from lora_kernels.planner import Plan, Problem
 
@@ -42,7 +42,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.undo()
     planner.refresh()
     if _extension.load() is None:
-        _ways.settle()
+        _cpu_ways.settle()
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ class ByWay:
 
     def sampler(self, prepare, run):
         run(prepare())
-        way = _ways._forced
+        way = _cpu_ways._forced
         return lambda: self.times[way]
 
 
@@ -164,26 +164,26 @@ built = pytest.mark.skipif(_extension.load() is not None, reason="the extension 
 
 
 @built
-@pytest.mark.parametrize("best", _ways.WAYS)
+@pytest.mark.parametrize("best", _cpu_ways.WAYS)
 def test_the_fastest_way_is_remembered(best, folder, capsys):
-    assert _ways.remembered() == {}
-    timer = ByWay({way: 8.0 if way == best else 10.0 for way in _ways.WAYS})
+    assert _cpu_ways.remembered() == {}
+    timer = ByWay({way: 8.0 if way == best else 10.0 for way in _cpu_ways.WAYS})
     assert tune.tune_cpu(arguments("--cpu", "--shape", "9x40x33", "--rank", "3"), timer) == 0
     assert f"{best}, 8 us (" in capsys.readouterr().out
-    name = _ways.shape_class(9, 40 * 33, 3)
-    assert _ways.now()["lora_linear"][name] == (best, "measured here")
-    assert _ways._native().way(0, 9, 40 * 33, 3) == _ways.WAYS.index(best)
-    untouched = _ways.shape_class(9, 2**22, 3)
-    assert _ways.now()["lora_linear"][untouched].why.startswith("default for")
-    assert json.loads((folder / "cpu.json").read_text())["processor"] == _ways.processor()
+    name = _cpu_ways.shape_class(9, 40 * 33, 3)
+    assert _cpu_ways.now()["lora_linear"][name] == (best, "measured here")
+    assert _cpu_ways._native().way(0, 9, 40 * 33, 3) == _cpu_ways.WAYS.index(best)
+    untouched = _cpu_ways.shape_class(9, 2**22, 3)
+    assert _cpu_ways.now()["lora_linear"][untouched].why.startswith("default for")
+    assert json.loads((folder / "cpu.json").read_text())["processor"] == _cpu_ways.processor()
 
 
 @built
 def test_a_second_run_on_the_cpu_adds_to_the_table(folder):
     for shape in ("9x40x33", "600x40x33"):
         arguments_now = arguments("--cpu", "--shape", shape, "--rank", "3")
-        assert tune.tune_cpu(arguments_now, ByWay(dict.fromkeys(_ways.WAYS, 1.0))) == 0
-    assert len(_ways.remembered()["lora_linear"]) == 2
+        assert tune.tune_cpu(arguments_now, ByWay(dict.fromkeys(_cpu_ways.WAYS, 1.0))) == 0
+    assert len(_cpu_ways.remembered()["lora_linear"]) == 2
 
 
 @built
@@ -196,25 +196,25 @@ def test_without_a_shape_every_class_is_measured(folder, monkeypatch):
 
     monkeypatch.setattr(tuning_cpu, "measure", measure)
     assert tune.tune_cpu(arguments("--cpu"), None) == 0
-    assert len(set(seen)) == len(tuning_cpu.ops()) * len(_ways.CLASSES)
+    assert len(set(seen)) == len(tuning_cpu.ops()) * len(_cpu_ways.CLASSES)
 
 
 @built
 def test_a_table_elsewhere_is_written_and_not_used(folder, capsys):
     other = folder / "elsewhere" / "cpu.json"
     args = arguments("--cpu", "--shape", "9x40x33", "--output", str(other))
-    assert tune.tune_cpu(args, ByWay(dict.fromkeys(_ways.WAYS, 1.0))) == 0
-    assert other.exists() and _ways.remembered() == {}
+    assert tune.tune_cpu(args, ByWay(dict.fromkeys(_cpu_ways.WAYS, 1.0))) == 0
+    assert other.exists() and _cpu_ways.remembered() == {}
     assert "from now on" not in capsys.readouterr().out
 
 
 def test_a_table_of_another_processor_is_not_ours(folder):
-    name = _ways.CLASSES[0]
-    text = _ways.to_text({"lora_linear": {name: {"vendor": 1.0}}})
+    name = _cpu_ways.CLASSES[0]
+    text = _cpu_ways.to_text({"lora_linear": {name: {"vendor": 1.0}}})
     (folder / "cpu.json").write_text(text)
-    assert _ways.remembered()
-    (folder / "cpu.json").write_text(text.replace(_ways.processor(), "another"))
-    assert _ways.remembered() == {}
+    assert _cpu_ways.remembered()
+    (folder / "cpu.json").write_text(text.replace(_cpu_ways.processor(), "another"))
+    assert _cpu_ways.remembered() == {}
 
 
 @pytest.mark.parametrize(
@@ -231,17 +231,17 @@ def test_a_table_of_another_processor_is_not_ours(folder):
     ids=str,
 )
 def test_unsound_times_of_the_processor_are_left_out(times, folder):
-    data = {"format": _ways.FORMAT, "processor": _ways.processor(), "times": times}
+    data = {"format": _cpu_ways.FORMAT, "processor": _cpu_ways.processor(), "times": times}
     (folder / "cpu.json").write_text(json.dumps(data))
     with pytest.warns(UserWarning, match=r"cpu.json is left out, tune again"):
-        assert _ways.remembered() == {}
+        assert _cpu_ways.remembered() == {}
 
 
 @pytest.mark.parametrize("text", ("no JSON", "{}", "[]", '{"format": "lora-kernels cpu 1"}'))
 def test_an_unsound_table_of_the_processor_is_left_out(text, folder):
     (folder / "cpu.json").write_text(text)
     with pytest.warns(UserWarning, match=r"cpu.json is left out, tune again"):
-        assert _ways.remembered() == {}
+        assert _cpu_ways.remembered() == {}
 
 
 @pytest.mark.parametrize("shape", ("8x8", "8x8x8x8", "axbxc", "0x8x8", "-1x8x8"))

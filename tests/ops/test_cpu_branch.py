@@ -4,7 +4,7 @@ import pytest
 import torch
 from lora_linear_harness import run_case
 
-from lora_kernels import _backend, _ways, lora_linear, use_backend
+from lora_kernels import _backend, _cpu_ways, lora_linear, use_backend
 from lora_kernels.testing import LoraCase, leaves, lora_inputs
 
 pytestmark = pytest.mark.skipif(
@@ -39,7 +39,7 @@ def test_the_factors_gradients_do_not_depend_on_threads(dtype, rank, dropout_p, 
     case = LoraCase(
         lead=(301,), cols=515, out=259, rank=rank, dtype=dtype, dropout_p=dropout_p, weight="none"
     )
-    with _ways.forced("panels"):
+    with _cpu_ways.forced("panels"):
         one, two, four = (_gradients(case, count, threads) for count in (1, 2, 4))
     for a, b, c in zip(one[2:], two[2:], four[2:], strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)

@@ -9,7 +9,7 @@ import torch
 from lora_linear_harness import case_id, run_case
 from test_lora_linear_group import Group, run_group
 
-from lora_kernels import _extension, _ways, lora_linear, lora_linear_group, use_backend
+from lora_kernels import _cpu_ways, _extension, lora_linear, lora_linear_group, use_backend
 from lora_kernels.testing import LoraCase, assert_close, leaves, lora_inputs
 
 pytestmark = pytest.mark.skipif(_extension.load() is not None, reason="the extension is not built")
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def way():
-    with _ways.forced("panels"):
+    with _cpu_ways.forced("panels"):
         yield
 
 
@@ -59,7 +59,7 @@ def test_one_linear(case, path, dropout_p):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_one_linear_by_pytorchs_products(case, dtype, dropout_p):
-    with _ways.forced("torch"):
+    with _cpu_ways.forced("torch"):
         run_case("cpp", replace(case, dropout_p=dropout_p, dtype=dtype), CPU)
 
 
@@ -115,7 +115,7 @@ def test_the_vendors_products_and_ours_agree():
     wide = lora_linear(*(arg.double() for arg in args), 1.0, inputs["bias"].double())
     with use_backend("cpp"):
         ours = lora_linear(*args, 1.0, inputs["bias"])
-        with _ways.forced("vendor"):
+        with _cpu_ways.forced("vendor"):
             vendors = lora_linear(*args, 1.0, inputs["bias"])
     assert not torch.equal(ours, vendors), "both came from the same loops"
     assert_close(ours, vendors, wide)
@@ -123,4 +123,4 @@ def test_the_vendors_products_and_ours_agree():
 
 def test_an_unknown_name_says_which_there_are():
     with pytest.raises(ValueError, match="LORA_KERNELS_CPU_PRODUCTS: expected one of auto, panels, vendor"):
-        _ways.force("mkl")
+        _cpu_ways.force("mkl")

@@ -12,8 +12,8 @@ from test_lora_linear_group import Group, run_group
 
 from lora_kernels import (
     _cpu_version,
+    _cpu_ways,
     _extension,
-    _ways,
     dora_linear,
     lora_linear,
     multi_lora_linear,
@@ -56,7 +56,7 @@ CASES = [
 @pytest.mark.parametrize("products", ["vendor", "panels"])
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_one_linear(version, case, products, dropout_p):
-    with _ways.forced(products):
+    with _cpu_ways.forced(products):
         run_case("cpp", replace(case, dropout_p=dropout_p), CPU)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lora_linear_harness import case_id, mask_of_next_call
 from torch.autograd import gradcheck, gradgradcheck
 
-from lora_kernels import _extension, _ways, dora_linear, use_backend
+from lora_kernels import _cpu_ways, _extension, dora_linear, use_backend
 from lora_kernels._arguments import DoraInputs
 from lora_kernels.reference.dora_linear import composite
 from lora_kernels.testing import LoraCase, assert_close, leaves, lora_inputs
@@ -264,7 +264,7 @@ def test_one_pass_over_dy(dtype, rows, cols, out, rank):
 @pytest.mark.parametrize("multiplier", ("panels", "vendor"))
 def test_each_multiplier(multiplier, case):
     """Whoever multiplies: without dropout, with the dense second product and with the sparse one."""
-    with _ways.forced(multiplier):
+    with _cpu_ways.forced(multiplier):
         for dropout_p in {0.0, case.dropout_p, 0.15}:
             check("cpp", replace(case, dropout_p=dropout_p), torch.device("cpu"))
 
@@ -280,7 +280,7 @@ def test_results_do_not_depend_on_the_threads(dropout_p):
             torch.set_num_threads(threads)
             torch.manual_seed(0)
             inputs = leaves(dora_inputs(case), ("x", "lora_a", "lora_b", "magnitude"))
-            with _ways.forced("panels"):
+            with _cpu_ways.forced("panels"):
                 y = call("cpp", inputs, case)
                 y.sum().backward()
             found.append([y, inputs["magnitude"].grad, inputs["lora_a"].grad, inputs["lora_b"].grad])

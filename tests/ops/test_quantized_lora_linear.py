@@ -9,7 +9,7 @@ import torch
 from lora_linear_harness import case_id, compare, expected, mask_of_next_call, results, skip_unavailable
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import _ways, dequantize, lora_linear, quantize, use_backend
+from lora_kernels import _cpu_ways, dequantize, lora_linear, quantize, use_backend
 from lora_kernels.ops.quantized_linear import quantized_linear
 from lora_kernels.reference.dequantize import dequantize as reference_dequantize
 from lora_kernels.testing import TENSORS, LoraCase, assert_close, leaves, lora_inputs
@@ -110,7 +110,7 @@ def test_many_rows_take_the_dense_path(backend, format, device):
 @pytest.mark.parametrize("multiplier", ("panels", "vendor"))
 def test_a_weight_of_several_panels(multiplier, device):
     skip_unavailable("cpp", CASES[0], device)
-    with _ways.forced(multiplier):
+    with _cpu_ways.forced(multiplier):
         run_case("cpp", LoraCase(lead=(66,), cols=2050, out=2100, rank=2), device, "nf4")
 
 
