@@ -2,56 +2,15 @@
 
 from typing import NamedTuple
 
-from peft import (
-    AdaLoraConfig,
-    DeloraConfig,
-    FourierFTConfig,
-    GraloraConfig,
-    HiraConfig,
-    HRAConfig,
-    LoHaConfig,
-    LoKrConfig,
-    MissConfig,
-    OSFConfig,
-    PeanutConfig,
-    PsoftConfig,
-    PveraConfig,
-    RandLoraConfig,
-    TinyLoraConfig,
-    UniLoraConfig,
-    VBLoRAConfig,
-    VeraConfig,
-    WaveFTConfig,
-)
+import peft
 
-from lora_kernels.integrations.tuners import (
-    adalora,
-    delora,
-    fourierft,
-    gralora,
-    hira,
-    hra,
-    loha,
-    lokr,
-    miss,
-    osf,
-    peanut,
-    psoft,
-    pvera,
-    randlora,
-    tinylora,
-    unilora,
-    vblora,
-    vera,
-    waveft,
-)
+from lora_kernels.integrations.peft import TAKEOVERS
+from lora_kernels.testing.peft_tuners import CASES as TUNERS
 
 
 class Case(NamedTuple):
-    # Makes the PEFT config with the test's options.
-    config: type
-    # The class that takes over.
-    fused: type
+    # Of `lora_kernels.testing.peft_tuners`, which says what its config is called.
+    tuner: str
     # Of the config.
     options: dict
     # The option that is its dropout's probability, or None.
@@ -69,44 +28,44 @@ class Case(NamedTuple):
     # Whether PEFT can take it out of a weight again.
     unmerges: bool = True
 
+    @property
+    def config(self):
+        """Makes the PEFT config with the test's options."""
+        return getattr(peft, TUNERS[self.tuner].config)
+
+    @property
+    def fused(self):
+        """The class that takes over PEFT's linear."""
+        layers = self.config.__module__.replace(".config", ".layer")
+        kinds = (kind for kind in TAKEOVERS if kind.__module__ == layers and kind.__name__.endswith("Linear"))
+        return TAKEOVERS[next(kinds)].fused
+
 
 ONLY_LINEAR = ("Linear",)
 
 CASES = {
-    "adalora": Case(
-        AdaLoraConfig, adalora.FusedAdaLora, {"init_r": 4, "target_r": 3, "total_step": 100}, "lora_dropout"
-    ),
-    "fourierft": Case(
-        FourierFTConfig, fourierft.FusedFourierFT, {"n_frequency": 9, "scaling": 20.0}, half_exact=True
-    ),
-    "peanut": Case(PeanutConfig, peanut.FusedPeanut, {"r": 3}, kinds=("Linear",)),
-    "waveft": Case(WaveFTConfig, waveft.FusedWaveFT, {"n_frequency": 9, "scaling": 3.0}, compiles=False),
-    "hra": Case(HRAConfig, hra.FusedHra, {"r": 4}, kinds=("Linear",)),
-    "hira": Case(HiraConfig, hira.FusedHira, {"r": 3}, "hira_dropout", torch_dropout=True),
-    "loha": Case(LoHaConfig, loha.FusedLoHa, {"r": 3}, kinds=ONLY_LINEAR),
-    "loha of rank 1": Case(LoHaConfig, loha.FusedLoHa, {"r": 1}, kinds=ONLY_LINEAR),
-    "lokr": Case(LoKrConfig, lokr.FusedLoKr, {"r": 1, "decompose_both": True}, kinds=ONLY_LINEAR),
-    "lokr whole": Case(LoKrConfig, lokr.FusedLoKr, {"r": 6}, kinds=ONLY_LINEAR),
-    "vera": Case(VeraConfig, vera.FusedVera, {"r": 5, "projection_prng_key": 1}, "vera_dropout"),
-    "vblora": Case(
-        VBLoRAConfig, vblora.FusedVBLora, {"r": 3, "num_vectors": 6, "vector_length": 4}, "vblora_dropout"
-    ),
-    "delora": Case(DeloraConfig, delora.FusedDelora, {"r": 5}, "module_dropout", ONLY_LINEAR),
-    "tinylora": Case(TinyLoraConfig, tinylora.FusedTinyLora, {"r": 5, "u": 3}, "tinylora_dropout"),
-    "unilora": Case(UniLoraConfig, unilora.FusedUniLora, {"r": 5, "theta_d_length": 9}, "unilora_dropout"),
-    "psoft": Case(PsoftConfig, psoft.FusedPsoft, {"r": 5}, "psoft_dropout", ONLY_LINEAR),
-    "miss": Case(MissConfig, miss.FusedMiss, {"r": 4}, "miss_dropout", ONLY_LINEAR),
-    "miss_uneven": Case(MissConfig, miss.FusedMiss, {"r": 5}, None, ONLY_LINEAR),
-    "miss_mini": Case(
-        MissConfig, miss.FusedMiss, {"r": 4, "mini_r": 2, "init_weights": "mini"}, "miss_dropout", ONLY_LINEAR
-    ),
-    "miss_bat": Case(MissConfig, miss.FusedMiss, {"r": 4, "init_weights": "bat"}, None, ONLY_LINEAR),
-    "gralora": Case(
-        GraloraConfig, gralora.FusedGraLora, {"r": 4, "alpha": 8}, "gralora_dropout", torch_dropout=True
-    ),
-    "pvera": Case(PveraConfig, pvera.FusedPvera, {"r": 5}, "pvera_dropout", draws=True),
-    "randlora": Case(
-        RandLoraConfig, randlora.FusedRandLora, {"r": 3, "randlora_alpha": 3}, "randlora_dropout"
-    ),
-    "osf": Case(OSFConfig, osf.FusedOsf, {"effective_rank": 3}, kinds=ONLY_LINEAR, unmerges=False),
+    "adalora": Case("adalora", {"init_r": 4, "target_r": 3, "total_step": 100}, "lora_dropout"),
+    "fourierft": Case("fourierft", {"n_frequency": 9, "scaling": 20.0}, half_exact=True),
+    "peanut": Case("peanut", {"r": 3}, kinds=("Linear",)),
+    "waveft": Case("waveft", {"n_frequency": 9, "scaling": 3.0}, compiles=False),
+    "hra": Case("hra", {"r": 4}, kinds=("Linear",)),
+    "hira": Case("hira", {"r": 3}, "hira_dropout", torch_dropout=True),
+    "loha": Case("loha", {"r": 3}, kinds=ONLY_LINEAR),
+    "loha of rank 1": Case("loha", {"r": 1}, kinds=ONLY_LINEAR),
+    "lokr": Case("lokr", {"r": 1, "decompose_both": True}, kinds=ONLY_LINEAR),
+    "lokr whole": Case("lokr", {"r": 6}, kinds=ONLY_LINEAR),
+    "vera": Case("vera", {"r": 5, "projection_prng_key": 1}, "vera_dropout"),
+    "vblora": Case("vblora", {"r": 3, "num_vectors": 6, "vector_length": 4}, "vblora_dropout"),
+    "delora": Case("delora", {"r": 5}, "module_dropout", ONLY_LINEAR),
+    "tinylora": Case("tinylora", {"r": 5, "u": 3}, "tinylora_dropout"),
+    "unilora": Case("unilora", {"r": 5, "theta_d_length": 9}, "unilora_dropout"),
+    "psoft": Case("psoft", {"r": 5}, "psoft_dropout", ONLY_LINEAR),
+    "miss": Case("miss", {"r": 4}, "miss_dropout", ONLY_LINEAR),
+    "miss_uneven": Case("miss", {"r": 5}, None, ONLY_LINEAR),
+    "miss_mini": Case("miss", {"r": 4, "mini_r": 2, "init_weights": "mini"}, "miss_dropout", ONLY_LINEAR),
+    "miss_bat": Case("miss", {"r": 4, "init_weights": "bat"}, None, ONLY_LINEAR),
+    "gralora": Case("gralora", {"r": 4, "alpha": 8}, "gralora_dropout", torch_dropout=True),
+    "pvera": Case("pvera", {"r": 5}, "pvera_dropout", draws=True),
+    "randlora": Case("randlora", {"r": 3, "randlora_alpha": 3}, "randlora_dropout"),
+    "osf": Case("osf", {"effective_rank": 3}, kinds=ONLY_LINEAR, unmerges=False),
 }

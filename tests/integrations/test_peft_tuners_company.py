@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft_tuner_cases import CASES, Case
 from test_peft_tuners import (
     ROWS,
@@ -30,13 +30,12 @@ from torch.distributed.fsdp import fully_shard
 
 from lora_kernels.adapters.structured import fourierft as structured
 from lora_kernels.integrations.peft import accelerate, decelerate
-from lora_kernels.integrations.peft_linear import FusedLoraLinear
 from lora_kernels.integrations.tuners import fourierft
 from lora_kernels.reference.dropout import dropout_apply, dropout_mask
 
 EVERY = {
-    "lora": Case(LoraConfig, FusedLoraLinear, {"r": 3, "lora_alpha": 5}, "lora_dropout"),
-    "dora": Case(LoraConfig, FusedLoraLinear, {"r": 3, "use_dora": True}, "lora_dropout"),
+    "lora": Case("lora", {"r": 3, "lora_alpha": 5}, "lora_dropout"),
+    "dora": Case("dora", {"r": 3, "use_dora": True}, "lora_dropout"),
     **CASES,
 }
 KINDS = [(tuner, kind) for tuner, case in EVERY.items() for kind in case.kinds]
