@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lora_kernels import LoRAConfig, apply_lora
+from lora_kernels import LoRAConfig, accelerate, apply_lora
 
 
 class Net(nn.Module):
@@ -40,6 +40,13 @@ def peft(dtype=torch.float64, **options):
     torch.manual_seed(5)
     defaults = dict(r=4, lora_alpha=6, target_modules=["wide", "tall", "square"], init_lora_weights=False)
     return get_peft_model(net(dtype), LoraConfig(**(defaults | options))).to(dtype)
+
+
+def accelerated(dtype=torch.float64, **options):
+    """PEFT's model with our layers in it."""
+    model = peft(dtype, **options)
+    accelerate(model)
+    return model
 
 
 def batch(seed=0):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optim_models import loss, ours, peft
+from optim_models import accelerated, loss, ours
 from schedule_cases import adam, fresh
 
-from lora_kernels import accelerate
 from lora_kernels.nn import lora_pairs
 from lora_kernels.schedules import PRILoRA, linear_ranks
 
@@ -18,13 +17,7 @@ def test_ranks_rise_to_the_top():
     assert linear_ranks(1, 4, 12) == [4]
 
 
-def peft_accelerated():
-    model = peft()
-    accelerate(model)
-    return model
-
-
-@pytest.mark.parametrize("make", [lambda: fresh(torch.float64), peft_accelerated], ids=["ours", "peft"])
+@pytest.mark.parametrize("make", [lambda: fresh(torch.float64), accelerated], ids=["ours", "peft"])
 def test_it_is_the_loop_by_hand(make):
     model = make()
     schedule = PRILoRA(model, every=2, ratio=0.5, beta=0.6)

@@ -6,18 +6,16 @@ import math
 
 import pytest
 import torch
-from optim_models import batch, net, ours, peft, values
+from optim_models import accelerated, batch, net, ours, values
 from schedule_cases import adam, fresh, run
 
-from lora_kernels import accelerate, quantize_base
+from lora_kernels import quantize_base
 from lora_kernels.nn import lora_pairs
 from lora_kernels.schedules import ReLoRA, jagged_cosine
 
 
-def peft_accelerated(dtype=torch.float64):
-    model = peft(dtype, init_lora_weights=True)
-    accelerate(model)
-    return model
+def peft_accelerated():
+    return accelerated(init_lora_weights=True)
 
 
 @pytest.mark.parametrize("make", [lambda: fresh(torch.float64), peft_accelerated], ids=["ours", "peft"])

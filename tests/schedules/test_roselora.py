@@ -6,22 +6,15 @@ import math
 
 import pytest
 import torch
-from optim_models import ours, peft
+from optim_models import accelerated, ours
 from schedule_cases import adam, fresh, run
 
-from lora_kernels import accelerate
 from lora_kernels.nn import lora_pairs
 from lora_kernels.schedules import RoseLoRA
 from lora_kernels.schedules.roselora import keep_important_
 
 
-def peft_accelerated():
-    model = peft()
-    accelerate(model)
-    return model
-
-
-@pytest.mark.parametrize("make", [lambda: fresh(torch.float64), peft_accelerated], ids=["ours", "peft"])
+@pytest.mark.parametrize("make", [lambda: fresh(torch.float64), accelerated], ids=["ours", "peft"])
 def test_rows_and_columns_are_sparse(make):
     model = make()
     optimizer = adam(model)
