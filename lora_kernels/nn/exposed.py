@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .._messages import warn
-from .adapter_layer import OWN, AdapterLayer
+from .adapter_layer import AdapterLayer
+from .layer_weights import OWN, LayerWeights
 from .made_classes import Made, make_class
 from .weight_reads import weight_reads
 from .wrappers import unwrapped
@@ -152,7 +153,7 @@ def _own_names(module: nn.Module, base_type: type) -> set[str]:
 @functools.cache
 def _names_of(layer: Any) -> frozenset[str]:
     """What the layers with adapters need under their names."""
-    kinds = [kind for kind in layer.__mro__ if issubclass(kind, AdapterLayer)]
+    kinds = [kind for kind in layer.__mro__ if issubclass(kind, LayerWeights)]
     names = {name for kind in kinds for name in vars(kind) if not name.startswith(("__", "from_", "to_"))}
     return frozenset(names | {*OWN}) - {"in_features", *dir(layer.base_type)}
 

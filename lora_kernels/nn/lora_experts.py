@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..adapters import Adapter, LoRAConfig, Site
 from ..adapters.expert_lora import ExpertFactors, ExpertLoRA, Stack, side_by_side
-from .adapter_layer import _HALF, OWN, AdapterLayer
+from .adapter_layer import _HALF, AdapterLayer
 from .expert_parameters import experts_forward, is_routed, why_not_experts
 from .exposed import layer_class
+from .layer_weights import OWN
 
 # What the buffers begin with that hold the own parameters of a merged module.
 _KEPT = "_own_"

@@ -12,7 +12,8 @@ from ..adapters import Adapter, LoRAConfig
 from ..ops.dequantize import dequantize
 from ..ops.quantized_linear import quantized_linear
 from ..quant import QuantizedWeight, quantize
-from .adapter_layer import _HALF, OWN
+from .adapter_layer import _HALF
+from .layer_weights import OWN
 from .linear import LoRALinear
 
 _PARTS = ("codes", "scales", "nested")
