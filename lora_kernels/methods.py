@@ -270,19 +270,19 @@ REGISTER = (
            "2308.13111", (81,), "knowledge", "stats.laplace"),
     # Layers.
     Method("memvp", "MemVP: `nn.MemVPFFN`: an image as keys and values of an FFN",
-           "2405.05615", (56,), "layer", "nn.memvp"),
+           "2405.05615", (56,), "layer", "nn.methods.memvp"),
     Method("mtlora_mt", "MTLoRA: `nn.MultiTaskLinear`, an output for each task",
-           "2403.20320", (44,), "layer", "nn.multitask"),
+           "2403.20320", (44,), "layer", "nn.methods.multitask"),
     Method("lors", "LORS: `nn.LORSLinear`, `nn.LORSMixing`: stacks that share a weight",
-           "2403.04303", (14,), "layer", "nn.lors"),
+           "2403.04303", (14,), "layer", "nn.methods.lors"),
     Method("colora_pde", "CoLoRA: `nn.CoLoRALinear`, `nn.CoLoRANet`: gates that move through time",
-           "2402.14646", (24,), "layer", "nn.colora"),
+           "2402.14646", (24,), "layer", "nn.methods.colora"),
     Method("clip_lora", "CLIP-LoRA: few-shot adaptation of both towers, one recipe",
            "2405.18541", (43,), "layer", "nn.clip_lora"),
     Method("compacter_adapter", "Compacter: bottlenecks of PHM layers behind sublayers",
-           "2106.04647", (88,), "layer", "nn.compacter"),
+           "2106.04647", (88,), "layer", "nn.methods.compacter"),
     Method("lbp_wht", "LBP-WHT: a backward pass through low Walsh frequencies",
-           "2309.15275", (74,), "layer", "nn.wht"),
+           "2309.15275", (74,), "layer", "nn.methods.wht"),
 )
 # fmt: on
 

@@ -5,25 +5,27 @@ from __future__ import annotations
 from ..adapters import LoRAConfig
 from .adapted import count_parameters, lora_configs, lora_layers, lora_state_dict, print_trainable_parameters
 from .apply import apply_lora
-from .colora import CoLoRALinear, CoLoRANet, evolve_gates
-from .compacter import CompacterAdapter, PHMLinear, insert_compacter
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
-from .elastic import Slice, elastic
 from .embedding import LoRAEmbedding
 from .experts import fill_experts
 from .frozen_copy import frozen_copy
 from .groups import group_layers, layer_groups, ungroup_layers
 from .install import delete_adapter, remove_lora
 from .linear import LoRALinear
-from .lofit import lofit_heads
-from .lors import LORSLinear, LORSMixing
 from .low_rank import LowRankLinear
-from .memvp import MemVPFFN, MemVPMemory, apply_memvp
+from .methods.colora import CoLoRALinear, CoLoRANet, evolve_gates
+from .methods.compacter import CompacterAdapter, PHMLinear, insert_compacter
+from .methods.elastic import Slice, elastic
+from .methods.lofit import lofit_heads
+from .methods.lors import LORSLinear, LORSMixing
+from .methods.memvp import MemVPFFN, MemVPMemory, apply_memvp
+from .methods.multitask import MultiTaskLinear
+from .methods.offset_linear import OffsetLinear
+from .methods.vlora import VLoRAGenerator
+from .methods.wht import WHTLinear
 from .mixed import mixed_adapters, train_adapters
 from .mixture import LoRAMixtureLinear
 from .mlp import fuse_mlps, fused_mlps, unfuse_mlps
-from .multitask import MultiTaskLinear
-from .offset_linear import OffsetLinear
 from .pairs import Pair, lora_pairs
 from .quantized import QuantizedLinear, QuantizedLoRALinear
 from .quantized_base import quantize_base
@@ -36,8 +38,6 @@ from .switch import (
     set_adapter,
     unmerge_adapters,
 )
-from .vlora import VLoRAGenerator
-from .wht import WHTLinear
 
 __all__ = [
     "CoLoRALinear",

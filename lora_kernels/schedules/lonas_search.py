@@ -11,7 +11,7 @@ from torch import nn
 
 from .._messages import progress
 from ..nn.adapted import lora_layers
-from ..nn.elastic import Slice, check_slices, elastic
+from ..nn.methods.elastic import Slice, check_slices, elastic
 from ..optim._common import check_count
 
 FIELDS = Slice._fields

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lora_kernels.nn.colora import CoLoRALinear, CoLoRANet, Periodic, evolve_gates
+from lora_kernels.nn.methods.colora import CoLoRALinear, CoLoRANet, Periodic, evolve_gates
 
 WIDE = torch.float64
 

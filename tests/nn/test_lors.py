@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_kernels.nn.lors import LORSLinear, LORSMixing
+from lora_kernels.nn.methods.lors import LORSLinear, LORSMixing
 
 IN, OUT, R, WIDE = 6, 5, 2, torch.float64
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..adapters.layer_kinds.lofit import LoFiT
-from .adapted import lora_layers
+from ...adapters.layer_kinds.lofit import LoFiT
+from ..adapted import lora_layers
 
 
 @torch.no_grad()

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..adapters import LowRank, apply_update, current_call
-from .adapted import lora_layers
-from .adapter_layer import AdapterLayer
-from .linear import LoRALinear
+from ...adapters import LowRank, apply_update, current_call
+from ..adapted import lora_layers
+from ..adapter_layer import AdapterLayer
+from ..linear import LoRALinear
 
 
 class Slice(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.lora_linear import lora_linear
+from ...ops.lora_linear import lora_linear
 
 
 class CoLoRALinear(nn.Linear):

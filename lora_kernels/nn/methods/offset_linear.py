@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters import LoRAConfig, make
-from ..adapters.layer_kinds.qalora import QALoRA
-from ..ops.dequantize import dequantize
-from ..quant.grouped import icq_quantize, int4_values, quantize_int4
-from .quantized import QuantizedLinear
+from ...adapters import LoRAConfig, make
+from ...adapters.layer_kinds.qalora import QALoRA
+from ...ops.dequantize import dequantize
+from ...quant.grouped import icq_quantize, int4_values, quantize_int4
+from ..quantized import QuantizedLinear
 
 
 class _Int4Product(torch.autograd.Function):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.walsh import WalshGrid, walsh, walsh_linear
-from .adapter_layer import shared_state
+from ...ops.walsh import WalshGrid, walsh, walsh_linear
+from ..adapter_layer import shared_state
 
 
 class WHTLinear(nn.Linear):

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._arguments import LoraInputs
-from ..adapters import LoRAConfig
-from ..ops.lora_linear import scaling_as_gate
-from ..ops.lora_linear_group import fused_group
-from .adapter_layer import _HALF, shared_state
+from ..._arguments import LoraInputs
+from ...adapters import LoRAConfig
+from ...ops.lora_linear import scaling_as_gate
+from ...ops.lora_linear_group import fused_group
+from ..adapter_layer import _HALF, shared_state
 
 MODES = ("matrix", "matrixv2", "addition")
 SHARED = "shared"

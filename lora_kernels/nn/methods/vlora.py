@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..adapters.generated.vlora import VLoRA
-from .adapted import lora_layers
+from ...adapters.generated.vlora import VLoRA
+from ..adapted import lora_layers
 
 _STD = 0.02
 

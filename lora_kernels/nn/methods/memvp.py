@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..adapters import LowRank, apply_update, current_call
-from .wrappers import unwrapped
+from ...adapters import LowRank, apply_update, current_call
+from ..wrappers import unwrapped
 
 _SHRINK, _STD = 0.01, 0.02
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.lora_linear import lora_linear
+from ...ops.lora_linear import lora_linear
 
 
 class LORSLinear(nn.Module):
