@@ -2,7 +2,7 @@
 
 import torch
 
-from lora_kernels.stats import DSiRe
+from lora_kernels.analysis import DSiRe
 
 
 def trained(samples, seed):

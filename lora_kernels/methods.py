@@ -265,7 +265,7 @@ REGISTER = (
     Method("lorb", "LoRB: losses that rescore n-best lists, `mwer_loss` and `correlation_penalty`",
            "2309.15223", (85,), "knowledge", "analysis.rescoring", verified=False),
     Method("dsire", "DSiRe: the size of the training set, from singular values",
-           "2406.19395", (29,), "knowledge", "stats.dsire"),
+           "2406.19395", (29,), "knowledge", "analysis.dsire"),
     Method("laplace_lora", "Laplace-LoRA: a normal posterior of A and B, by K-FAC",
            "2308.13111", (81,), "knowledge", "stats.laplace"),
     # Layers.

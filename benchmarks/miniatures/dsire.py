@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_kernels.stats import DSiRe, lora_spectrum
+from lora_kernels.analysis import DSiRe, lora_spectrum
 
 CLAIM = "sizes 1, 4, 16, 64, 256 from 6 adapters each: more than twice chance; N = 1 is nearly of rank 1"
 SIZES = (1, 4, 16, 64, 256)

@@ -1,7 +1,8 @@
-"""What trained adapters and their scores say: spectra, forgetting, rescoring."""
+"""What trained adapters and their scores say: spectra, samples they were trained on, forgetting, rescoring."""
 
 from __future__ import annotations
 
+from .dsire import DSiRe, lora_spectrum
 from .rescoring import correlation_penalty, mwer_loss, nprr, word_error_rate, word_errors
 from .spectra import (
     Spectrum,
@@ -14,6 +15,7 @@ from .spectra import (
 )
 
 __all__ = [
+    "DSiRe",
     "Spectrum",
     "biderman2024",
     "correlation_penalty",
@@ -21,6 +23,7 @@ __all__ = [
     "effective_ranks",
     "factor_spectrum",
     "learning_forgetting",
+    "lora_spectrum",
     "mwer_loss",
     "nprr",
     "spectrum",

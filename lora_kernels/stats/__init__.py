@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from .calibration import COLLECTED, Statistics, calibrate
-from .dsire import DSiRe, lora_spectrum
 from .laplace import LaplaceLoRA
 from .reslora import estimate_reslora_merge
 from .select import energy_ranks, select_blocks, select_neurons
 
 __all__ = [
     "COLLECTED",
-    "DSiRe",
     "LaplaceLoRA",
     "Statistics",
     "calibrate",
     "energy_ranks",
     "estimate_reslora_merge",
-    "lora_spectrum",
     "select_blocks",
     "select_neurons",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_kernels.stats import DSiRe, lora_spectrum
+from lora_kernels.analysis import DSiRe, lora_spectrum
 
 
 def pair(r=3, cols=9, out=7):
