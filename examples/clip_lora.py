@@ -3,7 +3,7 @@
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-from lora_kernels.nn.clip_lora import apply_clip_lora, few_shot_loss, few_shot_recipe
+from lora_kernels.nn.methods.clip_lora import apply_clip_lora, few_shot_loss, few_shot_recipe
 
 torch.manual_seed(0)
 sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -278,7 +278,7 @@ REGISTER = (
     Method("colora_pde", "CoLoRA: `nn.CoLoRALinear`, `nn.CoLoRANet`: gates that move through time",
            "2402.14646", (24,), "layer", "nn.methods.colora"),
     Method("clip_lora", "CLIP-LoRA: few-shot adaptation of both towers, one recipe",
-           "2405.18541", (43,), "layer", "nn.clip_lora"),
+           "2405.18541", (43,), "layer", "nn.methods.clip_lora"),
     Method("compacter_adapter", "Compacter: bottlenecks of PHM layers behind sublayers",
            "2106.04647", (88,), "layer", "nn.methods.compacter"),
     Method("lbp_wht", "LBP-WHT: a backward pass through low Walsh frequencies",

@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_kernels import LoRAConfig, apply_lora
 from lora_kernels.nn import remove_lora
-from lora_kernels.nn.clip_lora import few_shot_loss
+from lora_kernels.nn.methods.clip_lora import few_shot_loss
 
 CLAIM = "rank 2 on both towers beats no tuning on new classes, and is at least as good as on one tower"
 CLASSES, SHOTS, WIDTH = 8, 4, 16

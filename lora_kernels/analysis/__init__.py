@@ -1,4 +1,4 @@
-"""What trained adapters and their scores say: spectra, samples they were trained on, forgetting, rescoring."""
+"""What trained adapters and their scores say: spectra, sizes of training sets, forgetting, rescoring."""
 
 from __future__ import annotations
 

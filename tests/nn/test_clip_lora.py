@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from lora_kernels.nn import layer_groups, lora_layers, merge_adapters, unmerge_adapters
-from lora_kernels.nn.clip_lora import apply_clip_lora, few_shot_loss, few_shot_recipe
+from lora_kernels.nn.methods.clip_lora import apply_clip_lora, few_shot_loss, few_shot_recipe
 
 HIDDEN, BLOCKS = 16, 2
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters import LoRAConfig
-from .adapted import lora_layers
-from .apply import apply_lora
+from ...adapters import LoRAConfig
+from ..adapted import lora_layers
+from ..apply import apply_lora
 
 _PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
 _TOWERS = {"text": ("text_model",), "vision": ("vision_model",), "both": ("text_model", "vision_model")}
