@@ -58,11 +58,23 @@ void decode_rows(const QuantizedMatrix& weight, int64_t first, Tensor& out) {
   });
 }
 
+// x in float32 as `dots` reads it, with zeros up to `padded` columns.
+Tensor arranged(const QuantizedMatrix& weight, const Tensor& x, int64_t padded) {
+  const Tensor wide = x.to(at::kFloat).contiguous();
+  Tensor rows = at::empty({x.size(0), padded}, wide.options());
+  const auto* from = wide.const_data_ptr<float>();
+  auto* to = rows.mutable_data_ptr<float>();
+  for (int64_t m = 0; m < x.size(0); ++m, from += weight.cols, to += padded) {
+    arrange(weight, from, to);
+    std::fill(to + weight.cols, to + padded, 0.0f);
+  }
+  return rows;
+}
+
 // x W' in float32, for a few rows.
 Tensor decoded_dots(const QuantizedMatrix& weight, const Tensor& x) {
   const int64_t count = x.size(0), padded = (weight.cols + kLanes - 1) / kLanes * kLanes;
-  Tensor rows = at::zeros({count, padded}, x.options().dtype(at::kFloat));
-  rows.narrow(1, 0, weight.cols).copy_(x);
+  const Tensor rows = arranged(weight, x, padded);
   Tensor sums = at::empty({count, weight.rows}, rows.options());
   // Four rows of W at a time, whichever thread takes them.
   const int64_t tiles = (weight.rows + 3) / 4;

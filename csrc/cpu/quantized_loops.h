@@ -93,12 +93,27 @@ LK_INLINE float value_at(const uint8_t* codes, int64_t i) {
   }
 }
 
-// A chunk is a vector of words. It gives as many vectors of codes by a permutation and shifts;
-// bytes that are spread over lanes would cost more, since gcc does that one by one.
+// A chunk is a vector of words. It gives as many vectors of codes as a word has codes.
 template <Format F>
 constexpr int64_t kChunk = codes_of_word(F) * kOne;
 
-// The word of each lane of the V-th vector of a chunk, and how far in it the lane's code is.
+#if LK_REGISTER_BYTES >= 32
+// A byte a lane.
+LK_INLINE Ints widened(const uint8_t* from, bool is_signed) {
+#if LK_REGISTER_BYTES == 64
+  const auto bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return reinterpret_cast<Ints>(is_signed ? _mm512_maskz_cvtepi8_epi32(0xFFFF, bytes)
+                                          : _mm512_maskz_cvtepu8_epi32(0xFFFF, bytes));
+#else
+  const auto bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return reinterpret_cast<Ints>(is_signed ? _mm256_cvtepi8_epi32(bytes)
+                                          : _mm256_cvtepu8_epi32(bytes));
+#endif
+}
+#endif
+
+// The word of each lane of the V-th vector of a chunk, and how far in it the lane's code is: by a
+// permutation and shifts, since gcc would spread bytes over lanes one by one.
 template <Format F, int V, int... Lane>
 LK_INLINE Ints words_of_lanes(const Ints& words, std::integer_sequence<int, Lane...>) {
   return permuted(words, Ints{(V * kOne + Lane) / codes_of_word(F)...});
@@ -108,26 +123,85 @@ LK_INLINE Ints shifts_of_lanes(std::integer_sequence<int, Lane...>) {
   return Ints{shift_of(F, V * kOne + Lane)...};
 }
 
-// The V-th vector of a chunk, times its scale.
+// The V-th vector of the chunk that starts at `from`, unscaled.
 template <Format F, int V>
-LK_INLINE void store_values(const Ints& words, const Floats& scale, float* out) {
-  constexpr auto lanes = std::make_integer_sequence<int, kOne>();
-  const Ints word = words_of_lanes<F, V>(words, lanes), shifts = shifts_of_lanes<F, V>(lanes);
-  if constexpr (F == Format::kNf4) {
-    vector(out) = nf4_values_at(word, shifts) * scale;
-  } else if constexpr (F == Format::kInt8) {
-    vector(out) = __builtin_convertvector((word << (24 - shifts)) >> 24, Floats) * scale;
-  } else {
-    vector(out) = fp8_values((word >> shifts) & 0xFF) * scale;
+LK_INLINE Floats values_of(const uint8_t* from) {
+#if LK_REGISTER_BYTES >= 32
+  if constexpr (F == Format::kInt8) {
+    return __builtin_convertvector(widened(from + V * kOne, true), Floats);
+  } else if constexpr (F == Format::kFp8) {
+    return fp8_values(widened(from + V * kOne, false));
   }
+#endif
+  constexpr auto lanes = std::make_integer_sequence<int, kOne>();
+  Ints words;
+  std::memcpy(&words, from, sizeof(words));
+  const Ints word = words_of_lanes<F, V>(words, lanes), shifts = shifts_of_lanes<F, V>(lanes);
+  if constexpr (F == Format::kNf4) return nf4_values_at(word, shifts);
+  if constexpr (F == Format::kFp8) return fp8_values((word >> shifts) & 0xFF);
+  return __builtin_convertvector((word << (24 - shifts)) >> 24, Floats);
 }
 
-// All vectors of a chunk; a half may be of another block than the other.
+// The two scales of a chunk, of a half each.
+struct Scales {
+  Floats first, second;
+};
+
+// All vectors of a chunk, scaled; a half may be of another block than the other.
 template <Format F, int... V>
-LK_INLINE void store_chunk(const Ints& words, const Floats& first, const Floats& second, float* out,
+LK_INLINE void store_chunk(const uint8_t* from, const Scales& scales, float* out,
                            std::integer_sequence<int, V...>) {
-  (store_values<F, V>(words, 2 * V < codes_of_word(F) ? first : second, out + V * kOne), ...);
+  ((vector(out + V * kOne) =
+        values_of<F, V>(from) * (2 * V < codes_of_word(F) ? scales.first : scales.second)),
+   ...);
 }
+
+#if LK_REGISTER_BYTES >= 32
+// The vectors of a chunk of NF4 as they come out of its bytes: lane l of vector v is code
+// nf4_source(v, l), a lane of the lower half of one of the lower half. That takes no permutation of
+// words and no shift that differs by lane, and x is brought into the same order once (arrange()).
+#if LK_REGISTER_BYTES == 64
+constexpr int nf4_source(int vector, int lane) { return 8 * lane + (vector ^ 1); }
+
+LK_INLINE void nf4_chunk(const uint8_t* from, Floats (&values)[8]) {
+  const __m512i words = _mm512_loadu_si512(from);
+  const __m512 table = _mm512_load_ps(kNf4);
+  for (int v = 0; v < 8; ++v) {
+    const auto index = reinterpret_cast<__m512i>(reinterpret_cast<Ints>(words) >> (4 * v));
+    values[v] = _mm512_maskz_permutexvar_ps(0xFFFF, index, table);  // reads four bits
+  }
+}
+#else
+constexpr int nf4_source(int vector, int lane) {
+  return 2 * (4 * (vector % 4) + lane % 4 + 16 * (lane / 4)) + vector / 4;
+}
+
+// The values of 32 codes, a byte each: each of a value's four bytes is looked up in a table of
+// sixteen, and they are put together. A value at a time would be looked up in two registers.
+LK_INLINE void nf4_values_of_bytes(const __m256i& index, Floats* values) {
+  __m256i bytes[4];
+  for (int i = 0; i < 4; ++i) {
+    const auto* table = reinterpret_cast<const __m128i*>(kNf4Bytes.of[i]);
+    bytes[i] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(table)), index);
+  }
+  const __m256i low = _mm256_unpacklo_epi8(bytes[0], bytes[1]),
+                more_low = _mm256_unpackhi_epi8(bytes[0], bytes[1]),
+                high = _mm256_unpacklo_epi8(bytes[2], bytes[3]),
+                more_high = _mm256_unpackhi_epi8(bytes[2], bytes[3]);
+  values[0] = reinterpret_cast<__m256>(_mm256_unpacklo_epi16(low, high));
+  values[1] = reinterpret_cast<__m256>(_mm256_unpackhi_epi16(low, high));
+  values[2] = reinterpret_cast<__m256>(_mm256_unpacklo_epi16(more_low, more_high));
+  values[3] = reinterpret_cast<__m256>(_mm256_unpackhi_epi16(more_low, more_high));
+}
+
+LK_INLINE void nf4_chunk(const uint8_t* from, Floats (&values)[8]) {
+  const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  const __m256i four_bits = _mm256_set1_epi8(15);
+  nf4_values_of_bytes(_mm256_and_si256(_mm256_srli_epi16(codes, 4), four_bits), values);
+  nf4_values_of_bytes(_mm256_and_si256(codes, four_bits), values + 4);
+}
+#endif
+#endif
 
 // Whether a chunk is of one block or of two, a half each.
 template <Format F>
@@ -156,22 +230,30 @@ LK_INLINE void advance(const QuantizedMatrix& w, Place& place, int64_t count) {
   place.left = w.block;
 }
 
-// The chunk of elements from i on, which is at `place`.
+// The scales of the chunk at `place`, which moves on to the next.
 template <Format F>
-LK_INLINE void decode_chunk(const QuantizedMatrix& w, int64_t i, Place& place, float* out) {
+LK_INLINE Scales scales_of(const QuantizedMatrix& w, Place& place) {
   constexpr float kUnit = F == Format::kInt8 ? kInt8Unit : 1.0f;
   const int64_t block = place.block;
   const Floats first = Floats{} + scale_at(w, block) * kUnit;
   advance(w, place, kChunk<F> / 2);
   const Floats second = place.block == block ? first : Floats{} + scale_at(w, place.block) * kUnit;
   advance(w, place, kChunk<F> / 2);
-  constexpr int kHalved = F == Format::kNf4 ? 1 : 0;
-  const uint8_t* from = w.codes + (i >> kHalved);
+  return {first, second};
+}
+
+template <Format F>
+LK_INLINE const uint8_t* codes_at(const QuantizedMatrix& w, int64_t i) {
+  return w.codes + (F == Format::kNf4 ? i >> 1 : i);
+}
+
+// The chunk of elements from i on, which is at `place`.
+template <Format F>
+LK_INLINE void decode_chunk(const QuantizedMatrix& w, int64_t i, Place& place, float* out) {
   // The same place of the rows that are decoded together next.
-  __builtin_prefetch(from + (kRowsAtOnce * w.cols >> kHalved));
-  Ints words;
-  std::memcpy(&words, from, sizeof(words));
-  store_chunk<F>(words, first, second, out, std::make_integer_sequence<int, codes_of_word(F)>());
+  __builtin_prefetch(codes_at<F>(w, i + kRowsAtOnce * w.cols));
+  constexpr auto vectors = std::make_integer_sequence<int, codes_of_word(F)>();
+  store_chunk<F>(codes_at<F>(w, i), scales_of<F>(w, place), out, vectors);
 }
 
 template <Format F, typename Math>
@@ -207,6 +289,113 @@ LK_INLINE void with_format(Format format, Run run) {
   return run(std::integral_constant<Format, Format::kFp8>{});
 }
 
+// Whether `dots` multiplies x in the order of nf4_source().
+template <Format F>
+LK_INLINE bool arranged(const QuantizedMatrix& w) {
+  if constexpr (kOne < 8 || F != Format::kNf4) return false;
+  return has_chunks<F>(w) && w.cols % kChunk<F> == 0;
+}
+
+#if LK_REGISTER_BYTES >= 32
+// A scale for each lane of an arranged chunk.
+LK_INLINE Floats by_halves(const Scales& scales) {
+#if LK_REGISTER_BYTES == 64
+  return with_bits<float>(_mm512_mask_blend_ps(0xFF00, reinterpret_cast<__m512>(scales.first),
+                                               reinterpret_cast<__m512>(scales.second)));
+#else
+  return with_bits<float>(_mm256_blend_ps(reinterpret_cast<__m256>(scales.first),
+                                          reinterpret_cast<__m256>(scales.second), 0xF0));
+#endif
+}
+
+// Columns [k, k + width) of row n, as they come out of their bytes.
+LK_INLINE void decode_arranged(const QuantizedMatrix& w, int64_t n, int64_t k, int64_t width,
+                               float* out) {
+  Place place = place_of(w, n * w.cols + k);
+  for (int64_t i = 0; i < width; i += kChunk<Format::kNf4>) {
+    const uint8_t* from = codes_at<Format::kNf4>(w, n * w.cols + k + i);
+    __builtin_prefetch(from + kRowsAtOnce * w.cols / 2);
+    Floats values[8];
+    nf4_chunk(from, values);
+    const Floats scale = by_halves(scales_of<Format::kNf4>(w, place));
+    for (int v = 0; v < 8; ++v) vector(out + i + v * kOne) = values[v] * scale;
+  }
+}
+
+// How many bytes ahead codes are fetched where only one row of x is multiplied.
+constexpr int64_t kAhead = 1 << 14;
+
+// x . W_n with x arranged: a chunk's products are summed unscaled, and nothing is stored.
+LK_INLINE float nf4_dot(const QuantizedMatrix& w, const float* x, int64_t n) {
+  const uint8_t* from = codes_at<Format::kNf4>(w, n * w.cols);
+  Place place = place_of(w, n * w.cols);
+  Floats sums = {};
+  for (int64_t k = 0; k < w.cols; k += kChunk<Format::kNf4>, from += sizeof(Floats)) {
+    __builtin_prefetch(from + kAhead);
+    Floats values[8];
+    nf4_chunk(from, values);
+    Floats part = values[0] * vector(x + k);
+    for (int v = 1; v < 8; ++v) part += values[v] * vector(x + k + v * kOne);
+    sums += part * by_halves(scales_of<Format::kNf4>(w, place));
+  }
+  return sum_of_lanes<float>(sums);
+}
+
+// Columns of W in a line of the cache.
+constexpr int64_t kLine = 64;
+
+// x . W_(n + j) for P rows of W that have a scale each, or one together.
+template <Format F, int P>
+LK_INLINE void byte_dots(const QuantizedMatrix& w, const float* x, int64_t n, float* out) {
+  constexpr float kUnit = F == Format::kInt8 ? kInt8Unit : 1.0f;
+  const uint8_t* rows[P];
+  for (int j = 0; j < P; ++j) rows[j] = w.codes + (n + j) * w.cols;
+  Floats sums[P] = {};
+  int64_t k = 0;
+  for (; k + kLine <= w.cols; k += kLine) {
+    for (int j = 0; j < P; ++j) __builtin_prefetch(rows[j] + k + kAhead);
+    for (int64_t part = k; part < k + kLine; part += kOne) {
+      const Floats columns = vector(x + part);
+      for (int j = 0; j < P; ++j) sums[j] += columns * values_of<F, 0>(rows[j] + part);
+    }
+  }
+  for (int j = 0; j < P; ++j) {
+    float rest = 0;
+    for (int64_t tail = k; tail < w.cols; ++tail) rest += x[tail] * value_at<F>(rows[j], tail);
+    const float scale = scale_at(w, (n + j) * w.cols / w.block) * kUnit;
+    out[n + j] = (sum_of_lanes<float>(sums[j]) + rest) * scale;
+  }
+}
+
+// One row of x with all of W, if there is a way that decodes into registers alone.
+template <Format F>
+LK_INLINE bool dots_of_one(const QuantizedMatrix& w, const float* x, int64_t begin, int64_t end,
+                           float* out) {
+  int64_t n = begin;
+  if constexpr (F == Format::kNf4) {
+    if (!arranged<F>(w)) return false;
+    for (; n < end; ++n) out[n] = nf4_dot(w, x, n);
+  } else {
+    if (w.block % w.cols != 0) return false;
+    for (; n + kRowsAtOnce <= end; n += kRowsAtOnce) byte_dots<F, kRowsAtOnce>(w, x, n, out);
+    for (; n < end; ++n) byte_dots<F, 1>(w, x, n, out);
+  }
+  return true;
+}
+#endif
+
+// Columns [k, k + width) of row n, in the order of x's.
+template <Format F>
+LK_INLINE void decode_columns(const QuantizedMatrix& w, int64_t n, int64_t k, int64_t width,
+                              float* out) {
+#if LK_REGISTER_BYTES >= 32
+  if constexpr (F == Format::kNf4) {
+    if (arranged<F>(w)) return decode_arranged(w, n, k, width, out);
+  }
+#endif
+  decode_range<F>(w, n * w.cols + k, n * w.cols + k + width, out);
+}
+
 // lanes[i][j] += x_i * w_j, lane by lane.
 template <int R, int P>
 LK_INLINE void dot_span(const float* x, int64_t x_stride, const float (*w)[kDecoded], int64_t width,
@@ -237,8 +426,7 @@ LK_INLINE void dots_tile(const QuantizedMatrix& w, const float* x, int64_t x_str
     const int64_t width = std::min(kDecoded, w.cols - k);
     const int64_t padded = (width + kOne - 1) / kOne * kOne;
     for (int j = 0; j < P; ++j) {
-      const int64_t first = (n + j) * w.cols + k;
-      decode_range<F>(w, first, first + width, decoded[j]);
+      decode_columns<F>(w, n + j, k, width, decoded[j]);
       std::fill(decoded[j] + width, decoded[j] + padded, 0.0f);
     }
     int64_t i = 0;
@@ -283,10 +471,28 @@ LK_LOOP void decode(const QuantizedMatrix& w, int64_t begin, int64_t end, void* 
   }
 }
 
+LK_LOOP void arrange(const QuantizedMatrix& w, const float* row, float* out) {
+  std::copy(row, row + w.cols, out);
+#if LK_REGISTER_BYTES >= 32
+  constexpr int64_t kPart = kChunk<Format::kNf4>;
+  if (w.format != Format::kNf4 || !arranged<Format::kNf4>(w)) return;
+  for (int64_t k = 0; k < w.cols; k += kPart) {
+    for (int v = 0; v < 8; ++v) {
+      for (int lane = 0; lane < kOne; ++lane) {
+        out[k + v * kOne + lane] = row[k + nf4_source(v, lane)];
+      }
+    }
+  }
+#endif
+}
+
 LK_LOOP void dots(const QuantizedMatrix& w, const float* x, int64_t x_stride, int64_t count,
                   int64_t begin, int64_t end, float* out, int64_t out_stride) {
   with_format(w.format, [&](auto format) LK_LAMBDA {
     constexpr Format F = decltype(format)::value;
+#if LK_REGISTER_BYTES >= 32
+    if (count == 1 && dots_of_one<F>(w, x, begin, end, out)) return;
+#endif
     int64_t n = begin;
     for (; n + kRowsAtOnce <= end; n += kRowsAtOnce) {
       dots_tile<F, kRowsAtOnce>(w, x, x_stride, count, n, out, out_stride);

@@ -1,6 +1,7 @@
 #include "quantized_pass.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -36,6 +37,22 @@ alignas(64) constexpr float kNf4[16] = {
     1.0f,
 };
 
+// Byte i of each of them.
+struct Nf4Bytes {
+  alignas(16) uint8_t of[4][16];
+};
+
+constexpr Nf4Bytes bytes_of_nf4() {
+  Nf4Bytes out{};
+  for (int code = 0; code < 16; ++code) {
+    const auto bits = std::bit_cast<uint32_t>(kNf4[code]);
+    for (int i = 0; i < 4; ++i) out.of[i][code] = static_cast<uint8_t>(bits >> (8 * i));
+  }
+  return out;
+}
+
+constexpr Nf4Bytes kNf4Bytes = bytes_of_nf4();
+
 // Codes of a 32-bit word.
 constexpr int codes_of_word(Format format) { return format == Format::kNf4 ? 8 : 4; }
 
@@ -54,6 +71,10 @@ namespace lora_kernels {
 
 void decode(const QuantizedMatrix& weight, int64_t begin, int64_t end, void* out, Storage storage) {
   LK_DISPATCH(decode(weight, begin, end, out, storage));
+}
+
+void arrange(const QuantizedMatrix& weight, const float* row, float* out) {
+  LK_DISPATCH(arrange(weight, row, out));
 }
 
 void dots(const QuantizedMatrix& weight, const float* x, int64_t x_stride, int64_t count,

@@ -27,8 +27,11 @@ constexpr int64_t kDecoded = 512;
 // Elements [begin, end) of W into out.
 void decode(const QuantizedMatrix& weight, int64_t begin, int64_t end, void* out, Storage storage);
 
+// A row of x with its columns in the order in which `dots` multiplies them by this weight's.
+void arrange(const QuantizedMatrix& weight, const float* row, float* out);
+
 // out[i][n] = x_i . W_n for `count` rows of x and the rows [begin, end) of W, whose codes are read
-// once. The rows of x have zeros up to a multiple of kLanes columns.
+// once. The rows of x are arranged, and have zeros up to a multiple of kLanes columns.
 void dots(const QuantizedMatrix& weight, const float* x, int64_t x_stride, int64_t count,
           int64_t begin, int64_t end, float* out, int64_t out_stride);
 

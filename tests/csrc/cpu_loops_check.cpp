@@ -279,9 +279,8 @@ void check_dropped(Size s) {
   }
 }
 
-void check_quantized(Size s, Format format) {
-  const int64_t block = 64, size = s.rows * s.cols,
-                padded = (s.cols + kLanes - 1) / kLanes * kLanes;
+void check_quantized(Size s, Format format, int64_t block) {
+  const int64_t size = s.rows * s.cols, padded = (s.cols + kLanes - 1) / kLanes * kLanes;
   auto codes = some_bytes(size);
   for (uint8_t& code : codes) {
     if (format == Format::kFp8 && (code & 0x7F) == 0x7F) code = 1;  // not a number
@@ -292,15 +291,16 @@ void check_quantized(Size s, Format format) {
   }
   const QuantizedMatrix w = {codes.data(), scales.data(), nullptr, format, s.rows, s.cols, block};
   std::vector<double> exact(size);
-  std::vector<float> wide(size), x(s.rank * padded), out(s.rank * s.rows);
+  std::vector<float> wide(size), x(s.rank * padded), turned(x), out(s.rank * s.rows);
   decode(w, 0, size, exact.data(), Storage::kDouble);
   decode(w, 0, size, wide.data(), Storage::kFloat);
   for (int64_t i = 0; i < size; ++i) same<float>("decode", wide[i], exact[i], 0);
   for (int64_t i = 0; i < s.rank; ++i) {
     const auto row = numbers<float>(s.cols);
     std::copy(row.begin(), row.end(), x.begin() + i * padded);
+    arrange(w, row.data(), turned.data() + i * padded);
   }
-  dots(w, x.data(), padded, s.rank, 0, s.rows, out.data(), s.rows);
+  dots(w, turned.data(), padded, s.rank, 0, s.rows, out.data(), s.rows);
   for (int64_t i = 0; i < s.rank; ++i) {
     for (int64_t n = 0; n < s.rows; ++n) {
       double sum = 0;
@@ -387,9 +387,17 @@ void check_version() {
     check_all<double>(s);
     for (const bool transposed : {false, true}) check_panels(s, transposed);
     check_dropped(s);
-    const Size few = {s.rows, s.cols * 2, std::min<int64_t>(s.rank, kMostRows)};
-    for (const Format format : {Format::kNf4, Format::kInt8, Format::kFp8}) {
-      check_quantized(few, format);
+    // Rows of W that are whole chunks, or that are not, with one row of x or several.
+    for (const int64_t cols : {s.cols * 2, s.rows * 128}) {
+      for (const int64_t count : {int64_t(1), std::min<int64_t>(s.rank, kMostRows)}) {
+        const Size few = {s.rows, cols, count};
+        for (const int64_t block : {32, 64, 256}) check_quantized(few, Format::kNf4, block);
+        for (const Format format : {Format::kInt8, Format::kFp8}) {
+          for (const int64_t block : {int64_t(64), cols, s.rows * cols}) {
+            check_quantized(few, format, block);
+          }
+        }
+      }
     }
   }
 }

@@ -14,15 +14,17 @@ from lora_kernels import (
     _cpu_version,
     _cpu_ways,
     _extension,
+    dequantize,
     dora_linear,
     lora_linear,
     multi_lora_linear,
     quantize,
+    quantized_linear,
     stack_adapters,
     use_backend,
 )
 from lora_kernels.reference.dropout import dropout_mask
-from lora_kernels.testing import LoraCase
+from lora_kernels.testing import LoraCase, assert_close
 
 pytestmark = pytest.mark.skipif(_extension.load() is not None, reason="the extension is not built")
 CPU = torch.device("cpu")
@@ -126,6 +128,30 @@ def test_a_quantised_weight(version, form, rows):
             return lora_linear(x, weight, lora_a, lora_b, scaling=2.0)
 
     torch.testing.assert_close(run("cpp"), run("reference"), rtol=2e-4, atol=2e-3)
+
+
+QUANTISED = {
+    "nf4": {},
+    "nf4 of short blocks": {"block_size": 32},
+    "nf4 of long blocks": {"block_size": 256},
+    "nf4 of codes of scales": {"double_quant": True},
+    "int8": {},
+    "fp8": {},
+    "fp8 of one scale": {"per_tensor": True},
+}
+
+
+@pytest.mark.parametrize("form", QUANTISED)
+@pytest.mark.parametrize("shape", [(9, 384), (5, 192), (6, 1408), (7, 201), (3, 32), (1, 128)], ids=str)
+def test_a_few_rows_with_a_quantised_weight(version, form, shape):
+    """Widths that are whole chunks of codes and widths that are not, one row and several."""
+    weight = quantize(torch.randn(shape), form.split()[0], **QUANTISED[form])
+    dense = dequantize(weight, torch.float64)
+    with use_backend("cpp"):
+        for rows in (1, 2, 17):
+            x = torch.randn(rows, shape[1])
+            got = quantized_linear(x, weight)
+            assert_close(got, x @ dense.float().T, x.double() @ dense.T)
 
 
 @pytest.fixture
