@@ -6,6 +6,8 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cstring>
+#include <numeric>
 
 #include "gather_pass.h"
 #include "math_type.h"
@@ -40,73 +42,75 @@ struct Segments {
   }
 };
 
-Tensor counting(int64_t size) { return at::arange(size, at::kInt); }
+std::vector<int32_t> counting(int64_t size) {
+  std::vector<int32_t> numbers(size);
+  std::iota(numbers.begin(), numbers.end(), 0);
+  return numbers;
+}
 
 Segments segments_of(const OptTensor& order, const Tensor& starts, const Tensor& counts,
                      const Tensor& ids, const OptTensor& ranks, int64_t max_rank, int64_t rows) {
   const auto plain = [](const Tensor& t) { return t.to(at::kInt).contiguous(); };
-  return {has(order) ? plain(*order) : counting(rows), plain(starts), plain(counts), plain(ids),
-          has(ranks) ? plain(*ranks) : Tensor(),       max_rank};
+  return {has(order) ? plain(*order) : at::arange(rows, at::kInt),
+          plain(starts),
+          plain(counts),
+          plain(ids),
+          has(ranks) ? plain(*ranks) : Tensor(),
+          max_rank};
 }
 
-// Calls run(segment, first, last) for pieces of extent(segment), on all threads.
+// Calls run(slice, segment, first, last) for pieces of extent(slice, segment), on all threads.
 template <typename Extent, typename Run>
-void for_pieces(const Segments& segments, int64_t size, Extent extent, Run run) {
+void for_pieces(int64_t slices, const Segments& segments, int64_t size, Extent extent, Run run) {
   struct Piece {
-    int64_t segment, first, last;
+    int64_t slice, segment, first, last;
   };
   std::vector<Piece> pieces;
-  for (int64_t i = 0; i < segments.size(); ++i) {
-    const int64_t end = segments.count(i) > 0 ? extent(i) : 0;
-    for (int64_t first = 0; first < end; first += size) {
-      pieces.push_back({i, first, std::min(first + size, end)});
+  for (int64_t s = 0; s < slices; ++s) {
+    for (int64_t i = 0; i < segments.size(); ++i) {
+      const int64_t end = segments.count(i) > 0 ? extent(s, i) : 0;
+      for (int64_t first = 0; first < end; first += size) {
+        pieces.push_back({s, i, first, std::min(first + size, end)});
+      }
     }
   }
   at::parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      run(pieces[i].segment, pieces[i].first, pieces[i].last);
+      run(pieces[i].slice, pieces[i].segment, pieces[i].first, pieces[i].last);
     }
   });
 }
 
-// One product of the rows of each segment with its adapter's part of a stack.
-struct Product {
-  const Tensor &rows, &stack, &out;
-
-  const void* part(int64_t adapter, int64_t skip) const {
-    const int64_t begin = adapter * stack.stride(0) + skip * stack.stride(1);
-    return static_cast<const char*>(stack.const_data_ptr()) + begin * stack.element_size();
-  }
-  Storage storage() const { return storage_of(stack.scalar_type()); }
-};
-
-template <typename Math>
-Rows<Math> rows_of(const Segments& segments, int64_t i, const Tensor& rows) {
-  return {rows.const_data_ptr<Math>(), rows.stride(0), segments.slots(i), segments.count(i), 1};
+// The part of a stack from row `skip` of an adapter on.
+const void* part(const Tensor& stack, int64_t adapter, int64_t skip) {
+  const int64_t begin = adapter * stack.stride(0) + skip * stack.stride(1);
+  return static_cast<const char*>(stack.const_data_ptr()) + begin * stack.element_size();
 }
 
-// out[row, r] = rows[row] . stack[adapter, skip + r] for r in [first, last).
 template <typename Math>
-void multiply(const Segments& segments, int64_t i, const Product& what, int64_t skip,
-              const int32_t* index, int64_t first, int64_t last) {
-  const Pages pages = {what.part(segments.id(i), skip), what.storage(), what.stack.stride(1),
-                       what.stack.size(2), index};
-  dots(rows_of<Math>(segments, i, what.rows), pages, first, last, what.out.mutable_data_ptr<Math>(),
-       what.out.stride(0));
+Rows<Math> rows_of(const Segments& segments, int64_t i, const Math* rows, int64_t stride) {
+  return {rows, stride, segments.slots(i), segments.count(i), 1};
 }
 
-// out[row, n] = sum over r of rows[row, r] stack[adapter, n, r] for n in [first, last).
+// y[row, n] += sum over r of h[row, r] stack[adapter, n, r] for n in [first, last); what was in y
+// is lost where `add` is not set. `to` is y from the column of n = 0 on.
 template <typename Math>
-void add_up(const Segments& segments, int64_t i, const Product& what, const int32_t* index,
-            int64_t first, int64_t last) {
-  const int64_t width = last - first, rank = segments.rank(i), stride = what.stack.stride(1);
-  std::vector<Math> turned(rank * width);
-  turn(what.part(segments.id(i), first), what.storage(), stride, rank, width, turned.data());
+void add_up(const Segments& segments, int64_t i, const Rows<Math>& h, const Tensor& stack,
+            const int32_t* index, int64_t first, int64_t last, Target to, bool add) {
+  const int64_t width = last - first, rank = segments.rank(i), stride = stack.stride(1);
+  const int64_t itemsize = bytes(to.storage);
+  std::vector<Math> memory((rank + kTile) * width);
+  turn(part(stack, segments.id(i), first), storage_of(stack.scalar_type()), stride, rank, width,
+       memory.data());
   const Storage kept = sizeof(Math) == sizeof(double) ? Storage::kDouble : Storage::kFloat;
-  const Pages pages = {turned.data(), kept, width, width, index};
-  const Mix<Math> sum = {what.rows.const_data_ptr<Math>(), what.rows.stride(0), rank,
-                         what.out.mutable_data_ptr<Math>() + first, what.out.stride(0)};
-  mix(rows_of<Math>(segments, i, what.rows), pages, sum, {0, width});
+  const Pages pages = {memory.data(), kept, width, width, index};
+  to.data = static_cast<char*>(to.data) + first * itemsize;
+  for (int64_t j = 0; j < h.count && !add; ++j) {
+    std::memset(static_cast<char*>(to.data) + h.slots[j] * to.stride * itemsize, 0,
+                width * itemsize);
+  }
+  mix_add(h, pages, Mix<Math>{h.data, h.stride, rank, memory.data() + rank * width, 0}, {0, width},
+          to);
 }
 
 // As the loops read it: the last dimension dense, and of the type that is summed in where that is
@@ -121,56 +125,71 @@ Tensor shrink(const Tensor& x, at::TensorList lora_a, const Segments& segments, 
   const auto math = math_of(x.scalar_type());
   const Tensor rows = readable(x.to(math), math);
   const Tensor h = at::zeros({slices, x.size(0), segments.max_rank}, rows.options());
-  const Tensor index = counting(segments.max_rank);
-  for (int64_t s = 0; s < slices; ++s) {
-    const bool packed = segments.ranks.defined();
-    const Tensor stack = readable(lora_a[packed ? 0 : s], math), out = h[s];
-    for_pieces(
-        segments, kRanks, [&](int64_t i) { return segments.rank(i); },
-        [&](int64_t i, int64_t first, int64_t last) {
-          const int64_t skip = packed ? s * segments.rank(i) : 0;
-          in_math(math, [&](auto kind) {
-            multiply<decltype(kind)>(segments, i, {rows, stack, out}, skip,
-                                     index.const_data_ptr<int32_t>(), first, last);
-          });
+  const std::vector<int32_t> index = counting(segments.max_rank);
+  const bool packed = segments.ranks.defined();
+  std::vector<Tensor> stacks;
+  for (const Tensor& stack : lora_a) stacks.push_back(readable(stack, math));
+  for_pieces(
+      slices, segments, kRanks, [&](int64_t, int64_t i) { return segments.rank(i); },
+      [&](int64_t s, int64_t i, int64_t first, int64_t last) {
+        const Tensor& stack = stacks[packed ? 0 : s];
+        const int64_t skip = packed ? s * segments.rank(i) : 0;
+        const Pages pages = {part(stack, segments.id(i), skip), storage_of(stack.scalar_type()),
+                             stack.stride(1), stack.size(2), index.data()};
+        in_math(math, [&](auto kind) {
+          using Math = decltype(kind);
+          dots(rows_of(segments, i, rows.const_data_ptr<Math>(), rows.stride(0)), pages, first,
+               last, h.mutable_data_ptr<Math>() + s * h.stride(0), h.stride(1));
         });
-  }
+      });
   return h;
 }
 
-// Rows that have an adapter, [rows, 1].
-Tensor live_rows(const Segments& segments, int64_t rows) {
-  const Tensor live = at::zeros({rows, 1}, at::kBool);
-  for (int64_t i = 0; i < segments.size(); ++i) {
-    for (int64_t j = 0; j < segments.count(i); ++j) {
-      live.mutable_data_ptr<bool>()[segments.slots(i)[j]] = true;
+// Row by row h[slice, row] *= its adapter's factor.
+void scale(const Tensor& h, const Segments& segments, const Tensor& scalings) {
+  const Tensor factors = scalings.to(at::kDouble).contiguous();
+  in_math(h.scalar_type(), [&](auto kind) {
+    using Math = decltype(kind);
+    for (int64_t i = 0; i < segments.size(); ++i) {
+      for (int64_t j = 0; j < segments.count(i); ++j) {
+        const auto factor = static_cast<Math>(factors.const_data_ptr<double>()[segments.id(i)]);
+        for (int64_t s = 0; s < h.size(0); ++s) {
+          auto* row =
+              h.mutable_data_ptr<Math>() + s * h.stride(0) + segments.slots(i)[j] * h.stride(1);
+          std::for_each(row, row + h.size(2), [&](Math& value) { value *= factor; });
+        }
+      }
     }
-  }
-  return live;
+  });
 }
 
 void expand(const Tensor& h, at::TensorList lora_b, const Segments& segments, int64_t offset,
             bool add, const Tensor& y) {
   const auto math = h.scalar_type();
-  const Tensor live = live_rows(segments, h.size(1));
-  for (size_t s = 0; s < lora_b.size(); ++s) {
-    const Tensor stack = readable(lora_b[s], math), rows = h[s];
-    const int64_t width = stack.size(1);
-    const Tensor delta = at::zeros({h.size(1), width}, h.options());
-    const Tensor index = counting(segments.max_rank);
-    for_pieces(
-        segments, kColumns, [&](int64_t) { return width; },
-        [&](int64_t i, int64_t first, int64_t last) {
-          in_math(math, [&](auto kind) {
-            add_up<decltype(kind)>(segments, i, {rows, stack, delta},
-                                   index.const_data_ptr<int32_t>(), first, last);
-          });
-        });
-    Tensor part = y.narrow(1, offset, width);
-    const Tensor sum = add ? delta.add_(part) : delta;
-    part.copy_(at::where(live, sum.to(y.scalar_type()), part));
-    offset += width;
+  // As the loops write it.
+  const bool direct = (y.stride(1) == 1 || y.size(1) <= 1) &&
+                      (y.scalar_type() == at::kDouble) == (math == at::kDouble);
+  const Tensor sums = direct ? y : y.to(math).contiguous();
+  const Storage storage = storage_of(sums.scalar_type());
+  const std::vector<int32_t> index = counting(segments.max_rank);
+  auto* to = static_cast<char*>(sums.mutable_data_ptr()) + offset * sums.element_size();
+  std::vector<Tensor> stacks;
+  std::vector<Target> targets;
+  for (const Tensor& stack : lora_b) {
+    stacks.push_back(readable(stack, math));
+    targets.push_back({to, storage, sums.stride(0)});
+    to += stack.size(1) * sums.element_size();
   }
+  for_pieces(
+      stacks.size(), segments, kColumns, [&](int64_t s, int64_t) { return stacks[s].size(1); },
+      [&](int64_t s, int64_t i, int64_t first, int64_t last) {
+        in_math(math, [&](auto kind) {
+          const auto* own = h.const_data_ptr<decltype(kind)>() + s * h.stride(0);
+          add_up(segments, i, rows_of(segments, i, own, h.stride(1)), stacks[s], index.data(),
+                 first, last, targets[s], add);
+        });
+      });
+  if (!direct) y.copy_(sums);
 }
 
 }  // namespace
@@ -197,16 +216,9 @@ void stacked_lora_linear(const Tensor& x, at::TensorList lora_a, at::TensorList 
   const int64_t slices = lora_b.size();
   const int64_t max_rank = lora_a[0].size(1) / (has(ranks) ? slices : 1);
   const Segments segments = segments_of(order, starts, counts, ids, ranks, max_rank, x.size(0));
-  const Tensor h = shrink(x, lora_a, segments, slices).mul_(scaling);
-  if (has(scalings)) {
-    for (int64_t i = 0; i < segments.size(); ++i) {
-      const Tensor own =
-          at::from_blob(const_cast<int32_t*>(segments.slots(i)), {segments.count(i)}, at::kInt);
-      if (segments.count(i) == 0) continue;
-      const double factor = (*scalings)[segments.id(i)].item<double>();
-      h.index_copy_(1, own.to(at::kLong), h.index_select(1, own).mul_(factor));
-    }
-  }
+  const Tensor h = shrink(x, lora_a, segments, slices);
+  if (scaling != 1.0) h.mul_(scaling);
+  if (has(scalings)) scale(h, segments, *scalings);
   expand(h, lora_b, segments, offset, add, y);
 }
 
