@@ -116,6 +116,7 @@ PyObject* use_cpu_version(PyObject*, PyObject* place) {
 
 PyMethodDef methods[] = {
     {"lora_linear", _PyCFunction_CAST(lora_kernels::direct_lora_linear), METH_FASTCALL, nullptr},
+    {"multi_lora", _PyCFunction_CAST(lora_kernels::direct_multi_lora), METH_FASTCALL, nullptr},
     {"set_ways", set_ways, METH_VARARGS, nullptr},
     {"way", way, METH_VARARGS, nullptr},
     {"cpu_version", cpu_version, METH_NOARGS, nullptr},

@@ -22,19 +22,24 @@ void fill_ids(const at::Tensor& given, int64_t adapters, int64_t* ids, int64_t s
 
 }  // namespace
 
+void order_slots(const int64_t* ids, int64_t slots, int64_t adapters, int32_t* order,
+                 int32_t* offsets) {
+  const auto owner = [&](int64_t i) { return ids[i] < 0 ? adapters : std::min(ids[i], adapters); };
+  std::fill_n(offsets, adapters + 2, 0);
+  for (int64_t i = 0; i < slots; ++i) ++offsets[owner(i) + 1];
+  for (int64_t a = 0; a <= adapters; ++a) offsets[a + 1] += offsets[a];
+  std::vector<int32_t> next(offsets, offsets + adapters + 1);
+  for (int64_t i = 0; i < slots; ++i) order[next[owner(i)]++] = static_cast<int32_t>(i);
+}
+
 void batch_plan(const at::Tensor& adapter_ids, int64_t adapters, const at::Tensor& ids,
                 const at::Tensor& order, const at::Tensor& offsets, const at::Tensor& tiles) {
   const int64_t slots = ids.numel();
   auto* id = ids.mutable_data_ptr<int64_t>();
-  auto* place = order.mutable_data_ptr<int32_t>();
   auto* offset = offsets.mutable_data_ptr<int32_t>();
   auto* tile = tiles.mutable_data_ptr<int32_t>();
   fill_ids(adapter_ids, adapters, id, slots);
-  std::fill_n(offset, adapters + 2, 0);
-  for (int64_t i = 0; i < slots; ++i) ++offset[id[i] + 1];
-  for (int64_t a = 0; a <= adapters; ++a) offset[a + 1] += offset[a];
-  std::vector<int32_t> next(offset, offset + adapters + 1);
-  for (int64_t i = 0; i < slots; ++i) place[next[id[i]]++] = static_cast<int32_t>(i);
+  order_slots(id, slots, adapters, order.mutable_data_ptr<int32_t>(), offset);
   int64_t made = 0;
   for (int64_t a = 0; a <= adapters; ++a) {
     for (int32_t first = offset[a]; first < offset[a + 1]; first += kTileSlots, ++made) {

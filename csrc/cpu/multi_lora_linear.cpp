@@ -26,15 +26,14 @@ struct Batch {
   const int32_t *pages, *spans, *order, *offsets;
   int64_t adapters, slots, slots_per_row;
 
-  Batch(const Tensor& pages, const Tensor& spans, const Tensor& order, const Tensor& offsets,
-        int64_t rows)
+  Batch(const Tensor& pages, const Tensor& spans, const Slots& which, int64_t rows)
       : pages(pages.const_data_ptr<int32_t>()),
         spans(spans.const_data_ptr<int32_t>()),
-        order(order.const_data_ptr<int32_t>()),
-        offsets(offsets.const_data_ptr<int32_t>()),
+        order(which.order),
+        offsets(which.offsets),
         adapters(spans.size(0)),
-        slots(order.numel()),
-        slots_per_row(rows == 0 ? 1 : order.numel() / rows) {}
+        slots(which.count),
+        slots_per_row(rows == 0 ? 1 : which.count / rows) {}
 
   int64_t rank(int64_t adapter) const { return spans[2 * adapter + 1]; }
   const int32_t* own_pages(int64_t adapter) const { return pages + spans[2 * adapter]; }
@@ -46,6 +45,10 @@ struct Batch {
             per_row};
   }
 };
+
+Slots slots_of(const Tensor& order, const Tensor& offsets) {
+  return {order.const_data_ptr<int32_t>(), offsets.const_data_ptr<int32_t>(), order.numel()};
+}
 
 // A part of the work on one linear: some adapters, and some of their pages or columns.
 struct Piece {
@@ -261,7 +264,7 @@ void add_expand_pieces(std::vector<Piece>& pieces, const Linear<Math>& linear, i
 }
 
 template <typename Math>
-void add_deltas(const Tensor& rows, const std::vector<Linear<Math>>& linears) {
+void run_all(const Tensor& rows, const std::vector<Linear<Math>>& linears) {
   std::vector<Piece> pieces;
   for (size_t i = 0; i < linears.size(); ++i) {
     const Batch& batch = linears[i].batch;
@@ -288,7 +291,7 @@ std::tuple<Tensor, Tensor> multi_lora_linear(const Tensor& x, const Tensor& a_pa
                                              const Tensor&, const OptTensor& mask,
                                              const OptTensor& keep_scale, int64_t max_rank,
                                              bool keep_h) {
-  const Batch batch(pages, spans, order, offsets, x.size(0));
+  const Batch batch(pages, spans, slots_of(order, offsets), x.size(0));
   const auto math = math_of(x.scalar_type());
   const Input in = branch_input(x, mask, batch);
   Tensor h = shrink_rows(in.rows, in.per_row, readable(a_pages, math), batch, max_rank);
@@ -304,7 +307,7 @@ std::vector<Tensor> multi_lora_linear_backward(
     const Tensor& offsets, const Tensor&, const OptTensor& h, const OptTensor& mask,
     const OptTensor& keep_scale, int64_t max_rank, std::array<bool, 4> needs) {
   const auto [needs_x, needs_a, needs_b, needs_coef] = needs;
-  const Batch batch(pages, spans, order, offsets, dy.size(0));
+  const Batch batch(pages, spans, slots_of(order, offsets), dy.size(0));
   const auto math = math_of(dy.scalar_type());
   const Tensor rows = readable(dy.to(math), math);
   const Tensor wide_h = has(h) ? h->to(math) : Tensor();
@@ -334,34 +337,46 @@ std::vector<Tensor> multi_lora_linear_backward(
   return grads;
 }
 
+void add_deltas(const Tensor& y, const Tensor& x, const std::vector<AdapterStack>& stacks,
+                const Tensor& weights, const Slots& slots, int64_t max_rank) {
+  const auto math = math_of(x.scalar_type());
+  const Tensor rows = readable(x.scalar_type() == math ? x : x.to(math), math);
+  const bool direct = y.stride(1) == 1 || y.size(1) <= 1;
+  const Tensor sums = direct ? y : y.contiguous();
+  const int64_t count = stacks.size(), itemsize = y.element_size();
+  const Tensor h = at::empty({count, slots.count, max_rank}, rows.options());
+  const Tensor factors = weights.defined() ? weights.to(at::kFloat).contiguous() : weights;
+  const float* factor = factors.defined() ? factors.const_data_ptr<float>() : nullptr;
+  in_math(math, [&](auto zero) {
+    using Math = decltype(zero);
+    std::vector<Linear<Math>> linears;
+    linears.reserve(count);
+    auto* to = static_cast<char*>(sums.mutable_data_ptr());
+    for (const AdapterStack& stack : stacks) {
+      const auto place = static_cast<int64_t>(linears.size());
+      linears.push_back({Batch(stack.pages, stack.spans, slots, x.size(0)),
+                         readable(stack.a_pages, math), readable(stack.b_pages, math),
+                         stack.scalings.const_data_ptr<float>(), factor,
+                         h.mutable_data_ptr<Math>() + place * slots.count * max_rank, max_rank,
+                         Target{to, storage_of(y.scalar_type()), sums.stride(0)}});
+      to += stack.b_pages.size(1) * itemsize;
+    }
+    run_all(rows, linears);
+  });
+  if (!direct) y.copy_(sums);
+}
+
 void multi_lora_linear_add(const Tensor& y, const Tensor& x, at::TensorList a_pages,
                            at::TensorList b_pages, at::TensorList pages, at::TensorList spans,
                            at::TensorList scalings, const OptTensor& weights, const Tensor& order,
                            const Tensor& offsets, const Tensor&, const OptTensor&, int64_t max_rank,
                            bool) {
-  const auto math = math_of(x.scalar_type());
-  const Tensor rows = readable(x.to(math), math);
-  const bool direct = y.stride(1) == 1 || y.size(1) <= 1;
-  const Tensor sums = direct ? y : y.contiguous();
-  const int64_t count = a_pages.size(), slots = order.numel(), itemsize = y.element_size();
-  const Tensor h = at::empty({count, slots, max_rank}, rows.options());
-  const Tensor factors = has(weights) ? weights->to(at::kFloat).contiguous() : Tensor();
-  in_math(math, [&](auto zero) {
-    using Math = decltype(zero);
-    std::vector<Linear<Math>> linears;
-    auto* to = static_cast<char*>(sums.mutable_data_ptr());
-    for (int64_t i = 0; i < count; ++i) {
-      linears.push_back({Batch(pages[i], spans[i], order, offsets, x.size(0)),
-                         readable(a_pages[i], math), readable(b_pages[i], math),
-                         scalings[i].const_data_ptr<float>(),
-                         has(weights) ? factors.const_data_ptr<float>() : nullptr,
-                         h.mutable_data_ptr<Math>() + i * slots * max_rank, max_rank,
-                         Target{to, storage_of(y.scalar_type()), sums.stride(0)}});
-      to += b_pages[i].size(1) * itemsize;
-    }
-    add_deltas(rows, linears);
-  });
-  if (!direct) y.copy_(sums);
+  std::vector<AdapterStack> stacks;
+  for (size_t i = 0; i < a_pages.size(); ++i) {
+    stacks.push_back({a_pages[i], b_pages[i], pages[i], spans[i], scalings[i]});
+  }
+  const Tensor factors = has(weights) ? *weights : Tensor();
+  add_deltas(y, x, stacks, factors, slots_of(order, offsets), max_rank);
 }
 
 }  // namespace lora_kernels

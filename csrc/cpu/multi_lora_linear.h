@@ -25,6 +25,22 @@ std::vector<at::Tensor> multi_lora_linear_backward(
     const std::optional<at::Tensor>& mask, const std::optional<at::Tensor>& keep_scale,
     int64_t max_rank, std::array<bool, 4> needs);
 
+// Adapters of one linear, as ops/adapter_stack.py has them.
+struct AdapterStack {
+  at::Tensor a_pages, b_pages, pages, spans, scalings;
+};
+
+// Which slots are whose, as ops/batch_plan.py has it.
+struct Slots {
+  const int32_t *order, *offsets;
+  int64_t count;
+};
+
+// y += the deltas of linears that share x, their columns side by side; y and x are matrices, and
+// `weights` is defined where each slot has a factor.
+void add_deltas(const at::Tensor& y, const at::Tensor& x, const std::vector<AdapterStack>& stacks,
+                const at::Tensor& weights, const Slots& slots, int64_t max_rank);
+
 void multi_lora_linear_add(const at::Tensor& y, const at::Tensor& x, at::TensorList a_pages,
                            at::TensorList b_pages, at::TensorList pages, at::TensorList spans,
                            at::TensorList scalings, const std::optional<at::Tensor>& weights,

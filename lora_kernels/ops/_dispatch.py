@@ -157,15 +157,20 @@ def direct(*call: Any) -> Any:
 
     ``None`` where more than the arithmetic is to be done (csrc/cpu/direct_call.h), errors among it.
     """
-    if torch.compiler.is_compiling() or _backend.active_backend() not in ("auto", "cpp"):
-        return None
-    native = _direct()
+    native = short_way("lora_linear")
     return None if native is None else native(*call)
 
 
+def short_way(name: str) -> Callable[..., Any] | None:
+    """The function of csrc/cpu/direct_call.h, for calls that ask for arithmetic alone, where it runs."""
+    if torch.compiler.is_compiling() or _backend.active_backend() not in ("auto", "cpp"):
+        return None
+    return _native(name)
+
+
 @functools.cache
-def _direct() -> Callable[..., Any] | None:
-    return None if _extension.load() else importlib.import_module("lora_kernels._C").lora_linear
+def _native(name: str) -> Callable[..., Any] | None:
+    return None if _extension.load() else getattr(importlib.import_module("lora_kernels._C"), name)
 
 
 def draw_seed(like: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +44,11 @@ class AdapterStack:
     def __len__(self) -> int:
         """The number of adapters, D."""
         return self.spans.shape[0]
+
+    @cached_property
+    def _linears(self) -> tuple[tuple[Any, ...]]:
+        """The only linear's, as :attr:`AdapterSlices._linears` has those of several."""
+        return ((self.a_pages, self.b_pages, self.pages, self.spans, self.scalings, self.max_rank),)
 
 
 def stack_adapters(
@@ -122,6 +129,11 @@ class AdapterSlices:
     def __len__(self) -> int:
         """The number of adapters, D."""
         return len(self.stacks[0])
+
+    @cached_property
+    def _linears(self) -> tuple[tuple[Any, ...], ...]:
+        """What each linear's stack has, as a direct call into C++ reads it."""
+        return tuple(stack._linears[0] for stack in self.stacks)
 
 
 def slice_adapters(*stacks: AdapterStack) -> AdapterSlices:

@@ -326,8 +326,9 @@ def call(**changes):
         ({"dropout_ps": [0.1, 0.2]}, ValueError, "dropout_ps: expected one for each of 1"),
         ({"dropout_ps": [1.0]}, ValueError, "dropout_ps: expected 0 <= p < 1"),
         ({"plan": plan_batch(torch.zeros(3, dtype=torch.long), 1)}, ValueError, "plan: expected one of 4"),
+        ({"plan": plan_batch(torch.zeros(4, dtype=torch.long), 9)}, ValueError, "adapters, got 9"),
     ],
-    ids=range(14),
+    ids=range(15),
 )
 def test_bad_input(changes, error, match):
     with pytest.raises(error, match=match):
