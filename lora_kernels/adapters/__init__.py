@@ -5,14 +5,14 @@ from __future__ import annotations
 from .base import METHODS, Adapter, class_of, make, place, register
 from .call import Call, current_call
 from .config import LoRAConfig
-from .dora import DoRA
-from .dylora import DyLoRA
 from .lora import LoRA
-from .lora_fa import LoRAFA
-from .lora_xs import LoRAXS
+from .low_rank.dora import DoRA
+from .low_rank.dylora import DyLoRA
+from .low_rank.lora_fa import LoRAFA
+from .low_rank.lora_xs import LoRAXS
+from .low_rank.sora import SoRA
 from .peft_form import PeftForm
 from .site import Site, Start
-from .sora import SoRA
 from .update import (
     Added,
     Branched,

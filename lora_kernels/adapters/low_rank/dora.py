@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.low_rank_norm import low_rank_norm
-from .base import register
-from .call import Call
-from .lora import LoRA
-from .site import Site, Start
-from .update import LowRank
+from ...ops.low_rank_norm import low_rank_norm
+from ..base import register
+from ..call import Call
+from ..lora import LoRA
+from ..site import Site, Start
+from ..update import LowRank
 
 
 @register("dora")

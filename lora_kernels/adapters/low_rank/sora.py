@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Adapter, register
-from .call import Call
-from .lora import LoRA
-from .site import Site, Start
-from .update import LowRank
+from ..base import Adapter, register
+from ..call import Call
+from ..lora import LoRA
+from ..site import Site, Start
+from ..update import LowRank
 
 
 @register("sora")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .base import register
-from .lora import LoRA
+from ..base import register
+from ..lora import LoRA
 
 
 @register("lora_fa")
