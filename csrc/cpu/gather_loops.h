@@ -305,12 +305,24 @@ LK_INLINE void outer_typed(const Rows<Math>& rows, const int32_t* index, int64_t
   }
 }
 
-// out[r * width + n] = from[n * stride + r].
+// out[r * width + n] = from[n * stride + r], for squares as wide as a vector and then the edges.
 template <typename Math, typename Stored>
 LK_INLINE void turn_typed(const Stored* from, int64_t stride, int64_t rank, int64_t width,
                           Math* out) {
+  constexpr int64_t kSquare = kWidth<Math>;
+  const int64_t high = rank / kSquare * kSquare, wide = width / kSquare * kSquare;
+  for (int64_t n = 0; n < wide; n += kSquare) {
+    for (int64_t r = 0; r < high; r += kSquare) {
+      VectorOf<Math> rows[kSquare];
+      for (int i = 0; i < kSquare; ++i) read_vector(rows[i], from + (n + i) * stride + r);
+      transpose_rows<Math>(rows);
+      for (int i = 0; i < kSquare; ++i) vector(out + (r + i) * width + n) = rows[i];
+    }
+  }
   for (int64_t r = 0; r < rank; ++r) {
-    for (int64_t n = 0; n < width; ++n) out[r * width + n] = widen(from[n * stride + r]);
+    for (int64_t n = r < high ? wide : 0; n < width; ++n) {
+      out[r * width + n] = widen(from[n * stride + r]);
+    }
   }
 }
 
