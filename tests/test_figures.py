@@ -46,9 +46,9 @@ def both(suite, *where, to, **columns):
     return [ratio(to, f"cpu-{suite}{isa}", *where, **columns) for isa in ("", "-avx2")]
 
 
-def quantized(rows):
+def quantized(rows, form="nf4"):
     shape = f"{rows}x4096x4096"
-    return both("quantized_linear", "ours_cpp", "forward", to="dense", shape=shape, format="nf4")
+    return both("quantized_linear", "ours_cpp", "forward", to="dense", shape=shape, format=form)
 
 
 def serving(name, rows, pattern, *to, adapters="32"):
@@ -113,14 +113,19 @@ FIGURES = {
         (r"as one group.*\| (N) / (N) \|", lambda: both("lora_linear_group", "ours_group_cpp", **GROUP)),
         (r"^\| NF4 linear of 1 row.*\| (N) / (N) \|", lambda: quantized(1)),
         (r"^\| NF4 linear of 8 rows.*\| (N) / (N) \|", lambda: quantized(8)),
+        (r"^\| int8 linear of 1 row.*\| (N) / (N) \|", lambda: quantized(1, "int8")),
         (
             r"takes (N) . PEFT's mixed batch and (N) . vLLM's",
             lambda: serving("cpu-serving", "32", "distinct", "peft", "vllm_torch"),
         ),
         (r"rows (N) and (N) .", lambda: serving("cpu-serving", "128", "uniform", "peft", "vllm_torch")),
         (
-            r"takes (N) . a plain loop's",
-            lambda: serving("cpu-serving", "1", "identical", "loop", adapters="1"),
+            r"takes (N) . a plain loop's, and on AVX2 (N)",
+            lambda: [
+                figure
+                for name in ("cpu-serving", "cpu-serving-avx2")
+                for figure in serving(name, "1", "identical", "loop", adapters="1")
+            ],
         ),
         (
             r"they took (N), (N), (N) and (N) .",
