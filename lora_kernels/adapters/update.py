@@ -95,6 +95,14 @@ class Input(NamedTuple):
     x: Tensor
 
 
+class Scaled(NamedTuple):
+    """(x' Wᵀ) ⊙ s + b: the base reads x' in x's place, and its output is scaled (BOFT)."""
+
+    x: Tensor
+    # s [N].
+    scale: Tensor
+
+
 class Routed(NamedTuple):
     """x Wᵀ + the experts that each row or sample of x uses: many adapters in one batch."""
 
@@ -126,7 +134,7 @@ class Replaced(NamedTuple):
     slots: Tensor
 
 
-Update = LowRank | Shifted | Replaced | Dense | Formed | Added | Branched | Input | Routed
+Update = LowRank | Shifted | Replaced | Dense | Formed | Added | Branched | Input | Scaled | Routed
 
 
 def apply_update(
@@ -175,11 +183,19 @@ def apply_update(
             y = formed_linear(F.dropout(x, dropout_p), None, None, *update)
             return _plus(_base(x, weight, bias), y)
         return formed_linear(x, weight, bias, *update)
-    if type(update) is Input:
-        if weight is None:
-            raise ValueError("weight: expected one for a method that changes what the base reads, got None")
-        return _base(update.x, weight, bias)  # type: ignore[return-value]
+    if isinstance(update, Input | Scaled):
+        return _reads_another(weight, bias, update)
     return _plus(_base(x, weight, bias), update.y)  # type: ignore[union-attr]
+
+
+def _reads_another(weight: Any, bias: Tensor | None, update: Input | Scaled) -> Tensor:
+    if weight is None:
+        raise ValueError("weight: expected one for a method that changes what the base reads, got None")
+    y: Any = _base(update.x, weight, bias if isinstance(update, Input) else None)
+    if isinstance(update, Input):
+        return y  # type: ignore[no-any-return]
+    scale = update.scale.to(y.dtype)
+    return y * scale if bias is None else torch.addcmul(bias.to(y.dtype), y, scale)
 
 
 def _replaced(x: Tensor, weight: Any, bias: Tensor | None, update: Replaced) -> Tensor:

@@ -52,14 +52,16 @@ def tokens():
 
 
 @pytest.fixture(autouse=True)
-def same_noise(request, monkeypatch):
-    """What a tuner of the cases draws is the same in every dtype and in every pass."""
+def as_pefts_should_be(request, monkeypatch):
+    """What a tuner of the cases draws is the same in every dtype and pass; C3A's gradient is right."""
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     tuner = params.get("tuner", params.get("cell", (None,))[0])
     if tuner is None:
         return
-    from peft_tuner_cases import CASES  # not at the top: it imports all of PEFT's tuners
+    from peft_tuner_cases import CASES, DenseBlocks  # not at the top: it imports all of PEFT's tuners
 
+    if tuner == "c3a":
+        monkeypatch.setattr("peft.tuners.c3a.layer.BlockCircularConvolution", DenseBlocks)
     if tuner in CASES and CASES[tuner].draws:
         monkeypatch.setattr(torch, "randn_like", noise)
 
