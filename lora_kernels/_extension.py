@@ -32,7 +32,7 @@ def _load() -> str | None:
     except ImportError as error:
         return _rebuild(f"the extension does not load, rebuild it against this torch: {error}")
     try:
-        _ = native.lora_linear  # what came last
+        _ = native.multi_lora  # what came last
         _cpu_version.settle()
         _cpu_ways.settle()
     except AttributeError as error:
