@@ -194,6 +194,7 @@ CAUSES = (
     lambda: adapted()(torch.randn(2, 63)),
     lambda: apply_lora(adapted(), LoRAConfig(target_modules="all-linear")),
     merged,
+    lambda: adapted()[0]._replicate_for_data_parallel(),
     transformed,
     moments_of_more_ranks,
     lambda: accelerate(two()),

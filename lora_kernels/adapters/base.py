@@ -126,6 +126,13 @@ class Adapter(nn.Module):
         for name, tensor in self.build(site).tensors.items():
             getattr(self, name).copy_(tensor)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As of any module; what follows from settings goes through ``meta`` and ``to_empty`` unharmed."""
+        derived = derived_buffers(self)
+        super()._apply(fn, recurse)
+        keep_derived(self, derived)
+        return self
+
     def drop(self, x: Tensor) -> Tensor:
         """x as dropout leaves it, for a branch that the fused kernels do not compute."""
         return nn.functional.dropout(x, self.lora_dropout, self.training)
@@ -178,10 +185,27 @@ class Adapter(nn.Module):
         return f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}"
 
 
+def derived_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that no state dict holds."""
+    own = ((name, module._buffers[name]) for name in module._non_persistent_buffers_set)
+    return {name: value for name, value in own if value is not None}
+
+
+@torch.no_grad()
+def keep_derived(module: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Gives buffers that were moved their values back where the move lost them."""
+    for name, value in before.items():
+        moved: Any = module._buffers[name]
+        if moved.is_meta:
+            module._buffers[name] = value
+        elif moved is not value and not value.is_meta:
+            moved.copy_(value)
+
+
 def _compact(tensor: Tensor) -> Tensor:
-    """The tensor by itself: a slice of an SVD would keep all of it in memory."""
-    held = tensor.untyped_storage().nbytes()
-    return tensor.clone(memory_format=torch.contiguous_format) if held > tensor.nbytes else tensor
+    """The tensor by itself, row by row: a slice of an SVD would keep all of it, and FSDP2 takes no view."""
+    alone = tensor.untyped_storage().nbytes() <= tensor.nbytes and tensor.is_contiguous()
+    return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
 
 
 class _Methods(Mapping[str, type[Adapter]]):

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +23,7 @@ from ..init import GIVEN
 from ..nn import owned
 from ..nn.adapted import is_combined, lora_configs, lora_layers, lora_state_dict
 from ..nn.install import check_retune, install, reinstall, retune
+from ..nn.layer_weights import fill_
 from ..nn.planned import PlannedAdapter, plan_adapter
 from ..nn.quantized import QuantizedLinear, QuantizedLoRALinear
 from ..nn.wrappers import plain_key, plain_names, unwrapped
@@ -71,6 +72,22 @@ def save_adapter(
         ...     sorted(os.listdir(folder))
         ['adapter_config.json', 'adapter_model.safetensors']
     """
+    write_files(directory, file_contents(model, adapter_name, save_embedding_layers))
+
+
+class Contents(NamedTuple):
+    """What an adapter's two files hold."""
+
+    tensors: dict[str, Tensor]
+    config: str
+
+
+def file_contents(model: nn.Module, adapter_name: str, save_embedding_layers: bool = False) -> Contents:
+    """What :func:`save_adapter` writes, gathered from all processes that a model is split over.
+
+    Raises:
+        ValueError: as :func:`save_adapter`.
+    """
     configs = lora_configs(model)
     if adapter_name not in configs:
         raise ValueError(
@@ -80,13 +97,18 @@ def save_adapter(
     found |= dict(_file_tensors(model, adapter_name))
     tensors = _alone({key: whole(value) for key, value in found.items()})
     taken = any(key.rpartition(".")[2] in GIVEN for key in tensors)
-    tensors = doubled(tensors) if taken else tensors
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     # PEFT goes by the type of each layer and writes down what it found.
     transposed = any(layer.fan_in_fan_out for layer in lora_layers(model).values())
     text = config_text(configs[adapter_name], transposed, taken)
+    return Contents(doubled(tensors) if taken else tensors, text)
+
+
+def write_files(directory: str | os.PathLike[str], contents: Contents) -> None:
+    """Both files, each replaced in one step."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, text = contents
+    _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     _replace(folder / CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
 
 
@@ -264,17 +286,7 @@ def _kind(adapter: Adapter) -> tuple[type[Adapter], set[str]]:
 @torch.no_grad()
 def _fill_all(targets: list[Tensor], values: list[Tensor]) -> None:
     for target, value in zip(targets, values, strict=True):
-        _fill(target, value)
-
-
-def _fill(target: Any, value: Tensor) -> None:
-    """Copies a whole tensor, into the own part of it where ``target`` is a DTensor."""
-    if hasattr(target, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        places, mesh = target.placements, target.device_mesh
-        value = distribute_tensor(value.to(target.device), mesh, places, src_data_rank=None)
-    target.copy_(value)
+        fill_(target, value)
 
 
 def _folder(directory: str | os.PathLike[str]) -> Path:

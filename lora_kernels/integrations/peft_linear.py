@@ -215,7 +215,7 @@ def inputs_of(
 
 def _bias_of(layer: Any, name: str) -> Tensor | None:
     """That of B (``lora_bias``)."""
-    found: Tensor | None = layer._modules["lora_B"]._modules[name]._parameters.get("bias")
+    found: Tensor | None = parameter(layer._modules["lora_B"]._modules[name], "bias")
     return found
 
 

@@ -13,7 +13,7 @@ from ..init import GIVEN
 from ..nn.adapted import lora_configs, lora_layers, lora_state_dict
 from ..nn.wrappers import unwrapped
 from ..schedules.callback import BASE_LEFT_OUT, checkpoint
-from .checkpoint import save_adapter
+from .checkpoint import file_contents, write_files
 
 
 class SaveAdapterCallback(TrainerCallback):
@@ -21,8 +21,9 @@ class SaveAdapterCallback(TrainerCallback):
 
     Each checkpoint gets ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT and
     :func:`load_adapter` read: of the adapter ``default`` in its own folder, of others in folders of their
-    names, as PEFT does. ``resume_from_checkpoint`` and ``load_best_model_at_end`` work, on a model adapted
-    anew by the same config. (The Trainer saves PEFT's models so by itself.)
+    names, as PEFT does. Of several processes one writes. ``resume_from_checkpoint`` and
+    ``load_best_model_at_end`` work, on a model adapted anew by the same config. (The Trainer saves PEFT's
+    models so by itself.)
 
     Args:
         whole_model: whether ``model.safetensors`` in a checkpoint has the frozen weights too. Without them it
@@ -50,9 +51,11 @@ class SaveAdapterCallback(TrainerCallback):
         self._leave_out(kwargs["model"])
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The files of each adapter, beside the Trainer's."""
+        """The files of each adapter, beside the Trainer's: every process gathers, those that save write."""
         for name, folder in _folders(kwargs["model"], checkpoint(args, state, None)):
-            save_adapter(kwargs["model"], folder, name)
+            contents = file_contents(kwargs["model"], name)
+            if args.should_save:
+                write_files(folder, contents)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From now on the whole model is saved."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, ItemsView, Iterable, Iterator, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, ValuesView
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -230,13 +230,16 @@ class AdapterLayer(LayerWeights):
         finally:
             self.enable_adapters(before)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """As of any module; parameters that are kept among the buffers stay themselves, as others do."""
-        kept = {name: one for name, one in self._buffers.items() if isinstance(one, nn.Parameter)}
-        super()._apply(fn, recurse)
-        for name, parameter in kept.items():
-            self._buffers[name] = _moved(parameter, self._buffers[name])
-        return self
+    def _replicate_for_data_parallel(self) -> Any:
+        """What ``DataParallel`` makes for each card of several: a layer without parameters, which ours need.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "model: expected DistributedDataParallel (torchrun, a process for each card) or one card"
+            " (CUDA_VISIBLE_DEVICES=0), got torch.nn.DataParallel"
+        )
 
     def _check_known(self, names: Iterable[str]) -> None:
         for name in names:
@@ -249,16 +252,6 @@ class AdapterLayer(LayerWeights):
         state = "" if self.enabled else ", disabled"
         state += f", merged={list(self.merged)}" if self.merged else ""
         return f"{super().extra_repr()}, active={list(self.active)}{state}"
-
-
-def _moved(parameter: nn.Parameter, moved: Any) -> nn.Parameter:
-    """``parameter`` with the numbers of ``moved``, or where torch cannot do that a new one."""
-    if moved is parameter:
-        return parameter
-    if torch._has_compatible_shallow_copy_type(parameter, moved):
-        parameter.data = moved.data
-        return parameter
-    return nn.Parameter(moved, parameter.requires_grad)
 
 
 def inside_adapters(model: nn.Module) -> set[int]:

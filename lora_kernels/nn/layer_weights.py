@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,6 +16,10 @@ from ..ops._inputs import autocasts
 OWN = (
     *("adapters", "active", "merged", "enabled"),
     *("_single", "_unmerged", "_unmerged_bias", "_taker", "_taking", "_other_weight"),
+)
+_COMPUTED = (
+    "weight: expected a parameter of the layer, got one that torch.nn.utils.parametrize, prune or a norm"
+    " computes; take that off it, or put it on the adapter's own parameters"
 )
 
 
@@ -49,7 +54,10 @@ class LayerWeights(nn.Module):
     @property
     def _own_weight(self) -> Any:
         """What ``weight`` is to the layer itself: others may see the adapted one, see :mod:`.exposed`."""
-        return self._parameters["weight"]
+        try:
+            return self._parameters["weight"]
+        except KeyError:
+            raise RuntimeError(_COMPUTED) from None
 
     @property
     def base_weight(self) -> Tensor:
@@ -196,7 +204,7 @@ class LayerWeights(nn.Module):
         """Writes the weight that ``adapter`` goes on with where that of the taker stands."""
         rest = self._unmatrix(adapter.__dict__["rest"])
         place = self._own_weight if self._taking else self._buffers["_other_weight"]
-        place.copy_(rest)
+        fill_(place, rest)
 
     def _settle_weight(self) -> None:
         """Puts W, or what the taker left of it, into ``weight``."""
@@ -206,6 +214,14 @@ class LayerWeights(nn.Module):
         # A move between devices or dtypes leaves a plain tensor in the buffer.
         self.weight = other if isinstance(other, nn.Parameter) else nn.Parameter(other, requires_grad=False)
         self._taking = not self._taking
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As of any module; parameters that are kept among the buffers stay themselves, as others do."""
+        kept = {name: one for name, one in self._buffers.items() if isinstance(one, nn.Parameter)}
+        super()._apply(fn, recurse)
+        for name, parameter in kept.items():
+            self._buffers[name] = _moved(parameter, self._buffers[name])
+        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """A state dict always holds the base weight: its adapters come separately."""
@@ -220,3 +236,24 @@ class LayerWeights(nn.Module):
         """What is loaded is a base weight, so a merged layer comes apart first."""
         self.unmerge()
         super()._load_from_state_dict(*args, **kwargs)
+
+
+@torch.no_grad()
+def fill_(target: Any, value: Tensor) -> None:
+    """Copies a whole tensor, into the own part of it where ``target`` is a DTensor."""
+    if hasattr(target, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        places, mesh = target.placements, target.device_mesh
+        value = distribute_tensor(value.to(target.device), mesh, places, src_data_rank=None)
+    target.copy_(value)
+
+
+def _moved(parameter: nn.Parameter, moved: Any) -> nn.Parameter:
+    """``parameter`` with the numbers of ``moved``, or where torch cannot do that a new one."""
+    if moved is parameter:
+        return parameter
+    if torch._has_compatible_shallow_copy_type(parameter, moved):
+        parameter.data = moved.data
+        return parameter
+    return nn.Parameter(moved, parameter.requires_grad)

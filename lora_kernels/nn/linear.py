@@ -34,7 +34,10 @@ class LinearAdapterLayer(AdapterLayer):
         # Past the search that a module makes for its parts: at small sizes each of these microseconds shows.
         adapter: Any = self._modules["adapters"]._modules[self._single]  # type: ignore[union-attr]
         p = adapter.lora_dropout if self.training else 0.0
-        return apply_update(x, weight, self._parameters["bias"], adapter.lower(x, current_call()), p)
+        own = self._parameters
+        # Else one that torch.nn.utils.parametrize computes.
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
+        return apply_update(x, weight, bias, adapter.lower(x, current_call()), p)
 
     def group_member(self, x: Tensor) -> LoraInputs | None:
         """What this layer computes for ``x``, where that is one plain fused linear."""

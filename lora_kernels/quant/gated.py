@@ -34,6 +34,8 @@ def gated_quantise(
         gates: z₄, z₈, z₁₆, z₃₂ in [0, 1].
         clip: whether x is cut to the range first.
     """
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)  # the last steps are none in float16
+    x, largest, gates = x.to(wide), largest.to(wide), gates.to(wide)
     if clip:
         bound = largest * (1 - _CLIP)
         x = torch.minimum(torch.maximum(x, -bound * signed), bound)
@@ -46,7 +48,7 @@ def gated_quantise(
     total = parts[-1]
     for part, gate in zip(reversed(parts[:-1]), gates.flip(0), strict=True):
         total = part + gate * total
-    return total
+    return total.to(dtype)
 
 
 def rounded(x: Tensor) -> Tensor:

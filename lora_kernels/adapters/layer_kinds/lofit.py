@@ -64,7 +64,7 @@ class LoFiT(Adapter):
     def lower(self, x: Tensor | None = None, call: Call | None = None) -> Input:
         """x as the base then reads it."""
         assert x is not None
-        if "scale" in self._parameters:
+        if hasattr(self, "scale"):
             return Input(x * (1 + self.scale).to(x.dtype))
         return Input(x + self._vector().to(x.dtype))
 
@@ -77,7 +77,7 @@ class LoFiT(Adapter):
     @torch.no_grad()
     def folded(self, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """W diag(1 + a) and b, or W and b + W v: a linear of the same function."""
-        if "scale" in self._parameters:
+        if hasattr(self, "scale"):
             return weight * (1 + self.scale).to(weight.dtype), bias
         added = weight @ self._vector().to(weight.dtype)
         return weight, added if bias is None else bias + added

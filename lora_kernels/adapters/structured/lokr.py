@@ -68,9 +68,8 @@ class LoKr(Adapter):
 
     def lower(self, x: Tensor | None = None, call: Call | None = None) -> Added | Dense:
         """Two small products on x, or ΔW where there is none."""
-        own = self._parameters
-        c1 = self.lokr_w1 if "lokr_w1" in own else self.lokr_w1_a @ self.lokr_w1_b
-        c2 = self.lokr_w2.flatten(1) if "lokr_w2" in own else self.lokr_w2_a @ self.lokr_w2_b
+        c1 = self.lokr_w1 if hasattr(self, "lokr_w1") else self.lokr_w1_a @ self.lokr_w1_b
+        c2 = self.lokr_w2.flatten(1) if hasattr(self, "lokr_w2") else self.lokr_w2_a @ self.lokr_w2_b
         if x is None or self.kernel:
             return Dense(self.scaling * torch.kron(c1, c2))
         return Added(kronecker(self.drop(x), c1, c2, self.scaling))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...adapters.base import derived_buffers, keep_derived
 from ...ops.walsh import WalshGrid, walsh, walsh_linear
 from ..adapter_layer import shared_state
 
@@ -70,6 +72,13 @@ class WHTLinear(nn.Linear):
         self.grid = grid
         rows = walsh(grid.order)[: grid.side].to(self.weight)
         self.register_buffer("basis", rows, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As of any module; the basis goes through ``meta`` and ``to_empty`` unharmed."""
+        derived = derived_buffers(self)
+        super()._apply(fn, recurse)
+        keep_derived(self, derived)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """y for x ``[..., tokens, in_features]``."""
