@@ -138,7 +138,7 @@ def test_a_base_weight_that_something_computes_is_refused_by_name(method, how):
 def test_a_linear_whose_weight_something_computes_gets_no_adapter(how):
     model = nn.Sequential(nn.Linear(4, 4))
     how(model[0])
-    with pytest.raises(ValueError, match="target_modules: '0' (is of type|cannot be adapted)"):
+    with pytest.raises(ValueError, match=r"target_modules: '0' (is of type|cannot be adapted)"):
         apply_lora(model, LoRAConfig(r=2, target_modules=["0"]))
 
 
