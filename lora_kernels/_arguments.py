@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 _Result = TypeVar("_Result")
@@ -226,6 +227,106 @@ class QuantizedInputs(NamedTuple):
     def over(self, weight: Tensor | None) -> LoraInputs:
         """The same over a dense W."""
         return LoraInputs(self.x, weight, *self[4:10], self.scaling, self.dropout_p)
+
+
+class DequantizeInputs(NamedTuple):
+    """Of ``dequantize``: the parts of a ``QuantizedWeight`` [rows, cols], and the dtype of what is made."""
+
+    codes: Tensor
+    scales: Tensor
+    nested: Tensor | None
+    format: str
+    rows: int
+    cols: int
+    block: int
+    dtype: torch.dtype
+
+
+class QuantizedProduct(NamedTuple):
+    """Of ``quantized_linear``: out += x Wᵀ, or x W, of a ``QuantizedWeight``'s parts."""
+
+    out: Tensor
+    x: Tensor
+    codes: Tensor
+    scales: Tensor
+    nested: Tensor | None
+    format: str
+    rows: int
+    cols: int
+    block: int
+    transpose: bool
+
+    @property
+    def weight(self) -> Any:
+        """The parts of W."""
+        return self[2:9]
+
+
+class GroupedInputs(NamedTuple):
+    """Of ``grouped_lora_linear``: rows in order of their expert, those of e from offsets[e] on."""
+
+    x: Tensor
+    # [experts, N, K]; A, B and b have experts in front too.
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    bias: Tensor | None
+    offsets: Tensor
+    scaling: float
+
+
+class GroupedBackward(NamedTuple):
+    """Of ``grouped_lora_linear_backward``; the fields are those of the one above."""
+
+    dy: Tensor
+    x: Tensor | None
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    h: Tensor | None
+    offsets: Tensor
+    scaling: float
+    # Of x, W, A, B and b.
+    needs: Sequence[bool]
+
+
+class StackedInputs(NamedTuple):
+    """Of ``stacked_lora_linear``: a server's stacks, one a slice, and which rows are which adapter's."""
+
+    x: Tensor
+    lora_a: Sequence[Tensor]
+    lora_b: Sequence[Tensor]
+    order: Tensor | None
+    starts: Tensor
+    counts: Tensor
+    ids: Tensor
+    ranks: Tensor | None
+    scalings: Tensor | None
+    scaling: float
+    # The first column of y that is written.
+    offset: int
+    # Whether y is added to.
+    add: bool
+    y: Tensor
+
+    @property
+    def segments(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        """Which rows are which adapter's."""
+        return self.order, self.starts, self.counts, self.ids
+
+
+class GateChainBackward(NamedTuple):
+    """Of ``gate_chain_backward``: dY, what was read, and what is filled."""
+
+    dy: Tensor
+    x: Tensor
+    gates: Sequence[Tensor]
+    dims: Sequence[int]
+    # The gradient of x where it is asked for, which with `add` is added to.
+    dx: Tensor | None
+    add: bool
+    # The gates', all but those of no elements.
+    grads: Sequence[Tensor]
 
 
 def flat(kind: Callable[..., Any]) -> Callable[[Callable[[Any], _Result]], Callable[..., _Result]]:

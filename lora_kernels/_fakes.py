@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from ._arguments import (
+    DequantizeInputs,
     DoraBackward,
     DoraInputs,
     GroupBackward,
+    GroupedBackward,
+    GroupedInputs,
     GroupInputs,
     LoraBackward,
     LoraInputs,
@@ -107,31 +110,17 @@ def lora_linear_group_backward(saved: GroupBackward) -> list[Tensor]:
     return _empty_like((dx, *(like for member in members for like in member)), saved.needs)
 
 
-def grouped_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    offsets: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], weight.shape[1]), x.new_empty(x.shape[0], lora_a.shape[1])
+@flat(GroupedInputs)
+def grouped_lora_linear(inputs: GroupedInputs) -> tuple[Tensor, Tensor]:
+    x, rows = inputs.x, inputs.x.shape[0]
+    return x.new_empty(rows, inputs.weight.shape[1]), x.new_empty(rows, inputs.lora_a.shape[1])
 
 
-def grouped_lora_linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    h: Tensor | None,
-    offsets: Tensor,
-    scaling: float,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+@flat(GroupedBackward)
+def grouped_lora_linear_backward(saved: GroupedBackward) -> list[Tensor]:
+    dy, weight = saved.dy, saved.weight
     dx, dbias = dy.new_empty(dy.shape[0], weight.shape[2]), dy.new_empty(weight.shape[:2])
-    return _empty_like((dx, weight, lora_a, lora_b, dbias), needs)
+    return _empty_like((dx, weight, saved.lora_a, saved.lora_b, dbias), saved.needs)
 
 
 def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -150,17 +139,9 @@ def in_place(*args: object) -> None:
     """Nothing is returned, and what is written keeps its shape."""
 
 
-def dequantize(
-    codes: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    format: str,
-    rows: int,
-    cols: int,
-    block: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return codes.new_empty(rows, cols, dtype=dtype)
+@flat(DequantizeInputs)
+def dequantize(inputs: DequantizeInputs) -> Tensor:
+    return inputs.codes.new_empty(inputs.rows, inputs.cols, dtype=inputs.dtype)
 
 
 @flat(QuantizedInputs)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._arguments import DequantizeInputs, flat
 from ..quant.codes import INT8_UNIT, NESTED_BLOCK, NESTED_CODES, nf4_table
 from .primitives import store_tile
 
@@ -150,22 +151,15 @@ def dequantize_kernel(
 DEQUANTIZE_ROWS, DEQUANTIZE_COLS = 16, 256
 
 
-def dequantize(
-    codes: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    format: str,
-    rows: int,
-    cols: int,
-    block: int,
-    dtype: torch.dtype,
-) -> Tensor:
+@flat(DequantizeInputs)
+def dequantize(inputs: DequantizeInputs) -> Tensor:
     """The op of ``_ops.py``: W ``[rows, cols]``.
 
     The result is new memory each time and not a buffer kept here: what one layer frees torch's allocator
     hands to the next on the same stream, within a captured graph from the graph's own pool, and after the
     step to whatever needs it.
     """
+    codes, scales, nested, format, rows, cols, block, dtype = inputs
     out = torch.empty(rows, cols, dtype=dtype, device=codes.device)
     grid = (triton.cdiv(rows, DEQUANTIZE_ROWS), triton.cdiv(cols, DEQUANTIZE_COLS))
     pointers, row_step, options = weight_arguments(codes, scales, nested, format, cols, block)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._arguments import GateChainBackward, flat
 from ..reference import gate_chain as reference
 from .config import (
     Tile,
@@ -317,18 +318,12 @@ def gate_chain(out: Tensor, x: Tensor, gates: Sequence[Tensor], dims: Sequence[i
         reference.gate_chain(out, x, gates, dims, add)
 
 
-def gate_chain_backward(
-    dy: Tensor,
-    x: Tensor,
-    gates: Sequence[Tensor],
-    dims: Sequence[int],
-    dx: Tensor | None,
-    add: bool,
-    grads: Sequence[Tensor],
-) -> None:
-    """Fills the gates' gradients, all but those of no elements; x's goes into ``dx``."""
+@flat(GateChainBackward)
+def gate_chain_backward(saved: GateChainBackward) -> None:
+    """The backward op of ``_ops.py``: fills the gradients."""
+    dy, x, gates, dims, dx, add, grads = saved
     if not _on_chip(x, dims):
-        return reference.gate_chain_backward(dy, x, gates, dims, dx, add, grads)
+        return reference.gate_chain_backward(*saved)
     x, dy, padded = unit_columns(x), unit_columns(dy), padded_gates(gates, dims)
     if dx is not None:
         _chain(dx, dy, padded, dims, add, transpose=True)

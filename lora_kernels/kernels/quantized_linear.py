@@ -11,10 +11,13 @@ first (``dequantize.py``), and only its codes outlive the call.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._arguments import QuantizedProduct, flat
 from .config import QUANTIZED_ROWS, quantized_tile
 from .dequantize import dequantize, load_weight, weight_arguments
 from .launch import gate_argument, precision, unit_columns
@@ -95,37 +98,21 @@ def quantized_linear_kernel(
     store_tile(y_ptr, acc, rows, outs, stride_ym, 1, M, N)
 
 
-def quantized_linear(
-    out: Tensor,
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    format: str,
-    rows: int,
-    cols: int,
-    block: int,
-    transpose: bool,
-) -> None:
+@flat(QuantizedProduct)
+def quantized_linear(inputs: QuantizedProduct) -> None:
     """The op of ``_ops.py``: out += x Wᵀ, or with ``transpose`` out += x W."""
-    weight = (codes, scales, nested, format, rows, cols, block)
+    out, x, transpose = inputs.out, inputs.x, inputs.transpose
     if not transpose and x.shape[0] <= QUANTIZED_ROWS:
-        launch(out, x, *weight)
+        launch(out, x, inputs.weight)
     else:
-        dense = dequantize(*weight, x.dtype)
+        dense = dequantize(*inputs.weight, x.dtype)
         out.addmm_(x, dense if transpose else dense.T)
 
 
 def launch(
     y: Tensor,
     x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    format: str,
-    rows: int,
-    cols: int,
-    block: int,
+    weight: tuple[Any, ...],
     factors: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
     gate: Tensor | None = None,
@@ -133,6 +120,7 @@ def launch(
     h: Tensor | None = None,
 ) -> None:
     """y += x Wᵀ; with ``factors`` A and B, y = x Wᵀ + b + s (h ⊙ g) Bᵀ, and h is written."""
+    codes, scales, nested, format, rows, cols, block = weight
     x = unit_columns(x)
     count, rank = x.shape[0], 1 if factors is None else factors[0].shape[0]
     tile = quantized_tile(count, rank, x.element_size())

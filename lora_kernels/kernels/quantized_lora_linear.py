@@ -19,7 +19,7 @@ def quantized_lora_linear(inputs: QuantizedInputs) -> tuple[Tensor, Tensor, Tens
     y = x.new_empty(x.shape[0], lora_b.shape[0])
     if seed is None and x_lora is None and x.shape[0] <= QUANTIZED_ROWS and rank <= QUANTIZED_RANK:
         h = x.new_empty(x.shape[0], rank)
-        launch(y, x, *weight, (lora_a, lora_b), bias, gate, scaling, h)
+        launch(y, x, weight, (lora_a, lora_b), bias, gate, scaling, h)
         return y, h, x.new_empty(0, dtype=torch.uint8)
     h, mask = branch_pass(over.branch, lora_a, seed, dropout_p, lora_b, bias, gate, scaling, y)
     quantized_linear(y, x, *weight, False)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._arguments import StackedInputs, flat
 from .config import page_tile
 from .launch import blocks, precision, unit_columns
 from .primitives import cast, dot
@@ -341,22 +342,9 @@ def stacked_lora_expand(
     _expand(h.contiguous()[None], lora_b, segments, None, None, 1.0, offset, add, y)
 
 
-def stacked_lora_linear(
-    x: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    order: Tensor | None,
-    starts: Tensor,
-    counts: Tensor,
-    ids: Tensor,
-    ranks: Tensor | None,
-    scalings: Tensor | None,
-    scaling: float,
-    offset: int,
-    add: bool,
-    y: Tensor,
-) -> None:
+@flat(StackedInputs)
+def stacked_lora_linear(inputs: StackedInputs) -> None:
     """The op of ``_ops.py``: two launches."""
-    segments = (order, starts, counts, ids)
-    parts = _parts(x, lora_a, segments, ranks, len(lora_b))
-    _expand(parts, lora_b, segments, ranks, scalings, scaling, offset, add, y)
+    x, lora_a, lora_b, *_, ranks, scalings, scaling, offset, add, y = inputs
+    parts = _parts(x, lora_a, inputs.segments, ranks, len(lora_b))
+    _expand(parts, lora_b, inputs.segments, ranks, scalings, scaling, offset, add, y)

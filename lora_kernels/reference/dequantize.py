@@ -5,20 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._arguments import DequantizeInputs, flat
 from ..quant.codes import INT8_UNIT, NESTED_BLOCK, NESTED_CODES, nf4_table
 
 
-def dequantize(
-    codes: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    format: str,
-    rows: int,
-    cols: int,
-    block: int,
-    dtype: torch.dtype,
-) -> Tensor:
+@flat(DequantizeInputs)
+def dequantize(inputs: DequantizeInputs) -> Tensor:
     """The op of ``_ops.py``: W ``[rows, cols]``, multiplied in float32 at least and rounded once."""
+    codes, scales, nested, format, rows, cols, block, dtype = inputs
     wide = torch.promote_types(dtype, torch.float32)
     numel, size = rows * cols, min(block, rows * cols)
     values = decoded(codes, format)[:numel].to(wide)

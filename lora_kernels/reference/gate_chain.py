@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._arguments import GateChainBackward, flat
+
 
 def pairs(axes: int) -> list[tuple[int, int]]:
     """(i, j) of each gate, in order, counted from the end."""
@@ -48,16 +50,10 @@ def gate_chain(out: Tensor, x: Tensor, gates: Sequence[Tensor], dims: Sequence[i
     _close(out, h, add)
 
 
-def gate_chain_backward(
-    dy: Tensor,
-    x: Tensor,
-    gates: Sequence[Tensor],
-    dims: Sequence[int],
-    dx: Tensor | None,
-    add: bool,
-    grads: Sequence[Tensor],
-) -> None:
-    """Fills the gates' gradients, all but those of no elements; x's goes into ``dx``."""
+@flat(GateChainBackward)
+def gate_chain_backward(saved: GateChainBackward) -> None:
+    """The backward op of ``_ops.py``: fills the gradients."""
+    dy, x, gates, dims, dx, add, grads = saved
     inputs, h, g = [], _open(x, dims), _open(dy, dims)
     steps = list(zip(pairs(len(dims)), gates, grads, strict=True))
     for pair, gate, _ in steps:

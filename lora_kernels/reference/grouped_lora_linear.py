@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .._arguments import GroupedBackward, GroupedInputs, flat
+
 
 def composite(
     x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, offsets: Tensor, scaling: float
@@ -30,16 +32,10 @@ def _spans(offsets: Tensor) -> Iterator[tuple[int, slice]]:
             yield e, slice(start, end)
 
 
-def grouped_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    offsets: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
+@flat(GroupedInputs)
+def grouped_lora_linear(inputs: GroupedInputs) -> tuple[Tensor, Tensor]:
     """The forward op of ``_ops.py``: y and h, zero for rows behind the last expert's."""
+    x, weight, lora_a, lora_b, bias, offsets, scaling = inputs
     y, h = x.new_empty(x.shape[0], weight.shape[1]), x.new_empty(x.shape[0], lora_a.shape[1])
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     for e, rows in _spans(offsets):
@@ -56,18 +52,10 @@ def _end(rows: Tensor, offsets: Tensor) -> Tensor:
     return rows
 
 
-def grouped_lora_linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    h: Tensor | None,
-    offsets: Tensor,
-    scaling: float,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+@flat(GroupedBackward)
+def grouped_lora_linear_backward(saved: GroupedBackward) -> list[Tensor]:
     """The backward op of ``_ops.py``: the gradients of x, W, A, B and b that ``needs`` asks for."""
+    dy, x, weight, lora_a, lora_b, h, offsets, scaling, needs = saved
     dx = dy.new_empty(dy.shape[0], weight.shape[2]) if needs[0] else None
     dw, da, db = (
         torch.zeros_like(t, memory_format=torch.contiguous_format) if needed else None

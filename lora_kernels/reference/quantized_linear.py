@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
+from .._arguments import QuantizedProduct, flat
 from .dequantize import dequantize
 
 
-def quantized_linear(
-    out: Tensor,
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    format: str,
-    rows: int,
-    cols: int,
-    block: int,
-    transpose: bool,
-) -> None:
+@flat(QuantizedProduct)
+def quantized_linear(inputs: QuantizedProduct) -> None:
     """The op of ``_ops.py``: out += x Wᵀ, or with ``transpose`` out += x W."""
-    weight = dequantize(codes, scales, nested, format, rows, cols, block, x.dtype)
-    out.addmm_(x, weight if transpose else weight.T)
+    weight = dequantize(*inputs.weight, inputs.x.dtype)
+    inputs.out.addmm_(inputs.x, weight if inputs.transpose else weight.T)

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .._arguments import StackedInputs, flat
+
 
 def _segments(
     order: Tensor | None, starts: Tensor, counts: Tensor, ids: Tensor
@@ -69,23 +71,11 @@ def stacked_lora_expand(
             column += b.shape[1]
 
 
-def stacked_lora_linear(
-    x: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    order: Tensor | None,
-    starts: Tensor,
-    counts: Tensor,
-    ids: Tensor,
-    ranks: Tensor | None,
-    scalings: Tensor | None,
-    scaling: float,
-    offset: int,
-    add: bool,
-    y: Tensor,
-) -> None:
+@flat(StackedInputs)
+def stacked_lora_linear(inputs: StackedInputs) -> None:
     """The op of ``_ops.py``: both, with each adapter's own rank and scaling where they are given."""
-    for rows, i in _segments(order, starts, counts, ids):
+    x, lora_a, lora_b, *_, ranks, scalings, scaling, offset, add, y = inputs
+    for rows, i in _segments(*inputs.segments):
         column, factor = offset, scaling if scalings is None else scaling * float(scalings[i])
         for a, b in _factors(lora_a, lora_b, ranks, i):
             delta = (((x[rows] @ a.to(x.dtype).T) * factor) @ b.to(x.dtype).T).to(y.dtype)
