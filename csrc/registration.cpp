@@ -55,7 +55,7 @@ TORCH_LIBRARY_IMPL(lora_kernels, CompositeImplicitAutograd, library) {
 
 namespace {
 
-// set_ways(bounds, table): of lora_kernels/_ways.py.
+// set_ways(bounds, table): of lora_kernels/_cpu_ways.py.
 PyObject* set_ways(PyObject*, PyObject* args) {
   long long bounds[lora_kernels::kBounds];
   PyObject* table;
@@ -75,7 +75,7 @@ PyObject* set_ways(PyObject*, PyObject* args) {
   Py_RETURN_NONE;
 }
 
-// way(op, rows, weight, rank): the place in lora_kernels/_ways.py's WAYS, for float32.
+// way(op, rows, weight, rank): the place in lora_kernels/_cpu_ways.py's WAYS, for float32.
 PyObject* way(PyObject*, PyObject* args) {
   int op;
   long long rows, weight, rank;

@@ -1,5 +1,5 @@
-// Which way an op goes, by the class of its shape: the table is lora_kernels/_ways.py's, which says
-// what the ways and the classes are. The orders here are those of its WAYS, OPS and bands.
+// Which way an op goes, by the class of its shape: the table is lora_kernels/_cpu_ways.py's, which
+// says what the ways and the classes are. The orders here are those of its WAYS, OPS and bands.
 #pragma once
 
 #include <ATen/ATen.h>
