@@ -223,7 +223,10 @@ def load_adapter(
     else:
         source = _folder(directory) / WEIGHTS
         config, tensors, statistics = _read(source.parent, model, key_mapping)
-    plan = plan_adapter(model, config, draw=False, statistics=statistics)
+    try:
+        plan = plan_adapter(model, config, draw=False, statistics=statistics)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     plan, slots = fitted(model, plan, tensors, source)
     values = [value_of(slot, tensors) for slot in slots]
     there = _same_tensors(model, plan, slots, adapter_name)

@@ -124,6 +124,9 @@ def config_of(values: Any, source: Path) -> LoRAConfig:
 def _known_options(values: Any, path: Path, inits: tuple[Any, ...]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    if not isinstance(values.get("lora_kernels") or {}, dict):
+        got = type(values["lora_kernels"]).__name__
+        raise ValueError(f"{path}: lora_kernels: expected an object, got {got}")
     form = _form_of(values)
     if form is None and values.get("peft_type") not in ("LORA", _OWN_TYPE):
         raise ValueError(f"{path}: peft_type: expected 'LORA', got {values.get('peft_type')!r}")

@@ -66,8 +66,10 @@ def _check_tensor(slot: Slot, tensors: Mapping[str, Tensor], source: Any) -> Non
         got = tensors.get(key)
         if got is None:
             continue
-        kind = "floating" if slot.target.is_floating_point() else str(slot.target.dtype)
-        if got.shape != slot.shape or got.is_floating_point() != slot.target.is_floating_point():
+        floating = slot.target.is_floating_point()
+        kind = "floating" if floating else str(slot.target.dtype)
+        fits = got.is_floating_point() if floating else got.dtype == slot.target.dtype
+        if got.shape != slot.shape or not fits:
             sized = not slot.name or "lora_embedding" in key
             hint = "; a model whose embeddings were resized has to be resized before" if sized else ""
             raise ValueError(

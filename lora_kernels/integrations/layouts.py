@@ -43,6 +43,16 @@ _ENDS = {
     "lora_mid.weight": "mid",
     "alpha": "alpha",
 }
+# How many dimensions each may have: 2, with those of a kernel at most 5.
+_MATRIX, _ANY, _CORE = range(2, 3), range(2, 6), range(3, 6)
+_DIMS = {
+    **{name: _MATRIX for name in (*_HADA, *(f"{name}_{half}" for name in _LOKR for half in "ab"))},
+    **{"down": _ANY, "up": _ANY, "lokr_w1": _MATRIX, "lokr_w2": _ANY},
+    **{name: _CORE for name in ("mid", "hada_t1", "hada_t2", "lokr_t2")},
+    **{name: range(1, 6) for name in ("magnitude", "dora_scale")},
+}
+# A Tucker core, and whose first size is the core's second.
+_CORES = {"mid": "down", "hada_t1": "hada_w1_b", "hada_t2": "hada_w2_b", "lokr_t2": "lokr_w2_b"}
 # diffusers' attention processors held the adapters of the projections beside them.
 _PROCESSOR = re.compile(r"(.+)\.processor\.(to_(?:q|k|v|out))_lora\.(down|up)\.weight")
 _Layer = dict[str, Tensor]
@@ -78,6 +88,8 @@ def read_foreign(
     if len(methods) != 1:
         raise ValueError(f"{file}: expected layers of one structure, got {', '.join(sorted(methods))}")
     (method,) = methods
+    for name, layer in layers.items():
+        _check_shapes(name, layer, file)
     modules = {plain: model.get_submodule(name) for name, plain in plain_names(model).items()}
     said = _said(metadata, part, file)
     sizes: dict[str, tuple[int, float]] = {}
@@ -168,6 +180,21 @@ def _method(name: str, layer: _Layer, file: Path) -> str:
     return found
 
 
+def _check_shapes(name: str, layer: _Layer, file: Path) -> None:
+    """Raises where a tensor cannot be what its key says, before anything is computed of it."""
+    for what, tensor in layer.items():
+        alpha, got = what == "alpha", f"got {tensor.dtype} {tuple(tensor.shape)}"
+        if alpha and (tensor.numel() != 1 or tensor.is_complex()):
+            raise ValueError(f"{file}: {name}: alpha: expected one number, {got}")
+        if not alpha and not (tensor.is_floating_point() and tensor.numel() and tensor.dim() in _DIMS[what]):
+            dims = " to ".join(dict.fromkeys((str(min(_DIMS[what])), str(max(_DIMS[what])))))
+            raise ValueError(f"{file}: {name}: {what}: expected floating numbers of {dims} dimensions, {got}")
+    for core, factor in _CORES.items():
+        if core in layer and layer[core].shape[1] != layer[factor].shape[0]:
+            sizes = f"{tuple(layer[core].shape)} and {tuple(layer[factor].shape)}"
+            raise ValueError(f"{file}: {name}: expected a {core} that {factor} fits, got {sizes}")
+
+
 def _lokr_sets() -> list[set[str]]:
     halves = [({name}, {f"{name}_a", f"{name}_b"}) for name in _LOKR]
     return [one | two for one in halves[0] for two in halves[1]]
@@ -241,7 +268,14 @@ def _said(metadata: Mapping[str, str], part: str | None, file: Path) -> LoRAConf
     """What diffusers wrote down of PEFT's config."""
     if _METADATA not in metadata:
         return None
-    values = json.loads(metadata[_METADATA])
+    try:
+        values = json.loads(metadata[_METADATA])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: {_METADATA}: expected JSON, got what does not parse ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: {_METADATA}: expected an object, got {type(values).__name__}")
+    if not values:
+        return None
     parts = sorted({key.partition(".")[0] for key in values})
     wanted = part if part in parts else parts[0]
     own = {key.partition(".")[2]: v for key, v in values.items() if key.startswith(f"{wanted}.")}
