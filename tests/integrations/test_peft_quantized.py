@@ -52,13 +52,9 @@ def llama(saved):
             options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", **options}
             options["bnb_4bit_compute_dtype"] = compute
         config = transformers.BitsAndBytesConfig(**options)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        return transformers.AutoModelForCausalLM.from_pretrained(
             saved, quantization_config=config, device_map="cpu", dtype=dtype
         )
-        for layer in model.modules():
-            if isinstance(layer, bnb.nn.Linear4bit):
-                layer.support_avx512bf16_for_cpu = False
-        return model
 
     return load
 
@@ -214,7 +210,6 @@ def one_layer(kind="Linear4bit", bias=True, config=None, **options):
     torch.manual_seed(0)
     defaults = {"quant_type": "nf4"} if kind == "Linear4bit" else {"has_fp16_weights": False}
     base = getattr(bnb.nn, kind)(128, 40, bias, **{**defaults, **options}).to("cpu")
-    base.support_avx512bf16_for_cpu = False  # PEFT's forward would repack the weight in eval
     config = LoraConfig(r=3, lora_alpha=6, **(config or {}))
     loaded = {"loaded_in_4bit": True, "loaded_in_8bit": True}
     dispatch = peft_bnb.dispatch_bnb_4bit if kind == "Linear4bit" else peft_bnb.dispatch_bnb_8bit
