@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..adapters import Adapter, current_call
 from ..adapters.variants import BiasedLoRA
+from ..init import GIVEN
+from ..init.base import rest_of
 from ..ops._inputs import autocasts
 
 # What a layer with adapters holds beside its base's own.
@@ -198,6 +200,22 @@ class LayerWeights(nn.Module):
         adapter.__dict__["rest"] = None
         self._taker, self._taking = name, False
         self._buffers["_other_weight"] = nn.Parameter(rest.contiguous(), requires_grad=False)
+        if _after_load not in self._load_state_dict_post_hooks.values():
+            self.register_load_state_dict_post_hook(_after_load)
+
+    @torch.no_grad()
+    def _follow_weight(self) -> None:
+        """Makes the weight that does not act follow from a loaded one, where it is of another base."""
+        adapter = self.adapters[self._taker]
+        if not all(name in adapter._buffers for name in GIVEN) or hasattr(self._own_weight, "full_tensor"):
+            return
+        start = (adapter._buffers[name] for name in GIVEN)
+        scaling = adapter.scaling_at(adapter.r) * (-1 if self._taking else 1)
+        weight, other = self._own_weight, self._buffers["_other_weight"]
+        want = self._unmatrix(rest_of(self._matrix(weight), *start, scaling))
+        near = torch.finfo(want.dtype).eps ** 0.5 * max(1.0, float(want.abs().max()))
+        if other is None or other.is_meta or not torch.allclose(other, want, 0.0, near):  # else bit for bit
+            self._buffers["_other_weight"] = nn.Parameter(want.contiguous(), requires_grad=False)
 
     @torch.no_grad()
     def take_again(self, adapter: Adapter) -> None:
@@ -236,6 +254,11 @@ class LayerWeights(nn.Module):
         """What is loaded is a base weight, so a merged layer comes apart first."""
         self.unmerge()
         super()._load_from_state_dict(*args, **kwargs)
+
+
+def _after_load(layer: Any, keys: object) -> None:
+    if getattr(layer, "_taker", None) is not None:
+        layer._follow_weight()
 
 
 @torch.no_grad()

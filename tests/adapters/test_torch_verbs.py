@@ -157,3 +157,36 @@ def test_a_basis_goes_through_meta_and_to_empty():
     for made in (by_meta(layer), by_to_empty(layer)):
         (got,) = torch.autograd.grad(made(x).sin().sum(), x)
         torch.testing.assert_close(got, want)
+
+
+def on_another_base(layer):
+    """A layer of other numbers, whose start took something else out of them."""
+    torch.manual_seed(7)
+    other = LoRALinear(12, 10, r=2, init_lora_weights="pissa")
+    other.load_state_dict(layer.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("active", [True, False])
+@pytest.mark.parametrize("verb", [by_meta, by_to_empty, on_another_base])
+def test_a_base_that_a_start_took_from_follows_what_is_loaded(verb, active):
+    torch.manual_seed(0)
+    layer = LoRALinear(12, 10, r=2, init_lora_weights="pissa")
+    x = torch.randn(3, 12)
+    if not active and verb is on_another_base:
+        pytest.skip("a state dict says what acts by the layer that it is loaded into")
+    layer.set_adapter(["default"] if active else [])
+    made = verb(layer)
+    torch.testing.assert_close(made(x), layer(x))
+    with layer.disable_adapters(), made.disable_adapters():
+        torch.testing.assert_close(made(x), layer(x))
+    made.set_adapter("default")
+    layer.set_adapter("default")
+    torch.testing.assert_close(made(x), layer(x))
+
+
+def test_the_base_stays_bit_for_bit_where_the_same_is_loaded():
+    layer = LoRALinear(12, 10, r=2, init_lora_weights="pissa")
+    before = layer.bare_weight
+    layer.load_state_dict(layer.state_dict())
+    assert layer.bare_weight is before

@@ -189,6 +189,11 @@ def adapters_of_fsdp2_are_saved_whole(rank):
         assert not torch.equal(alone(x), y)
         load_adapter(alone, folder)
         torch.testing.assert_close(alone(x), y)
+        wide = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 6))
+        save_adapter(apply_lora(wide, LoRAConfig(r=5, target_modules="all-linear")), folder)
+        with pytest.raises(RuntimeError, match="by tensors of other shapes after fully_shard took them over"):
+            load_adapter(model, folder)
+        torch.testing.assert_close(model(x), y)
 
 
 def what_adapters_own_under_fsdp2(rank):
