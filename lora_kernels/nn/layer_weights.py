@@ -209,10 +209,10 @@ class LayerWeights(nn.Module):
         adapter = self.adapters[self._taker]
         if not all(name in adapter._buffers for name in GIVEN) or hasattr(self._own_weight, "full_tensor"):
             return
-        start = (adapter._buffers[name] for name in GIVEN)
+        start_a, start_b = (adapter._buffers[name] for name in GIVEN)
         scaling = adapter.scaling_at(adapter.r) * (-1 if self._taking else 1)
         weight, other = self._own_weight, self._buffers["_other_weight"]
-        want = self._unmatrix(rest_of(self._matrix(weight), *start, scaling))
+        want = self._unmatrix(rest_of(self._matrix(weight), start_a, start_b, scaling))
         near = torch.finfo(want.dtype).eps ** 0.5 * max(1.0, float(want.abs().max()))
         if other is None or other.is_meta or not torch.allclose(other, want, 0.0, near):  # else bit for bit
             self._buffers["_other_weight"] = nn.Parameter(want.contiguous(), requires_grad=False)
