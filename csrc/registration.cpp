@@ -13,13 +13,16 @@
 #include "cpu/flora.h"
 #include "cpu/gate_chain.h"
 #include "cpu/invariant_linear.h"
+#include "cpu/lora_glu_linear_autograd.h"
 #include "cpu/lora_linear.h"
 #include "cpu/lora_linear_autograd.h"
 #include "cpu/lora_linear_group.h"
+#include "cpu/lora_linear_group_autograd.h"
 #include "cpu/low_rank_norm.h"
 #include "cpu/multi_lora_linear.h"
 #include "cpu/quantized_linear.h"
 #include "cpu/stacked_lora.h"
+#include "cpu/thin_branch_autograd.h"
 #include "cpu/version.h"
 #include "cpu/ways.h"
 
@@ -51,6 +54,10 @@ TORCH_LIBRARY_IMPL(lora_kernels, CPU, library) {
 
 TORCH_LIBRARY_IMPL(lora_kernels, CompositeImplicitAutograd, library) {
   library.impl("cpp_lora_linear_autograd", lora_kernels::lora_linear_autograd);
+  library.impl("cpp_cored_linear_autograd", lora_kernels::cored_linear_autograd);
+  library.impl("cpp_folded_linear_autograd", lora_kernels::folded_linear_autograd);
+  library.impl("cpp_lora_glu_linear_autograd", lora_kernels::lora_glu_linear_autograd);
+  library.impl("cpp_lora_linear_group_autograd", lora_kernels::lora_linear_group_autograd);
 }
 
 namespace {

@@ -34,8 +34,10 @@ OPS = {
     "lora_linear_backward": WAYS,
     "lora_linear_dropped": WAYS,
     "lora_linear_dropped_backward": WAYS,
-    "lora_linear_group": WAYS[:2],
-    "lora_linear_group_backward": WAYS[:2],
+    "lora_linear_group": WAYS,
+    "lora_linear_group_backward": WAYS,
+    "lora_linear_group_dropped": WAYS,
+    "lora_linear_group_dropped_backward": WAYS,
     "dora_linear": WAYS[:2],
     "dora_linear_backward": WAYS[:2],
     "quantized_linear": WAYS[:2],
@@ -112,16 +114,19 @@ def _default(op: str, name: str, instructions: str, vendor: str) -> str:
     rows, weight, rank = name.split("/")
     if instructions == "avx512" and vendor != "GenuineIntel" and rows != "few" and weight != "small":
         return "panels"
-    return "torch" if "torch" in OPS[op] and _torchs(op, rank) else "vendor"
+    return "torch" if "torch" in OPS[op] and _torchs(op, rows, rank) else "vendor"
 
 
-def _torchs(op: str, rank: str) -> bool:
+def _torchs(op: str, rows: str, rank: str) -> bool:
     """Whether PyTorch's products of the branch are as fast as our loops, or faster.
 
     Beyond low ranks a branch is a product like others, and in a forward pass its loops save nothing:
-    they do where they read dY once for two products, and where they drop x as they read it.
+    they do where they read a dY that is in the cache once for two products, and where they drop x as they
+    read it.
     """
-    return rank == "high" or op == "lora_linear" or (rank == "middle" and "dropped" not in op)
+    if rank == "high" or op in ("lora_linear", "lora_linear_group"):
+        return True
+    return (rank == "middle" or rows == "many") and "dropped" not in op
 
 
 def decide(times: Times, forced: str, instructions: str, vendor: str) -> dict[str, dict[str, Choice]]:

@@ -201,10 +201,18 @@ CUDA_FUSED = (
     " Tensor pages, Tensor spans, Tensor scalings, Tensor? weights, Tensor order, Tensor offsets,"
     " Tensor tiles, SymInt max_rank) -> Tensor"
 )
-# Differentiable in C++: what an eager call on the CPU runs. It decomposes, so it has no fake.
+# Differentiable in C++: what eager calls on the CPU run. They decompose, so they have no fakes.
 CPP_AUTOGRAD = (
     "cpp_lora_linear_autograd(Tensor x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor? bias,"
-    " Tensor? gate, Tensor? x_lora, float scaling, float dropout_p) -> Tensor"
+    " Tensor? gate, Tensor? x_lora, float scaling, float dropout_p) -> Tensor",
+    "cpp_lora_linear_group_autograd(Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs,"
+    " Tensor?[] biases, Tensor?[] gates, float[] scalings, float[] dropout_ps) -> Tensor[]",
+    "cpp_cored_linear_autograd(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_a, Tensor core,"
+    " Tensor lora_b, float scaling) -> Tensor",
+    "cpp_folded_linear_autograd(Tensor x, Tensor? weight, Tensor? bias, Tensor columns) -> Tensor",
+    # Of act(gate) * up.
+    "cpp_lora_glu_linear_autograd(Tensor gate, Tensor up, Tensor weight, Tensor lora_a, Tensor lora_b,"
+    " Tensor? bias, float scaling, float dropout_p, str activation) -> Tensor",
 )
 # Flora's step of one float32 matrix; `momentum` [out,r] or [r,in] and `projection` where it is a sketch.
 CPP_FLORA = (
@@ -235,7 +243,8 @@ for _op in CPP_OPS:
 for _op, _schema in IN_PLACE.items():
     _define(_op, _schema, in_place)
     _define(f"cpp_{_op}", _schema, in_place)
-_library.define(CPP_AUTOGRAD)
+for _schema in CPP_AUTOGRAD:
+    _library.define(_schema)
 _library.define(CPP_FLORA)
 for _op in CUDA_OPS:
     _define(f"cuda_{_op}", (SCHEMAS | IN_PLACE)[_op], FAKES.get(_op, in_place))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -44,11 +45,12 @@ class Example:
 
 
 def _calls(op: str, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Call:
+    p = DROPOUT if op.endswith("dropped") else 0.0
     if op in ("lora_linear", "lora_linear_dropped"):
-        p = DROPOUT if op.endswith("dropped") else 0.0
         return lambda: (lora_linear(x, weight, a, b, dropout_p=p),)
-    if op == "lora_linear_group":
-        return lambda: lora_linear_group(x, [weight] * MEMBERS, [a] * MEMBERS, [b] * MEMBERS)
+    if op in ("lora_linear_group", "lora_linear_group_dropped"):
+        members = ([one] * MEMBERS for one in (weight, a, b))
+        return functools.partial(lora_linear_group, x, *members, dropout_p=p)
     if op == "dora_linear":
         magnitude = torch.ones(len(weight))
         return lambda: (dora_linear(x, weight, a, b, magnitude),)

@@ -28,16 +28,10 @@ Tensor shrunk(Way way, const Dropped& x, const Tensor& lora_a) {
   return unpack(shrink(x, pack_transposed(lora_a, dtype)), lora_a.size(0), dtype);
 }
 
-// What dY gives by way of B: U = s dY B [M, r or more] and dB = s dY' (h * g), in one pass if both.
-struct FromOutput {
-  Tensor u, db;
-};
-
-FromOutput from_output(const Tensor& dy, const Tensor& lora_b, const OptTensor& h,
-                       const OptTensor& gate, double scaling, bool needs_u, bool needs_b) {
+FromOutput packed_from_output(const Tensor& dy, const Tensor& lora_b, const OptTensor& h,
+                              const OptTensor& gate, double scaling, bool needs_u, bool needs_b) {
   const auto dtype = dy.scalar_type();
   const Dropped whole = {dy, std::nullopt, 0.0};
-  if (!needs_b && !needs_u) return {};
   if (!needs_b) return {shrink(whole, pack(lora_b, dtype)).mul_(scaling), {}};
   const Tensor vectors = pack(gated(*h, gate), dtype);
   FromOutput from;
@@ -54,7 +48,7 @@ FromOutput plain_from_output(const Tensor& dy, const Tensor& lora_b, const OptTe
                              const OptTensor& gate, double scaling, bool needs_u, bool needs_b) {
   FromOutput from;
   if (needs_u) {
-    from.u = product(Way::kTorch, dy, lora_b.to(dy.scalar_type())).mul_(scaling);
+    from.u = product(Way::kTorch, dy, lora_b.to(dy.scalar_type()), scaling);
   }
   if (needs_b) from.db = plain_grad_b(dy, gated(*h, gate), lora_b, scaling);
   return from;
@@ -67,20 +61,34 @@ Tensor gated_rows(const Tensor& u, const OptTensor& gate, int64_t rank, at::Scal
   return u.size(1) == rank ? dh : pack(dh, dtype);
 }
 
-Tensor grad_a(Way way, const Dropped& x, const Tensor& dh, const Tensor& lora_a) {
-  if (way == Way::kTorch) return plain_grad_a(x, dh, lora_a);
-  return unpack_transposed(outer(x, dh, 1.0), lora_a.size(0), lora_a.scalar_type());
-}
-
 // y = x W' + b + s V B'.
 Tensor output(Way way, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
               const Tensor& vectors, const Tensor& b_t, double scaling) {
   if (has(weight)) return branched_product(way, x, weight->t(), bias, vectors, b_t, scaling);
-  Tensor y = product(way, vectors, b_t).mul_(scaling);
+  Tensor y = product(way, vectors, b_t, scaling);
   return has(bias) ? y.add_(*bias) : y;
 }
 
 }  // namespace
+
+Way lora_linear_backward_way(const Tensor& dy, const Tensor& lora_a, const Tensor& lora_b,
+                             bool drops) {
+  const Op op = drops ? Op::kLinearDroppedBackward : Op::kLinearBackward;
+  return way_for(op, dy, lora_a, lora_b);
+}
+
+FromOutput from_output(Way way, const Tensor& dy, const Tensor& lora_b, const OptTensor& h,
+                       const OptTensor& gate, double scaling, bool needs_u, bool needs_b) {
+  if (!needs_u && !needs_b) return {};
+  const auto& read = way == Way::kTorch ? plain_from_output : packed_from_output;
+  return read(dy, lora_b, h, gate, scaling, needs_u, needs_b);
+}
+
+Tensor grad_a(Way way, const Dropped& x, const Tensor& dh, const Tensor& lora_a) {
+  if (way == Way::kTorch) return plain_grad_a(x, dh, lora_a);
+  const Tensor packed = outer(x, pack(dh, x.x.scalar_type()), 1.0);
+  return unpack_transposed(packed, lora_a.size(0), lora_a.scalar_type());
+}
 
 // With dropout the branch comes first, for its mask.
 Tensor lora_linear_grad_x(Way way, const Tensor& dy, const OptTensor& weight, const Tensor& dh,
@@ -118,13 +126,11 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const OptTensor& x,
                                          const OptTensor& gate, const OptTensor& mask,
                                          double scaling, double dropout_p, bool separate,
                                          std::array<bool, 5> needs) {
-  const Op op = has(mask) ? Op::kLinearDroppedBackward : Op::kLinearBackward;
-  const Way way = way_for(op, dy, lora_a, lora_b);
+  const Way way = lora_linear_backward_way(dy, lora_a, lora_b, has(mask));
   const auto [needs_x, needs_a, needs_b, needs_gate, needs_x_lora] = needs;
   const bool needs_dh = needs_a || needs_gate || needs_x_lora || (needs_x && !separate);
   const auto dtype = dy.scalar_type();
-  const auto& read = way == Way::kTorch ? plain_from_output : from_output;
-  const auto [u, db] = read(dy, lora_b, h, gate, scaling, needs_dh, needs_b);
+  const auto [u, db] = from_output(way, dy, lora_b, h, gate, scaling, needs_dh, needs_b);
   const int64_t rank = lora_a.size(0);
   const Tensor dh = needs_dh ? gated_rows(u, gate, rank, dtype) : Tensor();
   std::vector<Tensor> grads;

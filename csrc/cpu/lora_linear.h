@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "branch.h"
 #include "ways.h"
 
 namespace lora_kernels {
@@ -23,6 +24,22 @@ std::vector<at::Tensor> lora_linear_backward(
     const std::optional<at::Tensor>& h, const std::optional<at::Tensor>& gate,
     const std::optional<at::Tensor>& mask, double scaling, double dropout_p, bool separate,
     std::array<bool, 5> needs);
+
+// The way of lora_linear_backward.
+Way lora_linear_backward_way(const at::Tensor& dy, const at::Tensor& lora_a,
+                             const at::Tensor& lora_b, bool drops);
+
+// What dY gives by way of B: U = s dY B [M, r or more] and dB = s dY' (h * g), in one pass if both.
+struct FromOutput {
+  at::Tensor u, db;
+};
+
+FromOutput from_output(Way way, const at::Tensor& dy, const at::Tensor& lora_b,
+                       const std::optional<at::Tensor>& h, const std::optional<at::Tensor>& gate,
+                       double scaling, bool needs_u, bool needs_b);
+
+// dA = dH' drop(x) in A's dtype, for a dH packed or of r columns.
+at::Tensor grad_a(Way way, const Dropped& x, const at::Tensor& dh, const at::Tensor& lora_a);
 
 // dX = dY W + drop(dH A), or what there is of it without a weight, for a packed dH.
 at::Tensor lora_linear_grad_x(Way way, const at::Tensor& dy,

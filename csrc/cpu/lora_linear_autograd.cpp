@@ -6,7 +6,7 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include "dropout.h"
+#include "autograd_rows.h"
 #include "lora_linear.h"
 
 namespace lora_kernels {
@@ -20,40 +20,7 @@ using OptTensor = std::optional<Tensor>;
 // Places of the differentiable arguments of apply().
 enum Input { kX, kWeight, kA, kB, kBias, kGate, kXLora, kInputs };
 
-OptTensor optional(const Tensor& tensor) {
-  return tensor.defined() ? OptTensor(tensor) : std::nullopt;
-}
-
 Tensor plain(const OptTensor& tensor) { return tensor.value_or(Tensor()); }
-
-Tensor rows(const Tensor& tensor) {
-  return !tensor.defined() || tensor.dim() == 2 ? tensor : tensor.reshape({-1, tensor.size(-1)});
-}
-
-// A gate on the rank is one vector for all rows, or has x's leading dimensions.
-Tensor gate_rows(const Tensor& gate) {
-  return gate.defined() && gate.dim() == 1 ? gate : rows(gate);
-}
-
-Tensor like_rows_of(const Tensor& grad, const Tensor& dy) {
-  if (!grad.defined() || dy.dim() == 2) return grad;
-  auto shape = dy.sizes().vec();
-  shape.back() = grad.size(-1);
-  return grad.view(shape);
-}
-
-// The equation in differentiable operations, for a second derivative.
-Tensor composite(const variable_list& saved, const Tensor& mask, double scaling, double p) {
-  const Tensor x = rows(saved[kX]), gate = gate_rows(saved[kGate]);
-  Tensor branch = saved[kXLora].defined() ? rows(saved[kXLora]) : x;
-  if (mask.defined()) {
-    branch = branch * dropout_scale(branch, mask, p);
-  }
-  Tensor h = at::mm(branch, saved[kA].to(x.scalar_type()).t());
-  if (gate.defined()) h = h * gate.to(x.scalar_type());
-  const Tensor delta = at::mm(h, saved[kB].to(x.scalar_type()).t()) * scaling;
-  return saved[kWeight].defined() ? at::mm(x, saved[kWeight].t()) + delta : delta;
-}
 
 struct LoraLinear : torch::autograd::Function<LoraLinear> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptTensor& weight_in,
@@ -73,10 +40,7 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["dropout_p"] = dropout_p;
     ctx->saved_data["separate"] = x_lora.defined();
-    if (x.dim() == 2) return y;
-    auto shape = x.sizes().vec();
-    shape.back() = y.size(1);
-    return y.view(shape);
+    return with_lead_of(y, x);
   }
 
   // Of the inputs only what the gradients asked for will read.
@@ -127,8 +91,8 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     for (size_t i = 0, next = 0; i < asked.size(); ++i) {
       if (asked[i]) grads[places[i]] = given[next++];
     }
-    grads[kX] = like_rows_of(grads[kX], dy_any);
-    grads[kXLora] = like_rows_of(grads[kXLora], dy_any);
+    grads[kX] = with_lead_of(grads[kX], dy_any);
+    grads[kXLora] = with_lead_of(grads[kXLora], dy_any);
     if (grads[kGate].defined()) grads[kGate] = grads[kGate].view(saved[kGate].sizes());
     if (needs(kWeight)) grads[kWeight] = at::mm(dy.t(), rows(saved[kX]));
     if (needs(kBias)) grads[kBias] = dy.sum(0);
@@ -141,8 +105,10 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     TORCH_CHECK(saved[kX].defined() && (!separate || saved[kXLora].defined()),
                 "lora_linear: a double backward needs the input, which is not saved when no first "
                 "derivative reads it (frozen lora_a, or an x_lora of its own)");
-    const Tensor y = composite(saved, saved[kInputs + 1], ctx->saved_data["scaling"].toDouble(),
-                               ctx->saved_data["dropout_p"].toDouble());
+    const Tensor y =
+        composite({saved[kX], saved[kWeight], saved[kA], saved[kB], saved[kGate], saved[kXLora],
+                   saved[kInputs + 1], ctx->saved_data["scaling"].toDouble(),
+                   ctx->saved_data["dropout_p"].toDouble()});
     variable_list wanted;
     std::vector<int> places;
     for (int i = 0; i < kInputs; ++i) {

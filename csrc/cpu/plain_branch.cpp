@@ -39,12 +39,11 @@ Tensor plain_grad_a(const Dropped& x, const Tensor& dh, const Tensor& lora_a) {
 
 // Of a narrow V the product reads dY along its rows, and what is transposed after it is small.
 Tensor plain_grad_b(const Tensor& dy, const Tensor& vectors, const Tensor& lora_b, double scaling) {
-  const Tensor v = scaling == 1.0 ? vectors : vectors.mul(scaling);
   const auto dtype = lora_b.scalar_type();
-  if (dy.size(0) < kFewRows || v.size(1) > kNarrow) {
-    return product(Way::kTorch, dy.t(), v).to(dtype);
+  if (dy.size(0) < kFewRows || vectors.size(1) > kNarrow) {
+    return product(Way::kTorch, dy.t(), vectors, scaling).to(dtype);
   }
-  return product(Way::kTorch, v.t(), dy).to(dtype).t().contiguous();
+  return product(Way::kTorch, vectors.t(), dy, scaling).to(dtype).t().contiguous();
 }
 
 Tensor plain_expand_dropped(const Tensor& dh, const Tensor& lora_a, const Tensor& mask, double p,

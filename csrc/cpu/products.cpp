@@ -218,9 +218,8 @@ Tensor torchs_branched_product(const Tensor& left, const Tensor& right,
                                const Tensor& factor, double scaling) {
   if (left.size(0) < kFewRows) return updated_product(left, right, bias, vectors, factor, scaling);
   const auto dtype = left.scalar_type();
-  const Tensor scaled = scaling == 1.0 ? vectors : vectors.mul(scaling);
-  const Tensor v = scaled.to(dtype), f = factor.to(dtype);
-  Tensor out = bias ? at::addmm(*bias, v, f) : at::mm(v, f);
+  const Tensor v = vectors.to(dtype), f = factor.to(dtype);
+  Tensor out = bias ? at::addmm(*bias, v, f, 1, scaling) : product(Way::kTorch, v, f, scaling);
   return out.addmm_(left, right);
 }
 
@@ -261,16 +260,17 @@ Tensor branched_product(Way way, const Tensor& left, const Tensor& right,
   return out;
 }
 
-Tensor product(Way way, const Tensor& left, const Tensor& right) {
-  if (in_blocks(left)) {
-    const Tensor out = at::empty({left.size(0), right.size(1)}, left.options());
+Tensor product(Way way, const Tensor& left, const Tensor& right, double scaling) {
+  const bool blocked = in_blocks(left);
+  if (!blocked && way != Way::kPanels && scaling == 1.0) return at::mm(left, right);
+  const Tensor out = at::empty({left.size(0), right.size(1)}, left.options());
+  if (!blocked && way != Way::kPanels) return out.addmm_(left, right, 0, scaling);
+  if (blocked) {
     blocked_product(out, left, right, false);
-    return out;
+  } else {
+    sum_products({left}, {{out, std::nullopt, {{0, right}}}});
   }
-  if (way != Way::kPanels) return at::mm(left, right);
-  Tensor out = at::empty({left.size(0), right.size(1)}, left.options());
-  sum_products({left}, {{out, std::nullopt, {{0, right}}}});
-  return out;
+  return scaling == 1.0 ? out : out.mul_(scaling);
 }
 
 void accumulate_product(Way way, const Tensor& out, const Tensor& left, const Tensor& right) {

@@ -30,7 +30,8 @@ at::Tensor branched_product(Way way, const at::Tensor& left, const at::Tensor& r
                             const std::optional<at::Tensor>& bias, const at::Tensor& vectors,
                             const at::Tensor& factor, double scaling);
 
-at::Tensor product(Way way, const at::Tensor& left, const at::Tensor& right);
+// s L R.
+at::Tensor product(Way way, const at::Tensor& left, const at::Tensor& right, double scaling = 1.0);
 
 // out += L R.
 void accumulate_product(Way way, const at::Tensor& out, const at::Tensor& left,

@@ -15,6 +15,8 @@ enum class Op : uint8_t {
   kLinearDroppedBackward,
   kGroup,
   kGroupBackward,
+  kGroupDropped,
+  kGroupDroppedBackward,
   kDora,
   kDoraBackward,
   kQuantized,

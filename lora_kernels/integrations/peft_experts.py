@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapters.expert_lora import ExpertFactors, side_by_side
 from ..nn.expert_parameters import experts_forward, is_routed, why_not_experts
-from .peft_linear import PeftNamed, hooked
+from .peft_linear import PeftNamed, hooked_inside
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -70,7 +70,7 @@ def _why_not_now(layer: Any, base: Any) -> str | None:
         return "it is merged or disabled"
     if "parametrizations" in base._modules:
         return "a parameter of its experts is parametrised"
-    if any(hooked(module) for module in layer.modules() if module is not layer):
+    if hooked_inside(layer):
         return "it has forward or backward hooks inside"
     return why_not_experts(base)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..adapters import LowRank
 from ..nn.conv import convolve
 from ..nn.embedding import embed
-from .peft_linear import PeftNamed, hooked, magnitude_of, scale_and_gate
+from .peft_linear import PeftNamed, hooked_inside, magnitude_of, scale_and_gate
 
 _DORA = (DoraEmbeddingVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
 _DROPOUTS = (type(None), nn.Identity, nn.Dropout)  # none: the layer has no such adapter
@@ -112,8 +112,7 @@ def _changed(layer: Any) -> str | None:
             return f"adapter {name!r} has lora_bias"
         if type(dropout) not in _DROPOUTS:
             return f"adapter {name!r} has {type(dropout).__name__} for its dropout, not nn.Dropout"
-    inside = any(hooked(module) for module in layer.modules() if module is not layer)
-    return "it has forward or backward hooks inside" if inside else None
+    return "it has forward or backward hooks inside" if hooked_inside(layer) else None
 
 
 def why_not(layer: Any) -> str | None:

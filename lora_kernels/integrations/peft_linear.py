@@ -313,6 +313,19 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+def hooked_inside(layer: Any) -> bool:
+    """Whether somebody listens to the calls of any module below the layer."""
+    # A list, since the generators of ``modules()`` take as long as the thin products of a call.
+    inside = list(layer._modules.values())
+    while inside:
+        module = inside.pop()
+        if module is not None:
+            if hooked(module):
+                return True
+            inside += module._modules.values()
+    return False
+
+
 def why_not(layer: PeftLinear) -> str | None:
     """Why a PEFT ``Linear`` stays PEFT's, or ``None``."""
     return why_not_base(layer) or unsupported_now(layer, layer.active_adapters)

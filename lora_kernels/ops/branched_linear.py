@@ -37,6 +37,11 @@ class Branch:
         """
         return False
 
+    @property
+    def in_cpp(self) -> Any:
+        """For eager calls on the CPU: an op of x, W, b and tensors, differentiated in C++, or ``None``."""
+        return None
+
     def add_(self, y: Tensor, x: Tensor, *tensors: Any, **write: Any) -> tuple[Tensor | None, ...]:
         """Adds the branch for x ``[rows, in]`` into y; gives what the gradients read."""
         raise NotImplementedError
@@ -79,6 +84,8 @@ def branched_linear(
         return base + branched_linear(x if x_branch is None else x_branch, None, None, branch, tensors)
     if _dispatch.transformed():
         return _transformable(x, weight, bias, branch, tensors, x_branch)
+    if branch.in_cpp is not None and x_branch is None and _dispatch.eager_cpp(x, 1):
+        return branch.in_cpp(x, weight, bias, *tensors)  # type: ignore[no-any-return]
     return _BranchedLinear.apply(branch, x, x_branch, weight, bias, *tensors)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .branched_linear import Branch
@@ -23,6 +25,13 @@ class CoredRank(Branch):
 
     # s.
     scaling: float
+
+    @property
+    def in_cpp(self) -> Any:
+        """csrc/cpu/thin_branch_autograd.cpp."""
+        return functools.partial(
+            torch.ops.lora_kernels.cpp_cored_linear_autograd.default, scaling=self.scaling
+        )
 
     def add_(
         self, y: Tensor, x: Tensor, lora_a: Tensor, core: Tensor, lora_b: Tensor, write: bool = False

@@ -54,6 +54,11 @@ class FoldedColumns(Branch):
 
     writes = True
 
+    @property
+    def in_cpp(self) -> Any:
+        """csrc/cpu/thin_branch_autograd.cpp."""
+        return torch.ops.lora_kernels.cpp_folded_linear_autograd.default
+
     def add_(self, y: Tensor, x: Tensor, columns: Tensor, write: bool = False) -> tuple[Tensor, ...]:
         """Adds it for rows x; with ``write`` into memory that nobody has filled."""
         folded = _sum(x, len(columns), cyclic=True)

@@ -116,6 +116,9 @@ def fused_mlp(
         dtype = compute_dtype(x)
         weight, bias = cast(weight, dtype), cast(bias, dtype)  # type: ignore[assignment]
     args = (weight, down.lora_a, down.lora_b, bias, down.scaling, down.dropout_p)
+    if _dispatch.eager_cpp(opened, down.lora_a.shape[0]):
+        in_cpp = torch.ops.lora_kernels.cpp_lora_glu_linear_autograd.default
+        return in_cpp(opened, raised, *args, activation)  # type: ignore[no-any-return]
     return _GluLinear.apply(opened, raised, *args, activation)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from unittest.mock import patch
+
 import pytest
 import torch
 
 from lora_kernels import _backend, lora_linear, use_backend
 from lora_kernels._arguments import LoraInputs
+from lora_kernels.ops import _dispatch
 from lora_kernels.ops._lora_function import LoRALinearFunction
 from lora_kernels.ops.lora_linear import _formed
 from lora_kernels.reference.dropout import dropout_apply, dropout_mask
@@ -18,6 +22,18 @@ SEED = 20240607
 # compiled code runs, where an eager "cpp" call is differentiated in C++.
 PATHS = ("reference", "cpp", "cpp-function", "triton")
 CPU_PATHS = PATHS[:3]
+
+
+@contextlib.contextmanager
+def in_python():
+    """The C++ kernels below the Python Function."""
+    with use_backend("cpp"), patch.object(_dispatch, "eager_cpp", lambda *args: False):
+        yield
+
+
+def on(path):
+    """The backend of a path."""
+    return in_python() if path == "cpp-function" else use_backend(path)
 
 
 def skip_unavailable(path, case, device):

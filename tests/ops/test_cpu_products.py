@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -81,6 +82,24 @@ GROUPS = {
 @pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
 def test_groups(group):
     run_group("cpp", group, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("way", ["vendor", "torch"])
+@pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
+def test_groups_by_other_products(group, way, dtype):
+    with _ways.forced(way):
+        run_group("cpp", replace(group, case=replace(group.case, dtype=dtype)), CPU)
+
+
+@pytest.mark.parametrize("ps", [(0.0,) * 3, (0.3,) * 3], ids=["plain", "dropout"])
+def test_each_way_of_a_group_is_another(ps):
+    """That a way is taken shows in the last bits alone."""
+    group, found = Group(LoraCase(lead=(200,), cols=300), (250, 90, 130), ps=ps), []
+    for way in _ways.WAYS:
+        with _ways.forced(way):
+            found.append(torch.cat([t.flatten() for t in run_group("cpp", group, CPU) if t is not None]))
+    assert not any(torch.equal(*pair) for pair in itertools.combinations(found, 2))
 
 
 def _outputs_and_gradients(count, threads):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_linear_harness import SEED, skip_unavailable
+from lora_linear_harness import CPU_PATHS, PATHS, SEED, on, skip_unavailable
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
@@ -59,8 +59,8 @@ def part(inputs, group, name):
     return [inputs[f"{name}{i}"] for i in range(len(group.outs))]
 
 
-def call(backend, inputs, group):
-    with use_backend(backend):
+def call(path, inputs, group):
+    with on(path):
         return lora_linear_group(
             inputs["x"],
             *(part(inputs, group, name) for name in ("weight", "lora_a", "lora_b")),
@@ -111,9 +111,9 @@ def quantise(formats, *results):
                 inputs[f"weight{i}"] = dequantize(q, inputs["x"].dtype) if dense else q
 
 
-def run_group(backend, group, device, requires_grad=("x", *OWN), used=None, ulps=0.5, formats=()):
+def run_group(path, group, device, requires_grad=("x", *OWN), used=None, ulps=0.5, formats=()):
     for case in group.members():
-        skip_unavailable(backend, case, device)
+        skip_unavailable(path, case, device)
     generator = torch.Generator().manual_seed(1)
     dys = [torch.randn(*case.lead, case.out, generator=generator).to(device) for case in group.members()]
     dys = [dy if used is None or i in used else None for i, dy in enumerate(dys)]
@@ -121,7 +121,7 @@ def run_group(backend, group, device, requires_grad=("x", *OWN), used=None, ulps
     got, eager = (make(group, device, requires_grad) for _ in range(2))
     exact = make(group, device, requires_grad, FP64)
     quantise(formats, got, eager, exact)
-    results = call(backend, got, group), expected(eager, group, masks), expected(exact, group, masks)
+    results = call(path, got, group), expected(eager, group, masks), expected(exact, group, masks)
     for ys in results:
         backward(ys, dys)
     for i, ys in enumerate(zip(*results, strict=True)):
@@ -165,10 +165,10 @@ VARIANTS = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("backend", BACKENDS[:2])
-def test_variant(backend, name, dtype, device):
+@pytest.mark.parametrize("path", CPU_PATHS)
+def test_variant(path, name, dtype, device):
     group = VARIANTS[name]
-    run_group(backend, replace(group, case=replace(group.case, dtype=dtype)), device)
+    run_group(path, replace(group, case=replace(group.case, dtype=dtype)), device)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -178,9 +178,9 @@ def test_variant_triton(name, device):
     run_group("triton", replace(group, case=replace(group.case, dtype=dtype)), device)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_float32_adapters_on_a_half_base(backend, device):
-    run_group(backend, Group(LoraCase(dtype=BF16, adapter_dtype=FP32, gate="rank"), ps=DROPS), device)
+@pytest.mark.parametrize("path", PATHS)
+def test_float32_adapters_on_a_half_base(path, device):
+    run_group(path, Group(LoraCase(dtype=BF16, adapter_dtype=FP32, gate="rank"), ps=DROPS), device)
 
 
 QUANTISED = {
@@ -196,19 +196,19 @@ QUANTISED = {
 
 
 @pytest.mark.parametrize("name", QUANTISED)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_quantised_weights(backend, name, device):
+@pytest.mark.parametrize("path", PATHS)
+def test_quantised_weights(path, name, device):
     group, formats = QUANTISED[name]
-    run_group(backend, group, device, formats=formats)
+    run_group(path, group, device, formats=formats)
 
 
 @pytest.mark.parametrize(
     "subset", (("x",), ("lora_a", "lora_b"), ("x", "lora_a0", "bias1"), ()), ids="+".join
 )
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_quantised_weights_and_some_gradients(backend, subset, device):
+@pytest.mark.parametrize("path", PATHS)
+def test_quantised_weights_and_some_gradients(path, subset, device):
     formats = ("nf4", None, "int8")
-    run_group(backend, Group(LoraCase(bias=True), ps=DROPS), device, subset, (0, 1), formats=formats)
+    run_group(path, Group(LoraCase(bias=True), ps=DROPS), device, subset, (0, 1), formats=formats)
 
 
 SUBSETS = [
@@ -226,20 +226,20 @@ SUBSETS = [
 
 @pytest.mark.parametrize("ps", ((0.0,) * 3, DROPS), ids=("plain", "dropout"))
 @pytest.mark.parametrize("subset", SUBSETS, ids="+".join)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_requires_grad_subset(backend, subset, ps, device):
-    run_group(backend, Group(LoraCase(bias=True, gate="rank"), ps=ps), device, subset)
+@pytest.mark.parametrize("path", PATHS)
+def test_requires_grad_subset(path, subset, ps, device):
+    run_group(path, Group(LoraCase(bias=True, gate="rank"), ps=ps), device, subset)
 
 
 @pytest.mark.parametrize("used", ((0,), (2,), (0, 2), ()), ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_unused_outputs_take_no_part_in_the_backward_pass(backend, used, device):
-    run_group(backend, Group(LoraCase(gate="rank", bias=True), ps=DROPS, ranks=(4, 2, 3)), device, used=used)
+@pytest.mark.parametrize("path", PATHS)
+def test_unused_outputs_take_no_part_in_the_backward_pass(path, used, device):
+    run_group(path, Group(LoraCase(gate="rank", bias=True), ps=DROPS, ranks=(4, 2, 3)), device, used=used)
 
 
 @settings(max_examples=25, deadline=None, database=None, derandomize=True)
 @given(
-    backend=st.sampled_from(BACKENDS[:2]),
+    path=st.sampled_from(CPU_PATHS),
     lead=st.lists(st.integers(0, 5), max_size=2).map(tuple),
     cols=st.integers(1, 70),
     sizes=st.lists(
@@ -252,29 +252,29 @@ def test_unused_outputs_take_no_part_in_the_backward_pass(backend, used, device)
     gate=st.sampled_from(("none", "rank", "rows")),
     x_layout=st.sampled_from(("dense", "strided", "columns", "transposed")),
 )
-def test_any_shape(backend, lead, cols, sizes, dtype, bias, gate, x_layout):
+def test_any_shape(path, lead, cols, sizes, dtype, bias, gate, x_layout):
     case = LoraCase(lead=lead, cols=cols, dtype=dtype, bias=bias, gate=gate, x_layout=x_layout)
     outs, ranks, ps = zip(*sizes, strict=True)
     group = Group(case, outs, ranks, ps, (0.5,) * len(sizes))
-    run_group(backend, group, torch.device("cpu"), ulps=2.0)
+    run_group(path, group, torch.device("cpu"), ulps=2.0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_two_runs_are_bitwise_equal(backend, device):
+@pytest.mark.parametrize("path", PATHS)
+def test_two_runs_are_bitwise_equal(path, device):
     group = Group(LoraCase(lead=(40,), cols=72, dtype=BF16), ps=DROPS)
-    first, second = (run_group(backend, group, device) for _ in range(2))
+    first, second = (run_group(path, group, device) for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True) if pair[0] is not None)
 
 
 @pytest.mark.parametrize("ps", ((0.0,) * 3, (0.2, 0.0, 0.4)), ids=("plain", "dropout"))
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_equals_separate_calls_after_the_same_seed(backend, ps, device):
+@pytest.mark.parametrize("path", PATHS)
+def test_equals_separate_calls_after_the_same_seed(path, ps, device):
     group = Group(LoraCase(lead=(30,), cols=40, bias=True), ps=ps)
     inputs = make(group, device)
     torch.manual_seed(SEED)
-    ys = call(backend, inputs, group)
+    ys = call(path, inputs, group)
     torch.manual_seed(SEED)
-    with use_backend(backend):
+    with on(path):
         for i, case in enumerate(group.members()):
             own = [inputs[f"{name}{i}"] for name in ("weight", "lora_a", "lora_b")]
             y = lora_linear(*(inputs["x"], *own, case.scaling, inputs[f"bias{i}"]), dropout_p=case.dropout_p)
@@ -283,8 +283,8 @@ def test_equals_separate_calls_after_the_same_seed(backend, ps, device):
 
 @pytest.mark.parametrize("ps", ((0.0,) * 3, DROPS), ids=("plain", "dropout"))
 @pytest.mark.parametrize("dtype", (FP64, BF16), ids=str)
-@pytest.mark.parametrize("backend", BACKENDS[:2])
-def test_quantised_is_separate_calls_and_keeps_no_more(backend, dtype, ps, device):
+@pytest.mark.parametrize("path", CPU_PATHS)
+def test_quantised_is_separate_calls_and_keeps_no_more(path, dtype, ps, device):
     group, found = Group(LoraCase(lead=(40,), cols=64, dtype=dtype), ps=ps), []
     inputs = make(group, device)
     quantise(("nf4",) * 3, inputs)
@@ -294,11 +294,11 @@ def test_quantised_is_separate_calls_and_keeps_no_more(backend, dtype, ps, devic
         members = zip(owns, group.scalings, group.ps, strict=True)
         return [lora_linear(inputs["x"], *own, s, dropout_p=p) for own, s, p in members]
 
-    for run in (lambda: call(backend, inputs, group), separate):
+    for run in (lambda: call(path, inputs, group), separate):
         torch.manual_seed(SEED)
         kept = {}
         with (
-            use_backend(backend),
+            on(path),
             torch.autograd.graph.saved_tensors_hooks(
                 lambda t, kept=kept: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
             ),
@@ -313,69 +313,69 @@ def test_quantised_is_separate_calls_and_keeps_no_more(backend, dtype, ps, devic
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_training_false_switches_dropout_off(backend, device):
+@pytest.mark.parametrize("path", PATHS)
+def test_training_false_switches_dropout_off(path, device):
     inputs = make(Group(), device)
     args = [inputs["x"], *(part(inputs, Group(), name) for name in ("weight", "lora_a", "lora_b"))]
-    with use_backend(backend):
+    with on(path):
         off, none = lora_linear_group(*args, dropout_p=0.5, training=False), lora_linear_group(*args)
     assert all(torch.equal(*pair) for pair in zip(off, none, strict=True))
 
 
-def saved_by(backend, group, requires_grad, device):
+def saved_by(path, group, requires_grad, device):
     saved = []
     inputs = make(group, device, requires_grad)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        ys = call(backend, inputs, group)
+        ys = call(path, inputs, group)
     return inputs, ys, {t.untyped_storage().data_ptr(): t for t in saved}
 
 
 @pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_saved_bytes_are_x_once_and_each_h_and_bit(backend, dtype, device):
+@pytest.mark.parametrize("path", PATHS)
+def test_saved_bytes_are_x_once_and_each_h_and_bit(path, dtype, device):
     group = Group(LoraCase(lead=(40,), cols=44, dtype=dtype), ps=DROPS)
-    inputs, _, saved = saved_by(backend, group, ("x", "lora_a", "lora_b"), device)
+    inputs, _, saved = saved_by(path, group, ("x", "lora_a", "lora_b"), device)
     own = {t.untyped_storage().data_ptr() for n, t in inputs.items() if t is not None and n != "x"}
     kept = sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in own)
     assert kept == (40 * 44 + 3 * 40 * 4) * dtype.itemsize + 3 * 40 * 6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_frozen_is_not_saved(backend, device):
+@pytest.mark.parametrize("path", PATHS)
+def test_what_is_frozen_is_not_saved(path, device):
     group = Group(ps=DROPS)
-    inputs, _, saved = saved_by(backend, group, ("lora_b",), device)
+    inputs, _, saved = saved_by(path, group, ("lora_b",), device)
     assert inputs["x"].untyped_storage().data_ptr() not in saved
     assert inputs["weight0"].untyped_storage().data_ptr() not in saved
     assert not any(t.dtype == torch.uint8 for t in saved.values())
-    _, ys, saved = saved_by(backend, group, (), device)
+    _, ys, saved = saved_by(path, group, (), device)
     assert not saved and not any(y.requires_grad for y in ys)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_checkpoint_repeats_the_masks(backend, device):
+@pytest.mark.parametrize("path", PATHS)
+def test_checkpoint_repeats_the_masks(path, device):
     group, found = Group(ps=DROPS), []
     for run in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=False)):
         inputs = make(group, device)
 
         def layer(x, inputs=inputs):
-            return sum(y.square().sum() for y in call(backend, {**inputs, "x": x}, group))
+            return sum(y.square().sum() for y in call(path, {**inputs, "x": x}, group))
 
         torch.manual_seed(1)
-        with use_backend(backend):
+        with on(path):
             run(layer, inputs["x"]).backward()
         found.append([t.grad for t in inputs.values() if t is not None])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("formats", ((), ("nf4", "int8", None)), ids=("dense", "quantised"))
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast(backend, formats, device):
+@pytest.mark.parametrize("path", PATHS)
+def test_autocast(path, formats, device):
     group = Group(LoraCase(bias=True, gate="rank"))
     got, eager = make(group, device), make(group, device)
     exact = make(group, device, dtype=FP64)
     quantise(formats, got, eager, exact)
     with torch.autocast(device.type, dtype=BF16):
-        ys = call(backend, got, group)
+        ys = call(path, got, group)
     half = {name: None if t is None else t.bfloat16() for name, t in eager.items()}
     results = ys, expected(half, group, [None] * 3), expected(exact, group, [None] * 3)
     assert all(y.dtype == BF16 for y in ys)
@@ -393,33 +393,33 @@ SMALL = (
 )
 
 
-def checked(backend, group):
+def checked(path, group):
     """The group as a function of its tensors that draws the same masks each time."""
     inputs = {name: t for name, t in make(group, "cpu").items() if t is not None}
 
     def function(*tensors):
         torch.manual_seed(SEED)
         given = dict.fromkeys(f"{name}{i}" for name in OWN for i in range(2))
-        return call(backend, given | dict(zip(inputs, tensors, strict=True)), group)
+        return call(path, given | dict(zip(inputs, tensors, strict=True)), group)
 
     return function, tuple(inputs.values())
 
 
 @pytest.mark.parametrize("group", SMALL, ids=("gates", "dropout"))
-@pytest.mark.parametrize("backend", BACKENDS[:2])
-def test_gradcheck_twice(backend, group):
-    assert gradcheck(*checked(backend, group), fast_mode=True)
-    assert gradgradcheck(*checked(backend, group), fast_mode=True)
+@pytest.mark.parametrize("path", CPU_PATHS)
+def test_gradcheck_twice(path, group):
+    assert gradcheck(*checked(path, group), fast_mode=True)
+    assert gradgradcheck(*checked(path, group), fast_mode=True)
 
 
 @pytest.mark.parametrize("formats", ((), ("nf4", "int8", None)), ids=("dense", "quantised"))
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_double_backward_of_one_output(backend, formats, device):
+@pytest.mark.parametrize("path", PATHS)
+def test_double_backward_of_one_output(path, formats, device):
     group = Group(ps=DROPS)
     masks = masks_of_next_call(group, device)
     got, exact = make(group, device), make(group, device, dtype=FP64)
     quantise(formats, got, exact)
-    for ys, inputs in ((call(backend, got, group), got), (expected(exact, group, masks), exact)):
+    for ys, inputs in ((call(path, got, group), got), (expected(exact, group, masks), exact)):
         (first,) = torch.autograd.grad(ys[1].square().sum(), inputs["x"], create_graph=True)
         first.square().sum().backward()
     for name, leaf in got.items():
@@ -427,10 +427,10 @@ def test_double_backward_of_one_output(backend, formats, device):
             torch.testing.assert_close(leaf.grad.double(), exact[name].grad, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_double_backward_without_the_input_says_so(backend, device):
+@pytest.mark.parametrize("path", PATHS)
+def test_double_backward_without_the_input_says_so(path, device):
     inputs = make(Group(), device, ("x", "lora_b"))
-    y = call(backend, inputs, Group())[0]
+    y = call(path, inputs, Group())[0]
     with pytest.raises(RuntimeError, match="lora_linear_group: a double backward needs the input"):
         torch.autograd.grad(y.sum(), inputs["lora_b0"], create_graph=True)
 

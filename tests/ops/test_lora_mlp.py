@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from lora_linear_harness import CPU_PATHS, PATHS, on
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
@@ -72,8 +73,8 @@ def projections(inputs, block):
         yield LoRAProjection(weight, lora_a, lora_b, SCALINGS[name], bias, p)
 
 
-def call(backend, inputs, block):
-    with use_backend(backend):
+def call(path, inputs, block):
+    with on(path):
         return lora_mlp(inputs["x"], *projections(inputs, block), block.activation)
 
 
@@ -100,14 +101,14 @@ def expected(inputs, block, masks):
     return linear("down", product).view(*block.lead, block.out)
 
 
-def run(backend, block, device, requires_grad=EVERYTHING):
-    if reason := _backend.unavailable(backend, device.type, block.dtype, 4):
-        pytest.skip(f"{backend}: {reason}")
+def run(path, block, device, requires_grad=EVERYTHING):
+    if reason := _backend.unavailable(path.removesuffix("-function"), device.type, block.dtype, 4):
+        pytest.skip(f"{path}: {reason}")
     masks = masks_of_next_call(block, device)
     dy = torch.randn(*block.lead, block.out, generator=torch.Generator().manual_seed(1)).to(device)
     got, eager = (make(block, device, requires_grad) for _ in range(2))
     exact = make(block, device, requires_grad, FP64)
-    results = call(backend, got, block), expected(eager, block, masks), expected(exact, block, masks)
+    results = call(path, got, block), expected(eager, block, masks), expected(exact, block, masks)
     for y in results:
         if y.requires_grad:
             y.backward(dy.to(y.dtype))
@@ -138,19 +139,19 @@ VARIANTS = {
 }
 
 
-@pytest.mark.spread("backend", "name", "activation", of=3)
+@pytest.mark.spread("path", "name", "activation", of=3)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_variant(backend, name, activation, device):
-    run(backend, Block(**{**vars(VARIANTS[name]), "activation": activation}), device)
+@pytest.mark.parametrize("path", PATHS)
+def test_variant(path, name, activation, device):
+    run(path, Block(**{**vars(VARIANTS[name]), "activation": activation}), device)
 
 
 @pytest.mark.parametrize("dtype", (BF16, HALF, FP64), ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_dtype(backend, activation, dtype, device):
-    run(backend, Block(ps=DROPS, bias=True, dtype=dtype, activation=activation), device)
+@pytest.mark.parametrize("path", PATHS)
+def test_dtype(path, activation, dtype, device):
+    run(path, Block(ps=DROPS, bias=True, dtype=dtype, activation=activation), device)
 
 
 SUBSETS = [
@@ -167,9 +168,9 @@ SUBSETS = [
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids="+".join)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_requires_grad_subset(backend, subset, device):
-    run(backend, Block(bias=True, ps=DROPS), device, subset)
+@pytest.mark.parametrize("path", PATHS)
+def test_requires_grad_subset(path, subset, device):
+    run(path, Block(bias=True, ps=DROPS), device, subset)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -185,14 +186,14 @@ def test_far_from_zero_the_gradients_are_finite_and_right(backend, activation):
         assert_close(one, e.grad, t.grad)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_equals_three_calls_after_the_same_seed(backend, device):
+@pytest.mark.parametrize("path", PATHS)
+def test_equals_three_calls_after_the_same_seed(path, device):
     block = Block(lead=(30,), ps=DROPS, bias=True)
     inputs = make(block, device, ())
     torch.manual_seed(SEED)
-    y = call(backend, inputs, block)
+    y = call(path, inputs, block)
     torch.manual_seed(SEED)
-    with use_backend(backend):
+    with on(path):
         gate, up, down = (
             lambda x, to=to: lora_linear(x, *to[:5], dropout_p=to.dropout_p)
             for to in projections(inputs, block)
@@ -201,69 +202,69 @@ def test_equals_three_calls_after_the_same_seed(backend, device):
     torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_training_false_switches_dropout_off(backend, device):
+@pytest.mark.parametrize("path", PATHS)
+def test_training_false_switches_dropout_off(path, device):
     inputs = make(Block(), device)
-    with use_backend(backend):
+    with on(path):
         off = lora_mlp(inputs["x"], *projections(inputs, Block(ps=DROPS)), training=False)
         assert torch.equal(off, lora_mlp(inputs["x"], *projections(inputs, Block())))
 
 
-def saved_by(backend, block, requires_grad, device):
+def saved_by(path, block, requires_grad, device):
     saved = []
     inputs = make(block, device, requires_grad)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        call(backend, inputs, block)
+        call(path, inputs, block)
     own = {t.untyped_storage().data_ptr() for name, t in inputs.items() if name != "x"}
     kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
     return inputs, sum(size for address, size in kept.items() if address not in own)
 
 
 @pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_saved_are_x_gate_and_up_once_and_each_h_and_bit(backend, dtype, device):
+@pytest.mark.parametrize("path", PATHS)
+def test_saved_are_x_gate_and_up_once_and_each_h_and_bit(path, dtype, device):
     block = Block(lead=(40,), cols=44, hidden=52, dtype=dtype, ps=DROPS)
-    _, kept = saved_by(backend, block, ("x", "lora_a", "lora_b"), device)
+    _, kept = saved_by(path, block, ("x", "lora_a", "lora_b"), device)
     elements = 40 * 44 + 2 * 40 * 52 + 40 * sum(block.ranks)
     assert kept == elements * dtype.itemsize + 40 * (6 + 6 + 7)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_what_no_gradient_reads_is_not_saved(backend, device):
+@pytest.mark.parametrize("path", PATHS)
+def test_what_no_gradient_reads_is_not_saved(path, device):
     block = Block(lead=(40,), ps=DROPS)
-    assert saved_by(backend, block, ("down.lora_b",), device)[1] == 40 * block.ranks[2] * 4
-    assert saved_by(backend, block, (), device)[1] == 0
+    assert saved_by(path, block, ("down.lora_b",), device)[1] == 40 * block.ranks[2] * 4
+    assert saved_by(path, block, (), device)[1] == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_two_runs_are_bitwise_equal(backend, device):
+@pytest.mark.parametrize("path", PATHS)
+def test_two_runs_are_bitwise_equal(path, device):
     block = Block(lead=(40,), ps=DROPS, dtype=BF16)
-    first, second = (run(backend, block, device) for _ in range(2))
+    first, second = (run(path, block, device) for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_checkpoint_repeats_the_masks(backend, device):
+@pytest.mark.parametrize("path", PATHS)
+def test_checkpoint_repeats_the_masks(path, device):
     block, found = Block(ps=DROPS), []
     for through in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=False)):
         inputs = make(block, device)
 
         def layer(x, inputs=inputs):
-            return call(backend, {**inputs, "x": x}, block).square().sum()
+            return call(path, {**inputs, "x": x}, block).square().sum()
 
         torch.manual_seed(1)
-        with use_backend(backend):
+        with on(path):
             through(layer, inputs["x"]).backward()
         found.append([t.grad for t in inputs.values()])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast(backend, device):
+@pytest.mark.parametrize("path", PATHS)
+def test_autocast(path, device):
     block = Block(bias=True)
     got, eager, exact = make(block, device), make(block, device), make(block, device, dtype=FP64)
     with torch.autocast(device.type, dtype=BF16):
-        y = call(backend, got, block)
+        y = call(path, got, block)
     assert y.dtype == BF16
     half, none = {name: t.bfloat16() for name, t in eager.items()}, dict.fromkeys(PARTS)
     for each in (y, expected(half, block, none), expected(exact, block, none)):
@@ -274,24 +275,24 @@ def test_autocast(backend, device):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("backend", BACKENDS[:2])
-def test_gradcheck_twice(backend, activation):
+@pytest.mark.parametrize("path", CPU_PATHS)
+def test_gradcheck_twice(path, activation):
     sizes = {"lead": (2, 2), "cols": 9, "hidden": 5, "out": 3, "ranks": (2, 1, 2), "dtype": FP64}
     block = Block(**sizes, ps=DROPS, bias=True, activation=activation)
     inputs = make(block, "cpu")
 
     def function(*tensors):
         torch.manual_seed(SEED)
-        return call(backend, dict(zip(inputs, tensors, strict=True)), block)
+        return call(path, dict(zip(inputs, tensors, strict=True)), block)
 
     assert gradcheck(function, tuple(inputs.values()), fast_mode=True)
     assert gradgradcheck(function, tuple(inputs.values()), fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_double_backward_without_gate_and_up_says_so(backend, device):
+@pytest.mark.parametrize("path", PATHS)
+def test_double_backward_without_gate_and_up_says_so(path, device):
     inputs = make(Block(), device, ("down.lora_b",))
-    y = call(backend, inputs, Block())
+    y = call(path, inputs, Block())
     with pytest.raises(RuntimeError, match="lora_mlp: a double backward needs the outputs of gate and up"):
         torch.autograd.grad(y.sum(), inputs["down.lora_b"], create_graph=True)
 

@@ -13,7 +13,7 @@ from ..._arguments import LoraInputs
 from ...adapters.update import Branched, LowRank, Update, apply_updates
 from ...nn.groups import grouped
 from ...ops.cored_rank import CoredRank
-from ..peft_linear import PeftNamed, hooked, is_conv1d, parameter, why_not_base
+from ..peft_linear import PeftNamed, hooked_inside, is_conv1d, parameter, why_not_base
 
 
 class FusedTuner(PeftNamed):
@@ -115,8 +115,7 @@ def why_not_now(layer: Any, fused: type[Any]) -> str | None:
             return reason
     if "forward" in vars(layer._modules["base_layer"]):
         return "the forward of its base layer was replaced"
-    inside = any(hooked(module) for module in layer.modules() if module is not layer)
-    return "it has forward or backward hooks inside" if inside else None
+    return "it has forward or backward hooks inside" if hooked_inside(layer) else None
 
 
 def names_now(layer: Any) -> list[str]:
