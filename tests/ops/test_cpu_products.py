@@ -88,7 +88,7 @@ def test_groups(group):
 @pytest.mark.parametrize("way", ["vendor", "torch"])
 @pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
 def test_groups_by_other_products(group, way, dtype):
-    with _ways.forced(way):
+    with _cpu_ways.forced(way):
         run_group("cpp", replace(group, case=replace(group.case, dtype=dtype)), CPU)
 
 
@@ -96,8 +96,8 @@ def test_groups_by_other_products(group, way, dtype):
 def test_each_way_of_a_group_is_another(ps):
     """That a way is taken shows in the last bits alone."""
     group, found = Group(LoraCase(lead=(200,), cols=300), (250, 90, 130), ps=ps), []
-    for way in _ways.WAYS:
-        with _ways.forced(way):
+    for way in _cpu_ways.WAYS:
+        with _cpu_ways.forced(way):
             found.append(torch.cat([t.flatten() for t in run_group("cpp", group, CPU) if t is not None]))
     assert not any(torch.equal(*pair) for pair in itertools.combinations(found, 2))
 
