@@ -54,9 +54,9 @@ struct CoredLinear : torch::autograd::Function<CoredLinear> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     variable_list grads(7);
+    const variable_list saved = ctx->get_saved_variables();  // which a checkpoint makes anew
     {
       at::AutoDispatchBelowADInplaceOrView guard;
-      const variable_list saved = ctx->get_saved_variables();
       const Tensor &h = saved[0], &weight = saved[1], &lora_a = saved[2], &core = saved[3];
       const Tensor dy = rows(grad_outputs[0]);
       const double scaling = ctx->saved_data["scaling"].toDouble();
@@ -103,9 +103,9 @@ struct FoldedLinear : torch::autograd::Function<FoldedLinear> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     variable_list grads(4);
+    const variable_list saved = ctx->get_saved_variables();  // which a checkpoint makes anew
     {
       at::AutoDispatchBelowADInplaceOrView guard;
-      const variable_list saved = ctx->get_saved_variables();
       const Tensor &sums = saved[0], &weight = saved[1], &columns = saved[2];
       const Tensor dy = rows(grad_outputs[0]);
       if (sums.defined()) grads[3] = product(Way::kTorch, sums.t(), dy);
