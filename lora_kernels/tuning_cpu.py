@@ -49,7 +49,7 @@ def _calls(op: str, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Call:
     if op in ("lora_linear", "lora_linear_dropped"):
         return lambda: (lora_linear(x, weight, a, b, dropout_p=p),)
     if op in ("lora_linear_group", "lora_linear_group_dropped"):
-        members = ([one] * MEMBERS for one in (weight, a, b))
+        members = [weight] * MEMBERS, [a] * MEMBERS, [b] * MEMBERS
         return functools.partial(lora_linear_group, x, *members, dropout_p=p)
     if op == "dora_linear":
         magnitude = torch.ones(len(weight))
