@@ -13,6 +13,9 @@ from ._messages import warn
 
 logger = logging.getLogger(__name__)
 
+# What came into the extension last.
+NEWEST = f"{_ops.NAMESPACE}::cpp_cored_linear_autograd"
+
 
 @functools.cache
 def load() -> str | None:
@@ -32,7 +35,9 @@ def _load() -> str | None:
     except ImportError as error:
         return _rebuild(f"the extension does not load, rebuild it against this torch: {error}")
     try:
-        _ = native.multi_lora  # what came last
+        _ = native.multi_lora
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(NEWEST, "CompositeImplicitAutograd"):
+            raise AttributeError(f"there is no {NEWEST}")
         _cpu_version.settle()
         _cpu_ways.settle()
     except AttributeError as error:
