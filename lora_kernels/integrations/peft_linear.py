@@ -214,9 +214,8 @@ def inputs_of(
 
 
 def _bias_of(layer: Any, name: str) -> Tensor | None:
-    """That of B (``lora_bias``)."""
-    found: Tensor | None = parameter(layer._modules["lora_B"]._modules[name], "bias")
-    return found
+    """That of B (``lora_bias``): BD-LoRA's knows none, and a replica has it as an attribute."""
+    return getattr(layer._modules["lora_B"]._modules[name], "bias", None)
 
 
 def _biased(layer: Any, names: Iterable[str], bias: Tensor | None) -> Tensor | None:

@@ -103,7 +103,7 @@ def fused_group(members: Sequence[LoraInputs]) -> tuple[Tensor, ...]:
         x = x.to(dtype)
         weights, biases = ([cast(t, dtype) for t in part] for part in (weights, biases))
     dense, layouts, packed = _unpack(weights)
-    if not packed and _dispatch.eager_cpp(x, max(a.shape[0] for a in lora_as)):
+    if None not in dense and _dispatch.eager_cpp(x, max(a.shape[0] for a in lora_as)):
         group_in_cpp = torch.ops.lora_kernels.cpp_lora_linear_group_autograd.default
         return tuple(group_in_cpp(x, dense, lora_as, lora_bs, biases, gates, scalings, dropout_ps))
     if packed:  # codes have no dtype, so that x may have any
