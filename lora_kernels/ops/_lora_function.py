@@ -24,8 +24,20 @@ def output_like(rows: Tensor, like: Tensor) -> Tensor:
     Autograd lets nobody write into a view that a Function returns, as a ReLU in place would.
     """
     lead = like.shape[:-1]
-    # Nothing else reads the rows, so that this is safe.
-    return rows if len(lead) == 1 else torch.ops.aten._unsafe_view.default(rows, (*lead, rows.shape[-1]))
+    return written(rows) if len(lead) == 1 else _anew(rows, (*lead, rows.shape[-1]))
+
+
+def written(tensor: Tensor) -> Tensor:
+    """What a Function returns for a ``tensor`` that it wrote into.
+
+    Compiled, torch 2.11 gives such a tensor itself no gradient, without a word.
+    """
+    return _anew(tensor, tensor.shape) if torch.compiler.is_compiling() else tensor
+
+
+def _anew(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """The same memory as a tensor of its own: nothing else reads what a Function returns."""
+    return torch.ops.aten._unsafe_view.default(tensor, shape)
 
 
 class LoRALinearFunction(torch.autograd.Function):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _dispatch
 from ._inputs import autocasts, cast, compute_dtype
+from ._lora_function import written
 from ._multi_inputs import check
 from .adapter_stack import AdapterStack
 from .invariant_linear import invariant_linear
@@ -145,7 +146,7 @@ class _WeightedSum(torch.autograd.Function):
         total = rows.new_zeros(len(shares), rows.shape[1])
         for share, row in zip(shares.unbind(1), rows, strict=True):
             total.addcmul_(share[:, None], row)
-        return total
+        return written(total)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
