@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,29 @@ def _lora(**more: Any) -> Options:
 
 def _alike(**options: Any) -> Options:
     return lambda r, width: options
+
+
+class DenseBlocks:
+    """What PEFT's C3A should differentiate: its own backward pass gives x the gradient of the transpose."""
+
+    @staticmethod
+    def apply(x: Any, kernel: Any) -> Any:
+        """Its forward pass, by the dense matrix of the blocks."""
+        from peft.tuners.c3a.utils import get_circulant_fast
+
+        return x @ get_circulant_fast(kernel).T
+
+
+@contextlib.contextmanager
+def right_gradients() -> Iterator[None]:
+    """Inside the ``with`` block PEFT's layers give the gradients of their forward pass."""
+    layer: Any = importlib.import_module("peft.tuners.c3a.layer")
+    before = layer.BlockCircularConvolution
+    layer.BlockCircularConvolution = DenseBlocks
+    try:
+        yield
+    finally:
+        layer.BlockCircularConvolution = before
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ import torch
 pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+from lora_kernels.testing.peft_tuners import right_gradients  # noqa: E402
+
 
 @pytest.fixture
 def bert():
@@ -67,13 +69,14 @@ def as_pefts_should_be(request, monkeypatch):
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     tuner = params.get("tuner", params.get("cell", (None,))[0])
     if tuner is None:
+        yield
         return
-    from peft_tuner_cases import CASES, DenseBlocks  # not at the top: it imports all of PEFT's tuners
+    from peft_tuner_cases import CASES  # not at the top: it imports all of PEFT's tuners
 
-    if tuner == "c3a":
-        monkeypatch.setattr("peft.tuners.c3a.layer.BlockCircularConvolution", DenseBlocks)
     if tuner in CASES and CASES[tuner].draws:
         monkeypatch.setattr(torch, "randn_like", noise)
+    with right_gradients():
+        yield
 
 
 def noise(like):

@@ -3,18 +3,9 @@
 from typing import NamedTuple
 
 import peft
-from peft.tuners.c3a.utils import get_circulant_fast
 
 from lora_kernels.integrations.peft import TAKEOVERS
 from lora_kernels.testing.peft_tuners import CASES as TUNERS
-
-
-class DenseBlocks:
-    """What C3A's layers should differentiate: PEFT's backward pass gives x the gradient of the transpose."""
-
-    @staticmethod
-    def apply(x, kernel):
-        return x @ get_circulant_fast(kernel).T
 
 
 class Case(NamedTuple):
@@ -78,12 +69,6 @@ CASES = {
     "gralora": Case("gralora", {"r": 4, "alpha": 8}, "gralora_dropout", torch_dropout=True),
     "pvera": Case("pvera", {"r": 5}, "pvera_dropout", draws=True),
     "randlora": Case("randlora", {"r": 3, "randlora_alpha": 3}, "randlora_dropout"),
-    "oft": Case("oft", {"oft_block_size": 4}, kinds=ONLY_LINEAR),
-    "oft exact, shared": Case(
-        "oft",
-        {"oft_block_size": 4, "use_cayley_neumann": False, "block_share": True, "coft": True, "eps": 1.0},
-        kinds=ONLY_LINEAR,
-    ),
     "c3a": Case("c3a", {"block_size": 4}, kinds=ONLY_LINEAR, half_exact=True, adds_up=False),
     "boft": Case("boft", {"boft_block_size": 2}, kinds=ONLY_LINEAR),
     "osf": Case("osf", {"effective_rank": 3}, kinds=ONLY_LINEAR, unmerges=False),

@@ -7,13 +7,14 @@ import pytest
 import torch
 from peft import get_peft_model
 from peft.tuners.c3a.utils import BlockCircularConvolution
-from peft_tuner_cases import CASES, DenseBlocks
+from peft_tuner_cases import CASES
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.integrations.peft import TAKEOVERS, accelerate, decelerate
 from lora_kernels.reference.dropout import dropout_apply, dropout_mask
 from lora_kernels.testing import assert_close
+from lora_kernels.testing.peft_tuners import DenseBlocks
 
 ROWS, WIDTH = 7, 12
 

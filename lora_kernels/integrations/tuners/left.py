@@ -12,6 +12,7 @@ LEFT: dict[str, str] = {
     " are any form's",
     "lily": "measured: 0.97 x PEFT's with what is fused; its time is in the base product and the router",
     "ln_tuning": "it trains the norm's own weight, which is no linear",
+    "oft": "measured: 1.03 x PEFT's with x turned in one product and a shorter Cayley transform",
     "poly": "measured: 0.98 to 1.02 x PEFT's; its time is in mixing the factors of each sample",
     "road": "a rotation of pairs of y: no low rank",
     "shira": "W and a sparse matrix are one product, in PEFT too",
