@@ -56,6 +56,10 @@ def serving(name, rows, pattern, *to, adapters="32"):
     return [ratio(one, name, "ours_cpp", "delta", **columns) for one in to]
 
 
+def lycoris():
+    return [ratio("lycoris", "cpu-methods", "ours", method=one) for one in ("lora", "dora", "loha", "lokr")]
+
+
 def call(provider, mode="overhead"):
     return ratio("peft", "cpu", provider, mode, shape=SMALL)
 
@@ -127,6 +131,7 @@ FIGURES = {
                 for figure in serving(name, "1", "identical", "loop", adapters="1")
             ],
         ),
+        (r"takes (N) . LyCORIS' time, DoRA (N), LoHa (N) and LoKr (N) .", lycoris),
         (
             r"they took (N), (N), (N) and (N) .",
             lambda: [
