@@ -22,8 +22,8 @@ def block_diagonal(x: Tensor, blocks: Tensor) -> Tensor:
     """y = x diag(M_1, …, M_n): features i·k to (i + 1)·k of x by M_i
 
     x is ``[..., n·k]``, blocks ``[n, k, k]`` of its dtype, y of the shape of x. One pass over x; backward two
-    over dy and one over x, whose products are written where they belong; x and the blocks are saved. No
-    ``[n·k, n·k]`` is made.
+    over dy and one over x. y and dx are written where they belong, or on a CPU, while that is faster, copied
+    there; x and the blocks are saved. No ``[n·k, n·k]`` is made.
 
     Raises:
         ValueError: blocks is no ``[n, k, k]`` with n·k the features of x.
@@ -55,7 +55,7 @@ def _composed(x: Tensor, blocks: Tensor) -> Tensor:
 
 
 class _BlockDiagonal(torch.autograd.Function):
-    """Autograd's own would copy x, y and both gradients into the order of the batched product."""
+    """Autograd's own would copy x and dy into the order of the batched product, too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, blocks: Tensor) -> Tensor:

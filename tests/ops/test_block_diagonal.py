@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lora_kernels.ops import block_diagonal as module
 from lora_kernels.ops.block_diagonal import block_diagonal
 from lora_kernels.testing import assert_close
 
@@ -27,6 +28,14 @@ def outcome(function, x, blocks):
     return (y.detach(), *torch.autograd.grad(y, (x, blocks), dy))
 
 
+@pytest.fixture(params=["copied", "in place"])
+def order(request, monkeypatch):
+    """Whether products are copied to where they belong, or written there, as large ones are."""
+    if request.param == "in place":
+        monkeypatch.setattr(module, "_LARGE", 0)
+
+
+@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("n", "k"), BLOCKS)
 @pytest.mark.parametrize("rows", [1, 13, (2, 3)], ids=str)
@@ -39,6 +48,7 @@ def test_as_the_dense_matrix(rows, n, k, dtype):
         assert_close(ours, theirs, right, name)
 
 
+@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize(("n", "k"), BLOCKS)
 def test_strided_rows_and_gradients(n, k):
     x, blocks = inputs((4, 2), n, k)
@@ -48,6 +58,7 @@ def test_strided_rows_and_gradients(n, k):
         torch.testing.assert_close(ours, right)
 
 
+@pytest.mark.usefixtures("order")
 def test_no_rows():
     x, blocks = inputs((0, 3), 6, 2)
     y, dx, dblocks = outcome(block_diagonal, x, blocks)
