@@ -129,10 +129,22 @@ def test_env_says_which_way_and_why():
 
 @pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
-def test_wide_branches_are_left_to_pytorch_where_our_products_are(instructions, maker):
+def test_wide_branches_are_left_to_pytorch_where_our_products_are_not(instructions, maker):
     choices = _cpu_ways.decide({}, "auto", instructions, maker)
+    ours = instructions in ("avx512", "avx2") and maker == "AuthenticAMD"
     for op in (op for op in _cpu_ways.OPS if "torch" in _cpu_ways.OPS[op]):
-        ours = instructions == "avx512" and maker != "GenuineIntel"
         assert choices[op]["many/large/high"].way == ("panels" if ours else "torch")
         assert choices[op]["few/small/high"].way == "torch"
+    assert choices["lora_linear_backward"]["some/medium/high"].way == "torch"
     assert choices["lora_linear_dropped"]["few/large/low"].way == "vendor"
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_our_products_where_they_were_measured_faster(instructions):
+    vector = instructions in ("avx512", "avx2")
+    for maker, large in (("AuthenticAMD", vector), ("GenuineIntel", False), ("", False)):
+        choices = _cpu_ways.decide({}, "auto", instructions, maker)
+        for op, classes in choices.items():
+            assert (classes["many/large/low"].way == "panels") == large, op
+            assert (classes["some/small/low"].way == "panels") == (vector and "group" not in op), op
+            assert "panels" not in {choice.way for name, choice in classes.items() if name.startswith("few")}
