@@ -38,18 +38,15 @@ test: install
 test-all: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
 
-# The suite as on a processor without AVX-512, on an Intel one with it: no library sees it.
-HIDING := build/without_avx512.so
-$(HIDING): tests/csrc/without_avx512.c
-	mkdir -p build
-	$(CC) -O1 -Wall -Wextra -Werror -shared -fPIC $< -o $@ -ldl
+# The suite as on a processor without AVX-512, on one that has it: no library sees it.
+HIDING = env $$($(BIN)/python tests/csrc/without_avx512.py build/hiding)
 
-test-avx2: install $(HIDING)
-	LD_PRELOAD="$(CURDIR)/$(HIDING)" $(BIN)/python -m pytest -n 2 --dist worksteal
+test-avx2: install
+	$(HIDING) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# `make bench-avx2 ARGS='--suite dora_linear'`; the command stands in the table, so its path is relative.
-bench-avx2: install $(HIDING)
-	LD_PRELOAD=$(HIDING) $(BIN)/python -m benchmarks --device cpu $(ARGS)
+# `make bench-avx2 ARGS='--suite dora_linear'`.
+bench-avx2: install
+	$(HIDING) $(BIN)/python -m benchmarks --device cpu $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

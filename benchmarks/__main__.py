@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     bench = Bench(args.repeats or (QUICK_REPEATS if args.quick else REPEATS), wanted)
-    command = shlex.join([*report.limits(), "python", "-m", "benchmarks", *given])
+    command = " ".join([*report.limits(), shlex.join(["python", "-m", "benchmarks", *given])])
     under = report.conditions(device, command, bench.repeats)
     folder = args.output or (None if args.quick else Path(__file__).parent / "results")
     output = None if folder is None else Output(folder, _stem(args.suite, device))

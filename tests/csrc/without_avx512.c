@@ -15,10 +15,11 @@
 #include <ucontext.h>
 #include <unistd.h>
 
+#include "cpuid_without_avx512.h"
+
 #ifndef ARCH_SET_CPUID
 #define ARCH_SET_CPUID 0x1012
 #endif
-#define BIT(n) (1u << (n))
 
 typedef int (*sigaction_type)(int, const struct sigaction*, struct sigaction*);
 typedef void (*handler_type)(int);
@@ -32,21 +33,6 @@ static int real_sigaction(int signal, const struct sigaction* now, struct sigact
   static sigaction_type found;
   if (!found) found = (sigaction_type)dlsym(RTLD_NEXT, "sigaction");
   return found(signal, now, before);
-}
-
-/* Registers in the order of the instruction's results: a, b, c, d. */
-static void hide(uint32_t leaf, uint32_t sub, uint32_t* r) {
-  if (leaf == 7 && sub == 0) {
-    r[1] &= ~(BIT(16) | BIT(17) | BIT(21) | BIT(26) | BIT(27) | BIT(28) | BIT(30) |
-              BIT(31));                                       /* F DQ IFMA .. VL */
-    r[2] &= ~(BIT(1) | BIT(6) | BIT(11) | BIT(12) | BIT(14)); /* VBMI VBMI2 VNNI BITALG VPOPCNTDQ */
-    r[3] &= ~(BIT(2) | BIT(3) | BIT(8) | BIT(22) | BIT(23) | BIT(24) |
-              BIT(25)); /* 4VNNIW .. FP16, AMX */
-  } else if (leaf == 7 && sub == 1) {
-    r[0] &= ~(BIT(5) | BIT(21)); /* AVX512-BF16, AMX-FP16 */
-  } else if (leaf == 13 && sub == 0) {
-    r[0] &= ~0x600e0u; /* the state of masks, ZMM and tiles */
-  }
 }
 
 static void otherwise(int signal, siginfo_t* info, void* context) {
@@ -69,9 +55,8 @@ static void on_fault(int signal, siginfo_t* info, void* context) {
   }
   uint32_t leaf = g[REG_RAX], sub = g[REG_RCX], r[4];
   let_cpuid(1);
-  __asm__ volatile("cpuid" : "=a"(r[0]), "=b"(r[1]), "=c"(r[2]), "=d"(r[3]) : "0"(leaf), "2"(sub));
+  cpuid_without_avx512(leaf, sub, r);
   let_cpuid(0);
-  hide(leaf, sub, r);
   g[REG_RAX] = r[0], g[REG_RBX] = r[1], g[REG_RCX] = r[2], g[REG_RDX] = r[3];
   g[REG_RIP] += 2;
 }
