@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.testing.peft_tuners import CASES, WITHOUT_A_STEP, right_gradients
+from lora_kernels.testing.peft_tuners import CASES, WITHOUT_A_STEP, mended
 
 from .bench_llama_layer import LINEARS
 from .measure import HOST_PEAK, PEAK_MEMORY, SAVED_BYTES
@@ -218,7 +218,7 @@ def _reference(case: Case) -> tuple[Problem, tuple[Tensor, ...], list[float]]:
     problem = make_problem(case)
     wide = copy.deepcopy(problem.model).double().eval()
     x = problem.x.detach().double().requires_grad_()
-    with right_gradients():
+    with mended():
         want = outputs(_in_peft(problem, wide), x, problem.dy.double())
         eager = outputs(_in_peft(problem, _own(problem.model).eval()), problem.x, problem.dy)
     return problem, want, _errors(eager, want)

@@ -121,7 +121,7 @@ class Routed(NamedTuple):
 class Shifted(NamedTuple):
     """x Wᵀ + b' + what ``update`` adds, b' [N]."""
 
-    update: LowRank
+    update: LowRank | Formed | Added
     shift: Tensor
 
 

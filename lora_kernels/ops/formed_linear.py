@@ -65,6 +65,38 @@ class HadamardUpdate(NamedTuple):
         return [*factors, grad * made if needs[2] else None]
 
 
+class ScaledShifted(NamedTuple):
+    """W + W₀ ⊙ P + Q of tensors W₀, then P's and Q's (GLoRA)
+
+    Each of the two is a product of factors ``[out, r]`` and ``[r, in]``, or a tensor that spreads over W.
+    """
+
+    def form(self, weight: Tensor | None, base: Tensor, *paths: Tensor) -> tuple[Tensor, Any]:
+        """W', and P."""
+        of_p, of_q = _halves(paths)
+        scale = of_p[0] if len(of_p) == 1 else of_p[0] @ of_p[1]
+        formed = base * scale if weight is None else torch.addcmul(weight, base, scale)
+        return formed.add_(of_q[0]) if len(of_q) == 1 else formed.addmm_(*of_q), scale
+
+    def gradients(self, grad: Tensor, needs: Sequence[bool], made: Any, *tensors: Tensor) -> list[Any]:
+        """Of W₀ and both paths."""
+        base, *paths = tensors
+        (of_p, of_q), (needs_p, needs_q) = _halves(paths), _halves(needs[1:])
+        scales = _of_path(grad * base, of_p, needs_p) if any(needs_p) else [None] * len(of_p)
+        return [grad * made if needs[0] else None, *scales, *_of_path(grad, of_q, needs_q)]
+
+
+def _halves(both: Sequence[Any]) -> tuple[Any, Any]:
+    middle = len(both) // 2
+    return both[:middle], both[middle:]
+
+
+def _of_path(grad: Tensor, path: Sequence[Tensor], needs: Sequence[bool]) -> list[Any]:
+    if len(path) == 2:
+        return _of_product(grad, path[0], path[1], needs, 1.0)
+    return [grad.sum_to_size(path[0].shape) if needs[0] else None]
+
+
 def _of_product(
     grad: Tensor, lora_b: Tensor, lora_a: Tensor, needs: Sequence[bool], scaling: float
 ) -> list[Any]:

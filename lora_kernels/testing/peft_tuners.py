@@ -35,15 +35,21 @@ class DenseBlocks:
 
 
 @contextlib.contextmanager
-def right_gradients() -> Iterator[None]:
-    """Inside the ``with`` block PEFT's layers give the gradients of their forward pass."""
+def mended() -> Iterator[None]:
+    """Inside the ``with`` block PEFT's layers give the gradients of their forward pass, in any dtype.
+
+    AdaMSS casts x to the dtype that W had when the layer was made, and fails where the model was moved since.
+    """
     layer: Any = importlib.import_module("peft.tuners.c3a.layer")
+    adamss: Any = importlib.import_module("peft.tuners.adamss.layer").Linear
     before = layer.BlockCircularConvolution
     layer.BlockCircularConvolution = DenseBlocks
+    adamss.dtype = property(lambda self: self.base_layer.weight.dtype, lambda self, dtype: None)
     try:
         yield
     finally:
         layer.BlockCircularConvolution = before
+        del adamss.dtype
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from lora_kernels.testing.peft_tuners import right_gradients  # noqa: E402
+from lora_kernels.testing.peft_tuners import mended  # noqa: E402
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def nf4_as_it_was_packed(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def as_pefts_should_be(request, monkeypatch):
-    """What a tuner of the cases draws is the same in every dtype and pass; C3A's gradient is right."""
+    """What a tuner of the cases draws is the same in every dtype and pass; and see `mended`."""
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     tuner = params.get("tuner", params.get("cell", (None,))[0])
     if tuner is None:
@@ -75,7 +75,7 @@ def as_pefts_should_be(request, monkeypatch):
 
     if tuner in CASES and CASES[tuner].draws:
         monkeypatch.setattr(torch, "randn_like", noise)
-    with right_gradients():
+    with mended():
         yield
 
 

@@ -62,6 +62,18 @@ CASES = {
     "tinylora": Case("tinylora", {"r": 5, "u": 3}, "tinylora_dropout"),
     "unilora": Case("unilora", {"r": 5, "theta_d_length": 9}, "unilora_dropout"),
     "psoft": Case("psoft", {"r": 5}, "psoft_dropout", ONLY_LINEAR),
+    "glora": Case("glora", {"r": 3, "init_weights": False}, kinds=ONLY_LINEAR),
+    "glora vector": Case(
+        "glora", {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}, kinds=ONLY_LINEAR
+    ),
+    "adamss": Case("adamss", {"r": 4, "num_subspaces": 3, "subspace_rank": 2}, kinds=ONLY_LINEAR),
+    "deft": Case("deft", {"r": 3, "alpha": 5}, "deft_dropout", torch_dropout=True, half_exact=True),
+    "deft qr": Case("deft", {"r": 3, "decomposition_method": "qr"}, half_exact=True),
+    "road": Case("road", {"group_size": 4}, kinds=ONLY_LINEAR),
+    "road_4": Case("road", {"group_size": 4, "variant": "road_4"}, kinds=ONLY_LINEAR),
+    "frod": Case(
+        "frod", {"sparse_rate": 0.2, "progressbar": False}, "frod_dropout", torch_dropout=True, compiles=False
+    ),
     "miss": Case("miss", {"r": 4}, "miss_dropout", ONLY_LINEAR),
     "miss_uneven": Case("miss", {"r": 5}, None, ONLY_LINEAR),
     "miss_mini": Case("miss", {"r": 4, "mini_r": 2, "init_weights": "mini"}, "miss_dropout", ONLY_LINEAR),

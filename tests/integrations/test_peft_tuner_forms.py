@@ -4,12 +4,21 @@ import copy
 
 import pytest
 import torch
-from peft import GraloraConfig, OSFConfig, TinyLoraConfig, VBLoRAConfig, get_peft_model
+from peft import (
+    DeftConfig,
+    GloraConfig,
+    GraloraConfig,
+    OSFConfig,
+    TinyLoraConfig,
+    VBLoRAConfig,
+    get_peft_model,
+)
 from test_peft_tuners import Model
 from torch import nn
 
 from lora_kernels.adapters.update import Branched, Dense, LowRank
 from lora_kernels.integrations.peft import accelerate, decelerate
+from lora_kernels.integrations.tuners.deft import _is_few
 from lora_kernels.integrations.tuners.tinylora import FusedTinyLoraEmbedding
 from lora_kernels.integrations.tuners.wide import moved, product
 from lora_kernels.testing import assert_close
@@ -33,7 +42,7 @@ def results(model, x):
 def assert_same(model, x):
     """Ours against PEFT's, both against PEFT's in fp64."""
     peft = given_back(model)
-    exact = results(copy.deepcopy(peft).double(), x)
+    exact = results(copy.deepcopy(peft).double(), x.double() if x.is_floating_point() else x)
     for at, found in enumerate(zip(results(model, x), results(peft, x), exact, strict=True)):
         assert_close(*found, f"result {at}", ulps=4.0)
 
@@ -88,6 +97,54 @@ def test_gralora_with_a_lora_beside_the_blocks_is_left_to_peft():
     config = GraloraConfig(r=4, hybrid_r=2, target_modules=["first"])
     report = accelerate(get_peft_model(Model("Linear"), config))
     assert report.skipped[0][1] == "adapter 'default' has a hybrid_r, a LoRA beside the blocks"
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "paths", [("constant", "none", "vector"), ("none", "lora", "none"), ("lora", "none", "none")]
+)
+def test_glora_of_single_paths(paths, bias, several):
+    torch.manual_seed(0)
+    options = dict(zip(("config_A_B", "config_C", "config_D_E"), paths, strict=True))
+    config = GloraConfig(r=2, target_modules=["0"], init_weights=False, **options)
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5, bias=bias), nn.Linear(5, 4)), config)
+    model.base_model.model[1].weight.requires_grad_()
+    if several:
+        model.add_adapter("other", config)
+        model.base_model.set_adapter(["default", "other"])
+    assert len(accelerate(model).accelerated) == 1
+    assert_same(model, torch.linspace(-1, 1, 18).view(3, 6))
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("options", [{}, {"decomposition_method": "qr", "alpha": 5}, {"para": True}], ids=str)
+@pytest.mark.parametrize("rows", [1, 9])
+def test_deft_of_few_rows_and_of_many(rows, options, bias, several):
+    """PEFT computes it in float32 whatever the model is in: so its formula, too, in float64."""
+    torch.manual_seed(0)
+    config = DeftConfig(r=2, target_modules=["0"], init_weights=False, **options)
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 5, bias=bias)), config).double()
+    if several:
+        model.add_adapter("other", config)
+        model.base_model.set_adapter(["default", "other"])
+    accelerate(model.double())
+    layer = model.base_model.model[0]
+    assert _is_few(torch.empty(rows, 8), layer.base_layer.weight) == (rows == 1)
+
+    def by_formula(x):
+        y, weight = layer.base_layer(x), layer.base_layer.weight
+        for name in layer.active_adapters:
+            given, taken = layer._project(layer.deft_P[name], name)
+            put = 0 if config.para else layer.deft_R[name] * layer.deft_scaling[name]
+            y = y + x @ (put - taken.double().T @ weight).T @ given.double().T
+        return y
+
+    x = torch.linspace(-1, 1, rows * 8, dtype=torch.float64).view(rows, 8)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ours, wanted = ([y, *torch.autograd.grad(y.square().sum(), trained)] for y in (model(x), by_formula(x)))
+    torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_osf_gradients_are_projected_by_pefts_hooks():

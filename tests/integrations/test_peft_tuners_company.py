@@ -64,7 +64,8 @@ def ones_dropped(case, p, dtype):
 
 def in_state(model, state):
     if state == "merged":
-        model.merge_adapter()
+        with torch.no_grad():  # what PEFT's DeFT keeps for unmerging has no copy else
+            model.merge_adapter()
     if state == "disabled":
         model.base_model.disable_adapter_layers()
     return model

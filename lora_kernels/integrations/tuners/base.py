@@ -47,16 +47,14 @@ class FusedTuner(PeftNamed):
         if not names:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         y = grouped(self, x) if len(names) == 1 else None
-        y = _computed(self, names, x, kwargs) if y is None else y
+        y = self.computed(names, x, kwargs) if y is None else y
         return y.to(x.dtype) if self.in_dtype_of_x else y
 
-
-def _computed(layer: Any, names: list[str], x: Tensor, read: dict[str, Any]) -> Tensor:
-    """y with what each adapter adds."""
-    weight, bias = base_of(layer)
-    updates = [layer.update(name, x, **read) for name in names]
-    ps = [dropout_now(layer, name) for name in names]
-    return apply_updates(x, weight, bias, updates, ps)
+    def computed(self, names: list[str], x: Tensor, read: dict[str, Any]) -> Tensor:
+        """y with what each adapter adds."""
+        updates = [self.update(name, x, **read) for name in names]
+        ps = [dropout_now(self, name) for name in names]
+        return apply_updates(x, *base_of(self), updates, ps)
 
 
 class GroupedTuner(FusedTuner):

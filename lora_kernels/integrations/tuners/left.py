@@ -6,15 +6,12 @@ from __future__ import annotations
 # Measured: a step of 512 rows through a linear of 1024 by 1024, r=32, float32, on a CPU.
 LEFT: dict[str, str] = {
     "beft": "a bias is added, which is one pass over y",
-    "deft": "it takes W's own output in a subspace away, in float32 and through a QR of each call",
-    "frod": "a sparse and a diagonal matrix in W's own bases: no low rank",
     "ia3": "measured: a frozen linear takes 0.91 x its step, and the passes over y or x that are above that"
     " are any form's",
     "lily": "measured: 0.97 x PEFT's with what is fused; its time is in the base product and the router",
     "ln_tuning": "it trains the norm's own weight, which is no linear",
     "oft": "measured: 1.03 x PEFT's with x turned in one product and a shorter Cayley transform",
     "poly": "measured: 0.98 to 1.02 x PEFT's; its time is in mixing the factors of each sample",
-    "road": "a rotation of pairs of y: no low rank",
     "shira": "W and a sparse matrix are one product, in PEFT too",
     "supertuning": "W and a sparse matrix are one product, in PEFT too",
     "trainable_tokens": "rows of an embedding replaced: no linear",
