@@ -50,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--threads", type=int, help="CPU threads of torch")
     result.add_argument("--output", type=Path, help="folder (default: benchmarks/results, none if quick)")
+    result.add_argument(
+        "--label", metavar="NAME", help="a part of the files' names: a processor's beside another's (epyc, say)"
+    )
     return result
 
 
@@ -154,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = " ".join([*report.limits(), shlex.join(["python", "-m", "benchmarks", *given])])
     under = report.conditions(device, command, bench.repeats)
     folder = args.output or (None if args.quick else Path(__file__).parent / "results")
-    output = None if folder is None else Output(folder, _stem(args.suite, device))
+    output = None if folder is None else Output(folder, _stem(args.suite, device, args.label))
     execute(bench, todo, args.budget_seconds, lambda: output.tables(bench.results, under) if output else None)
     if output is not None:
         output.tables(bench.results, under)
@@ -163,10 +166,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if bench.results.wrong else 0
 
 
-def _stem(suite: str, device: str) -> str:
+def _stem(suite: str, device: str, label: str | None = None) -> str:
     """The files' name: figures of a processor that is held to fewer instructions have files of their own."""
     less = report.limited() if device == "cpu" else None
-    return file_stem(suite, device) + (f"-{less}" if less else "")
+    return "-".join(part for part in (file_stem(suite, device), label, less) if part)
 
 
 def _check_arguments(args: argparse.Namespace, device: str, todo: Todo) -> None:
@@ -178,6 +181,8 @@ def _check_arguments(args: argparse.Namespace, device: str, todo: Todo) -> None:
         raise ValueError(f"--repeats: expected at least 1, got {args.repeats}")
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads: expected at least 1, got {args.threads}")
+    if args.label is not None and not re.fullmatch(r"\w+", args.label):
+        raise ValueError(f"--label: expected letters and digits, got {args.label!r}")
     if not todo:
         raise ValueError(f"--filter: expected a match in at least one benchmark, got {args.filter!r}")
 

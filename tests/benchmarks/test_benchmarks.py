@@ -203,6 +203,12 @@ def test_every_benchmark_keeps_the_contract():
 def test_result_files_are_named_after_suite_and_device():
     assert file_stem(DEFAULT, "cpu") == "cpu"
     assert file_stem("training", "cuda") == "cuda-training"
+    assert command._stem("training", "cuda", "mine") == "cuda-training-mine"
+
+
+def test_a_label_is_a_part_of_a_files_name(tmp_path, capsys):
+    assert command.main(["--label", "../up", "--output", str(tmp_path)]) == 2
+    assert "--label: expected letters and digits, got '../up'" in capsys.readouterr().err
 
 
 def test_goals_are_judged_on_their_own_row():
