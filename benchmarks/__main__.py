@@ -50,9 +50,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--threads", type=int, help="CPU threads of torch")
     result.add_argument("--output", type=Path, help="folder (default: benchmarks/results, none if quick)")
-    result.add_argument(
-        "--label", metavar="NAME", help="a part of the files' names: a processor's beside another's (epyc, say)"
-    )
+    result.add_argument("--label", metavar="NAME", help="a part of the files' names, say a processor's: epyc")
     return result
 
 
