@@ -69,8 +69,6 @@ CASES = {
     "adamss": Case("adamss", {"r": 4, "num_subspaces": 3, "subspace_rank": 2}, kinds=ONLY_LINEAR),
     "deft": Case("deft", {"r": 3, "alpha": 5}, "deft_dropout", torch_dropout=True, half_exact=True),
     "deft qr": Case("deft", {"r": 3, "decomposition_method": "qr"}, half_exact=True),
-    "road": Case("road", {"group_size": 4}, kinds=ONLY_LINEAR),
-    "road_4": Case("road", {"group_size": 4, "variant": "road_4"}, kinds=ONLY_LINEAR),
     "frod": Case(
         "frod", {"sparse_rate": 0.2, "progressbar": False}, "frod_dropout", torch_dropout=True, compiles=False
     ),
