@@ -61,10 +61,12 @@ class _State:
     """
 
     call: Call = _NOTHING
-    owner: int | None = None
+    owner: threading.Thread | None = None
 
 
 _state = _State()
+# Of two threads that both see that nothing is in force only one may go on.
+_taking = threading.Lock()
 
 
 def current_call() -> Call:
@@ -84,10 +86,10 @@ def entered(call: Call) -> Iterator[Call]:
     Raises:
         RuntimeError: a block of another thread is open.
     """
-    before, thread = (_state.call, _state.owner), threading.get_ident()
-    if _state.owner not in (None, thread):
-        raise RuntimeError(_OTHER_THREAD)
-    _state.call, _state.owner = call, thread
+    with _taking:
+        _refuse_others()
+        before = (_state.call, _state.owner)
+        _state.call, _state.owner = call, threading.current_thread()
     try:
         yield call
     finally:
@@ -100,9 +102,14 @@ def begin() -> Call | None:
     Raises:
         RuntimeError: a block of another thread is open.
     """
-    thread = None if torch.compiler.is_compiling() else threading.get_ident()
-    if _state.owner is not None and _state.owner != thread and thread is not None:
-        raise RuntimeError(_OTHER_THREAD)
+    if torch.compiler.is_compiling():
+        return _begun(None)
+    with _taking:
+        _refuse_others()
+        return _begun(threading.current_thread())
+
+
+def _begun(thread: threading.Thread | None) -> Call | None:
     if _state.call is not _NOTHING:
         return None
     _state.call, _state.owner = Call(), thread
@@ -113,6 +120,18 @@ def end(call: Call) -> None:
     """Takes a call of :func:`begin` out of force, if it is."""
     if _state.call is call:
         _state.call, _state.owner = _NOTHING, None
+
+
+def elsewhere() -> bool:
+    """Whether what is in force is that of another thread, which goes on with it."""
+    if torch.compiler.is_compiling() or _state.owner is None:
+        return False
+    return _state.owner is not threading.current_thread() and _state.owner.is_alive()
+
+
+def _refuse_others() -> None:
+    if elsewhere():
+        raise RuntimeError(_OTHER_THREAD)
 
 
 def expand_rows(value: Tensor, x: Tensor) -> Tensor:

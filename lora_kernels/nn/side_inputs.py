@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.call import Call, begin, end, entered
+from ..adapters.call import Call, begin, elsewhere, end, entered
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # where the modules of Transformers keep theirs
 _Checkpoints = dict[nn.Module, Callable[..., Any]]
@@ -84,13 +84,13 @@ class _OwnCall:
 
     def __call__(self, module: nn.Module, args: object) -> None:
         self.close()  # what an interrupted forward left behind
-        self.call = begin()
+        self.call = begin()  # which refuses what another thread has open
         if self.call is not None and module.training and not torch.compiler.is_compiling():
             self.checkpoints = _bind_checkpoints(module, self.call)
 
     def close(self, *args: object) -> None:
         """The hook behind the forward, called after an exception too."""
-        if self.call is not None:
+        if self.call is not None and not elsewhere():
             end(self.call)
             self.call = None
             if self.checkpoints:

@@ -33,6 +33,7 @@ class MixedBatch:
         # Where the samples are in what a layer reads, by site, and the modules of which a trial asked it.
         self._shown: dict[str, frozenset[int]] = {}
         self._tried: set[int] = set()
+        self._trying = threading.Lock()
 
     @contextlib.contextmanager
     def use(self, samples: Samples) -> Iterator[None]:
@@ -57,9 +58,15 @@ class MixedBatch:
         if current is None or isinstance(current, Trial) or id(module) in self._tried:
             return
         samples = current[1]
-        if not samples.alike and samples.batch_dim is None:
-            self._tried.add(id(module))
-            self._shown.update(trial(module, module, (args, kwargs), samples, self._current))
+        if samples.alike or samples.batch_dim is not None:
+            return
+        with self._trying:  # whoever comes meanwhile waits for what is found
+            if id(module) in self._tried:
+                return
+            try:
+                self._shown.update(trial(module, module, (args, kwargs), samples, self._current))
+            finally:
+                self._tried.add(id(module))
 
     def plan(
         self, site: str, x: Tensor, lead: Lead, adapters: int

@@ -1,9 +1,13 @@
 """Which rows of a layer's input are a sample's: known, said, or refused."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 
+from lora_kernels.nn.rows import trial
+from lora_kernels.serving import modules
 from lora_kernels.serving.modules import apply_multi_lora, remove_multi_lora, use_adapters
 from lora_kernels.serving.pool import AdapterPool
 
@@ -74,3 +78,33 @@ def test_said_rows_are_the_only_ones():
     model, _ = served(Flattening(), "fc", (8, 6))
     with use_adapters(model, NAMES, repeats=[3]), pytest.raises(ValueError, match="each of 4 samples"):
         model(torch.randn(2, 2, 8))
+
+
+class TimeFirst(Flattening):
+    def forward(self, x):
+        return self.fc(x.transpose(0, 1)).transpose(0, 1)
+
+
+@torch.no_grad()
+def test_a_second_thread_waits_for_what_the_first_one_finds_out(monkeypatch):
+    model, delta = served(TimeFirst(), "fc", (8, 6))
+    x, found, threads = torch.randn(2, 4, 8), [], []
+    want = TimeFirst()(x)
+    want[0] += x[0] @ delta.T
+
+    @torch.no_grad()
+    def call():
+        found.append(model(x, adapter_names=NAMES))
+
+    def finding_out(*args):
+        threads.append(threading.Thread(target=call))
+        threads[0].start()
+        threads[0].join(0.2)
+        return trial(*args)
+
+    monkeypatch.setattr(modules, "trial", finding_out)
+    call()
+    threads[0].join()
+    assert len(found) == 2 and len(threads) == 1
+    for y in found:
+        torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
