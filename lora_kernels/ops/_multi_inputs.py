@@ -1,7 +1,8 @@
-"""What the arguments of ``multi_lora_linear`` and its relatives have to be."""
+"""What arguments ``multi_lora_linear`` and its relatives take, and what of them is one a row or a slot."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from . import _dispatch
 from .adapter_stack import AdapterStack
+from .batch_plan import BatchPlan
 
 
 def check(
@@ -67,3 +69,32 @@ def _check_ids(x: Tensor, ids: Tensor, weights: Tensor | None, count: int) -> No
         largest = int(ids.max())
         if largest >= count:
             raise ValueError(f"adapter_ids: expected below {count}, got {largest}")
+
+
+def per_row(ids: Tensor, weights: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Ids and weights as one a slot, where they were given for each sample."""
+    if weights is None:
+        return spread_rows(ids, x, 0), None
+    return spread_rows(ids, x, 1), spread_rows(weights, x, 1)
+
+
+def spread_rows(values: Tensor, x: Tensor, after: int) -> Tensor:
+    """What is given for each row of x, or for each sample, for each row; ``after`` dimensions follow."""
+    lead, own = x.shape[:-1], values.shape[values.dim() - after :]
+    if values.shape[: values.dim() - after] == lead:
+        return values
+    return values.reshape(-1, *(1,) * (len(lead) - 1), *own).expand(*lead, *own)
+
+
+def slot_ps(dropout_ps: Tensor | Sequence[float], count: int, plan: BatchPlan) -> Tensor | None:
+    """Each slot's p of each adapter's, or ``None`` where none drops."""
+    ps = torch.as_tensor(dropout_ps, dtype=torch.float32)
+    if ps.shape != (count,):
+        raise ValueError(
+            f"dropout_ps: expected one for each of {count} adapters, got shape {tuple(ps.shape)}"
+        )
+    if ps.device.type == "cpu" and bool(((ps < 0) | (ps >= 1)).any()):
+        raise ValueError(f"dropout_ps: expected 0 <= p < 1, got {ps.tolist()}")
+    if ps.device.type == "cpu" and not ps.any():
+        return None
+    return torch.cat([ps, ps.new_zeros(1)]).to(plan.ids.device)[plan.ids]

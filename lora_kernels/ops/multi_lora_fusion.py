@@ -11,10 +11,10 @@ from torch import Tensor
 from . import _dispatch
 from ._inputs import autocasts, cast, compute_dtype
 from ._lora_function import written
-from ._multi_inputs import check
+from ._multi_inputs import check, spread_rows
 from .adapter_stack import AdapterStack
 from .invariant_linear import invariant_linear
-from .multi_lora_linear import multi_lora_linear, spread_rows
+from .multi_lora_linear import multi_lora_linear
 
 
 def multi_lora_fusion(

@@ -1,4 +1,4 @@
-"""One batch, many adapters: the public functions and the autograd."""
+"""One batch, many adapters: the public functions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import _dispatch
 from ._inputs import autocasts, cast, compute_dtype
-from ._lora_function import output_like
-from ._multi_inputs import check, check_target
+from ._multi_function import differentiable
+from ._multi_inputs import check, check_target, per_row, slot_ps
 from .adapter_stack import AdapterSlices, AdapterStack
 from .batch_plan import BatchPlan, plan_batch
 from .invariant_linear import invariant_linear
@@ -78,15 +78,15 @@ def multi_lora_linear(
         dtype = compute_dtype(x)
         x, weight, bias = (cast(t, dtype) for t in (x, weight, bias))
     check(x, weight, adapters, adapter_ids, weights, bias)
-    ids, weights = _per_row(adapter_ids, weights, x)
+    ids, weights = per_row(adapter_ids, weights, x)
     plan = _plan_of(ids, len(adapters), plan)
     trained = (x, weight, bias, adapters.a_pages, adapters.b_pages, adapters.scalings, weights)
     if not drops and not _needs_grad(*trained):
         return _infer(x, weight, adapters, weights, bias, plan, batch_invariant)
-    ps = _slot_ps(dropout_ps, len(adapters), plan) if drops else None
+    ps = slot_ps(dropout_ps, len(adapters), plan) if drops else None
     if weight is None or not batch_invariant:
-        return _differentiable(x, weight, adapters, weights, bias, ps, plan)
-    return invariant_linear(x, weight, bias) + _differentiable(x, None, adapters, weights, None, ps, plan)
+        return differentiable(x, weight, adapters, weights, bias, ps, plan)
+    return invariant_linear(x, weight, bias) + differentiable(x, None, adapters, weights, None, ps, plan)
 
 
 def _infer(
@@ -152,7 +152,7 @@ def add_multi_lora_(
     pages = [t for s in slices.stacks for t in (s.a_pages, s.b_pages, s.scalings)]
     if _needs_grad(y, x, weights, *pages):
         raise RuntimeError("add_multi_lora_: it has no gradient; use multi_lora_linear, or torch.no_grad()")
-    ids, weights = _per_row(adapter_ids, weights, x)
+    ids, weights = per_row(adapter_ids, weights, x)
     _add(y, x, slices, weights, _plan_of(ids, len(slices), plan), False)
     return y
 
@@ -203,7 +203,7 @@ def multi_lora_linear_slices(
             raise ValueError(f"{name}: expected {len(slices.stacks)}, got {len(many)}")
     for stack, weight, bias in zip(slices.stacks, base_weights, biases, strict=True):
         check(x, weight, stack, adapter_ids, weights, bias)
-    adapter_ids, weights = _per_row(adapter_ids, weights, x)
+    adapter_ids, weights = per_row(adapter_ids, weights, x)
     plan = _plan_of(adapter_ids, len(slices), plan)
     parts = [t for s in slices.stacks for t in (s.a_pages, s.b_pages, s.scalings)]
     if (training and dropout_ps is not None) or _needs_grad(x, weights, *base_weights, *biases, *parts):
@@ -285,119 +285,3 @@ def _add(
 def _flat_weights(weights: Tensor | None) -> Tensor | None:
     """One a slot, as kernels read them."""
     return None if weights is None else weights.reshape(-1).float().contiguous()
-
-
-def _differentiable(
-    x: Tensor,
-    weight: Tensor | None,
-    adapters: AdapterStack,
-    weights: Tensor | None,
-    bias: Tensor | None,
-    ps: Tensor | None,
-    plan: BatchPlan,
-) -> Tensor:
-    coef = _coefficients(adapters, weights, plan)
-    return _MultiLoRALinear.apply(
-        *(x, weight, bias, adapters.a_pages, adapters.b_pages, coef, adapters.pages, adapters.spans),
-        *(plan, ps, adapters.max_rank),
-    )
-
-
-def _coefficients(adapters: AdapterStack, weights: Tensor | None, plan: BatchPlan) -> Tensor:
-    """s times w of each slot."""
-    # One more, for rows without an adapter.
-    scalings = torch.cat([adapters.scalings, adapters.scalings.new_zeros(1)])
-    coef = scalings[plan.ids]
-    return coef if weights is None else coef * weights.reshape(-1).to(coef.dtype)
-
-
-def _per_row(ids: Tensor, weights: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Ids and weights as one a slot, where they were given for each sample."""
-    if weights is None:
-        return spread_rows(ids, x, 0), None
-    return spread_rows(ids, x, 1), spread_rows(weights, x, 1)
-
-
-def spread_rows(values: Tensor, x: Tensor, after: int) -> Tensor:
-    """What is given for each row of x, or for each sample, for each row; ``after`` dimensions follow."""
-    lead, own = x.shape[:-1], values.shape[values.dim() - after :]
-    if values.shape[: values.dim() - after] == lead:
-        return values
-    return values.reshape(-1, *(1,) * (len(lead) - 1), *own).expand(*lead, *own)
-
-
-def _slot_ps(dropout_ps: Tensor | Sequence[float], count: int, plan: BatchPlan) -> Tensor | None:
-    ps = torch.as_tensor(dropout_ps, dtype=torch.float32)
-    if ps.shape != (count,):
-        raise ValueError(
-            f"dropout_ps: expected one for each of {count} adapters, got shape {tuple(ps.shape)}"
-        )
-    if ps.device.type == "cpu" and bool(((ps < 0) | (ps >= 1)).any()):
-        raise ValueError(f"dropout_ps: expected 0 <= p < 1, got {ps.tolist()}")
-    if ps.device.type == "cpu" and not ps.any():
-        return None
-    return torch.cat([ps, ps.new_zeros(1)]).to(plan.ids.device)[plan.ids]
-
-
-class _MultiLoRALinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        a_pages: Tensor,
-        b_pages: Tensor,
-        coef: Tensor,
-        pages: Tensor,
-        spans: Tensor,
-        plan: BatchPlan,
-        ps: Tensor | None,
-        max_rank: int,
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        mask = keep_scale = None
-        if ps is not None:
-            mask = _dispatch.call("row_dropout_mask", _dispatch.draw_seed(x), ps, x.shape[-1])
-            keep_scale = 1.0 / (1.0 - ps)
-        layout = (a_pages, b_pages, pages, spans, coef, plan.order, plan.offsets, plan.tiles)
-        needs_x, needs_weight, _, needs_a, needs_b, needs_coef = ctx.needs_input_grad[:6]
-        args = (rows, *layout, mask, keep_scale, max_rank, needs_b or needs_coef)
-        ctx.backend = _dispatch.chosen("multi_lora_linear", *args)
-        delta, h = _dispatch.call("multi_lora_linear", *args, backend=ctx.backend)
-        ctx.max_rank = max_rank
-        ctx.save_for_backward(
-            x if needs_weight or needs_a else None,
-            weight if needs_x else None,
-            h if needs_b or needs_coef else None,
-            *(mask, keep_scale, *layout),
-        )
-        y = delta if weight is None else delta.addmm_(rows, weight.T)
-        return output_like(y if bias is None else y.add_(bias), x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("multi_lora_linear: a double backward is not supported")
-        x, weight, h, mask, keep_scale, *layout = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_coef = ctx.needs_input_grad[:6]
-        dy_rows = dy.reshape(-1, dy.shape[-1])
-        x_rows = None if x is None else x.reshape(-1, x.shape[-1])
-        needs = [needs_x, needs_a, needs_b, needs_coef]
-        given = iter(
-            _dispatch.call(
-                "multi_lora_linear_backward",
-                *(dy_rows, x_rows if needs_a else None, *layout, h, mask, keep_scale, ctx.max_rank, needs),
-                backend=ctx.backend,
-            )
-        )
-        dx, da, db, dcoef = (next(given) if needed else None for needed in needs)
-        if dx is not None and weight is not None:
-            dx.addmm_(dy_rows, weight)
-        return (
-            None if dx is None else dx.view(*dy.shape[:-1], dx.shape[-1]),
-            dy_rows.T @ x_rows if needs_weight else None,
-            dy_rows.sum(0) if needs_bias else None,
-            *(da, db, dcoef),
-            *(None,) * 5,
-        )
