@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import inspect
 import re
 from pathlib import Path
@@ -102,6 +103,39 @@ def test_imports_point_downward(path):
     for line, other in imported(path):
         if other in LEVEL:
             assert LEVEL[other] <= LEVEL[own], f"line {line}: {own} imports {other}"
+
+
+def dotted(path):
+    """Where the module is, as a tuple of names; a package's is that of its folder."""
+    return path.relative_to(PACKAGE.parent).with_suffix("").parts
+
+
+def imports(node):
+    """Those of a module that run, early or late."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ImportFrom) and child.level:
+            yield child
+        elif not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
+            yield from imports(child)
+
+
+def neighbours(path):
+    for node in imports(ast.parse(path.read_text(encoding="utf-8"))):
+        base = (*dotted(path)[: -node.level], *(node.module or "").split("."))
+        for alias in node.names:
+            below = PACKAGE.parent.joinpath(*base, alias.name)
+            for found in (below.with_suffix(".py"), below / "__init__.py", below.parent.with_suffix(".py")):
+                if found.exists() and found != path:
+                    yield found
+                    break
+            else:
+                yield below.parent / "__init__.py"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {path: {one for one in neighbours(path) if one != path} for path in MODULES}
+    assert sum(map(len, graph.values())) > 2 * len(MODULES)
+    assert len([*graphlib.TopologicalSorter(graph).static_order()]) == len(MODULES)
 
 
 def test_every_package_has_a_layer():

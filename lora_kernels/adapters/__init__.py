@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import variants as variants  # which register themselves
 from .base import METHODS, Adapter, class_of, make, place, register
 from .call import Call, current_call
 from .config import LoRAConfig

@@ -55,6 +55,8 @@ class Adapter(nn.Module):
     peft_form: ClassVar[PeftForm | None] = None
     # What tensor parallelism splits: parameter -> ("in" or "out", which dimension). Empty: it does not split.
     splits: ClassVar[Mapping[str, tuple[str, int]]] = {}
+    # Who takes its place, and for which configs: see `variant_of`. Not inherited.
+    variants: ClassVar[tuple[tuple[Callable[[LoRAConfig], bool], type[Adapter]], ...]] = ()
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -75,7 +77,8 @@ class Adapter(nn.Module):
     @classmethod
     def variant(cls, config: LoRAConfig) -> type[Adapter]:
         """The class for ``config``, where a field of its own changes what the method computes."""
-        return cls
+        fitting = (kind for wanted, kind in vars(cls).get("variants", ()) if wanted(config))
+        return next(fitting, cls)
 
     if TYPE_CHECKING:
         # Its tensors.
@@ -248,6 +251,16 @@ def register(name: str) -> Callable[[_Method], _Method]:
     def add(cls: _Method) -> _Method:
         cls.method = name
         METHODS.add(name, cls)
+        return cls
+
+    return add
+
+
+def variant_of(method: type[Adapter], wanted: Callable[[LoRAConfig], bool]) -> Callable[[_Method], _Method]:
+    """Class decorator: takes the place of ``method`` for configs of which ``wanted`` holds, the first one."""
+
+    def add(cls: _Method) -> _Method:
+        method.variants = (*vars(method).get("variants", ()), (wanted, cls))
         return cls
 
     return add

@@ -29,17 +29,6 @@ class LoRA(Adapter):
     any_start = True
     splits = {"lora_A": ("in", 1), "lora_B": ("out", 0)}  # noqa: RUF012
 
-    @classmethod
-    def variant(cls, config: LoRAConfig) -> type[Adapter]:
-        """LoRA with a bias, or from the invocation on, where the config says so."""
-        from . import variants
-
-        if cls is not LoRA:
-            return cls
-        if config.lora_bias:
-            return variants.BiasedLoRA
-        return variants.ActivatedLoRA if config.alora_invocation_tokens else cls
-
     def build(self, site: Site) -> Start:
         """What the initialiser draws."""
         drawn = draw(site)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .base import variant_of
 from .call import Call
 from .lora import LoRA
 from .site import Site, Start
@@ -14,6 +15,7 @@ from .update import LowRank, Shifted, Update
 INVOKED = "invoked"
 
 
+@variant_of(LoRA, lambda config: bool(config.lora_bias))
 class BiasedLoRA(LoRA):
     """y = x Wᵀ + b + s · (drop(x) Aᵀ Bᵀ + b_B)
 
@@ -39,6 +41,7 @@ class BiasedLoRA(LoRA):
         return Shifted(super().lower(x, call), self.scaling * self.lora_bias)
 
 
+@variant_of(LoRA, lambda config: bool(config.alora_invocation_tokens))
 class ActivatedLoRA(LoRA):
     """y_t = x_t Wᵀ + [t ≥ t₀] s · drop(x_t) Aᵀ Bᵀ, t₀ where the invocation tokens last begin
 
