@@ -18,7 +18,6 @@ from lora_kernels.adapters import METHODS, LoRAConfig, LowRank
 from lora_kernels.integrations.checkpoint import WEIGHTS, read_weights
 from lora_kernels.nn import (
     LoRALinear,
-    QuantizedLinear,
     apply_lora,
     layer_groups,
     lora_state_dict,
@@ -226,24 +225,6 @@ def test_activation_checkpointing_gives_the_same_gradients(method):
         y = checkpoint(call.bind(layer), x, use_reentrant=False)
     for one, other in zip(torch.autograd.grad(y, parameters, dy), want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-
-
-@every_method
-def test_over_a_quantised_base_or_a_refusal_by_name(method):
-    torch.manual_seed(0)
-    base = QuantizedLinear.from_linear(nn.Linear(IN, OUT), "int8")
-    config = LoRAConfig(**options(method))
-    if not METHODS[method].over_quantized:
-        with pytest.raises(ValueError, match=f"(?i){method}"):
-            LoRALinear.from_linear(base, config)
-        return
-    layer = shake(LoRALinear.from_linear(base, config))
-    x = torch.randn(4, IN, requires_grad=True)
-    if METHODS[method].mergeable:
-        want = F.linear(x, layer.merged_weight(), layer.bias)
-        torch.testing.assert_close(run(layer, x, method), want, rtol=1e-4, atol=1e-4)
-    run(layer, x, method).square().sum().backward()
-    assert all(p.grad is not None for p in layer.parameters() if p.requires_grad)
 
 
 @every_method

@@ -112,7 +112,7 @@ def test_a_pool_refuses_the_file_by_name_and_stays_as_it_was(method, tmp_path):
 
 
 @every_method
-@pytest.mark.parametrize("format", ["nf4", "fp8"])
+@pytest.mark.parametrize("format", ["nf4", "int8", "fp8"])
 def test_over_every_quantised_base_or_a_refusal_by_name(method, format):
     torch.manual_seed(0)
     base = QuantizedLinear.from_linear(nn.Linear(IN, OUT), format)
@@ -122,8 +122,10 @@ def test_over_every_quantised_base_or_a_refusal_by_name(method, format):
             LoRALinear.from_linear(base, config)
         return
     layer = shake(LoRALinear.from_linear(base, config))
-    x = torch.randn(4, IN)
+    x = torch.randn(4, IN, requires_grad=True)
     y = run(layer, x, method)
+    y.square().sum().backward()
+    assert all(p.grad is not None for p in layer.parameters() if p.requires_grad)
     if METHODS[method].mergeable:
         want = F.linear(x, layer.merged_weight(), layer.bias)
         torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
