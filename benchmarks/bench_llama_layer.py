@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .measure import BACKWARD, BOTH, FORWARD, PEAK_MEMORY, SAVED_BYTES
-from .providers import SCALING, first_reason, needs, recomputing_function
+from .providers import SCALING, Named, first_reason, needs, recomputing_function
 from .suites import TRAINING, Benchmark, Derived, Goal, Plan, Provider, Row, Runner
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -25,7 +25,7 @@ MAX_TOKENS_CHECKED = 256
 
 
 @dataclass(frozen=True)
-class LayerCase:
+class LayerCase(Named):
     """Sizes of the layer and of its input, one sequence after the other."""
 
     batch: int
@@ -48,22 +48,9 @@ class LayerCase:
         return f"{self.batch}x{self.length}x{self.hidden}x{self.intermediate}"
 
     @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def label(self) -> str:
-        return f"{self.shape}/{self.dtype_name}/r{self.rank}/p{self.dropout_p:g}"
-
-    @property
     def title(self) -> str:
         sizes = f"Llama layer, {self.batch} sequences of {self.length} tokens, hidden {self.hidden}"
         return f"{sizes}, {self.dtype_name}, r={self.rank}, dropout {self.dropout_p:g}"
-
-    @property
-    def columns(self) -> dict[str, object]:
-        dropout = f"{self.dropout_p:g}"
-        return {"shape": self.shape, "dtype": self.dtype_name, "rank": self.rank, "dropout": dropout}
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,33 @@ SCALING = 2.0
 HALF = (torch.float16, torch.bfloat16)
 
 
+class Named:
+    """How a point of a benchmark is called, by its shape, dtype, rank and dropout."""
+
+    dtype: torch.dtype
+    rank: int
+    dropout_p: float
+
+    @property
+    def shape(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def label(self) -> str:
+        return f"{self.shape}/{self.dtype_name}/r{self.rank}/p{self.dropout_p:g}"
+
+    @property
+    def columns(self) -> dict[str, object]:
+        dropout = f"{self.dropout_p:g}"
+        return {"shape": self.shape, "dtype": self.dtype_name, "rank": self.rank, "dropout": dropout}
+
+
 @dataclass(frozen=True)
-class Case:
+class Case(Named):
     """One point of the benchmark: sizes, dtype and dropout."""
 
     rows: int
@@ -45,21 +70,8 @@ class Case:
         return f"{self.rows}x{self.cols}x{self.out}"
 
     @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def label(self) -> str:
-        return f"{self.shape}/{self.dtype_name}/r{self.rank}/p{self.dropout_p:g}"
-
-    @property
     def title(self) -> str:
         return f"{self.shape}, {self.dtype_name}, r={self.rank}, dropout {self.dropout_p:g}"
-
-    @property
-    def columns(self) -> dict[str, object]:
-        dropout = f"{self.dropout_p:g}"
-        return {"shape": self.shape, "dtype": self.dtype_name, "rank": self.rank, "dropout": dropout}
 
 
 @dataclass(frozen=True)
