@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..init.base import check_free, check_name
 from ..methods import structures
 from .call import Call, current_call
 from .peft_form import PeftForm
@@ -55,6 +56,8 @@ class Adapter(nn.Module):
     peft_form: ClassVar[PeftForm | None] = None
     # What tensor parallelism splits: parameter -> ("in" or "out", which dimension). Empty: it does not split.
     splits: ClassVar[Mapping[str, tuple[str, int]]] = {}
+    # The names of its parameters that other layers hold too.
+    shared: frozenset[str] = frozenset()
     # Who takes its place, and for which configs: see `variant_of`. Not inherited.
     variants: ClassVar[tuple[tuple[Callable[[LoRAConfig], bool], type[Adapter]], ...]] = ()
 
@@ -70,6 +73,7 @@ class Adapter(nn.Module):
         start = self._started(site)
         for name, tensor in start.tensors.items():
             self._register(name, tensor, site)
+        self._check_frozen()
         # The weight to go on with, until the layer takes it.
         self.__dict__["rest"] = start.weight
         self.set_trainable(True)
@@ -108,11 +112,28 @@ class Adapter(nn.Module):
             raise ValueError(
                 f"init_lora_weights: {self.method} expects True, False or 'gaussian', got {init!r}"
             )
-        return self.build(site)
+        start = self.build(site)
+        if not isinstance(start, Start) or not isinstance(start.tensors, Mapping):
+            raise TypeError(f"build: {self.method} expected a Start of tensors by name, got {_kind(start)}")
+        return start
+
+    def _check_frozen(self) -> None:
+        """Names that are no tensor's would train what was meant not to."""
+        known = {**self._parameters, **self._buffers}
+        for name in self.frozen:
+            if name not in known:
+                raise ValueError(f"frozen: {self.method} expected some of {', '.join(known)}, got {name!r}")
 
     def _register(self, name: str, tensor: Tensor, site: Site) -> None:
-        if isinstance(tensor, nn.Parameter):  # shared
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"build: {self.method} expected a tensor for {name!r}, got {_kind(tensor)}")
+        if not isinstance(name, str) or not name.isidentifier() or hasattr(self, name):
+            raise ValueError(
+                f"build: {self.method} expected names that no attribute of an adapter has, got {name!r}"
+            )
+        if isinstance(tensor, nn.Parameter):
             self.register_parameter(name, tensor)
+            self.shared = self.shared | {name}
         elif tensor.is_floating_point():
             own = _compact(tensor.to(device=site.device, dtype=site.dtype))
             self.register_parameter(name, nn.Parameter(own))
@@ -188,6 +209,10 @@ class Adapter(nn.Module):
         return f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}"
 
 
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
 def derived_buffers(module: nn.Module) -> dict[str, Tensor]:
     """The buffers that no state dict holds."""
     own = ((name, module._buffers[name]) for name in module._non_persistent_buffers_set)
@@ -239,6 +264,13 @@ _Method = TypeVar("_Method", bound=type[Adapter])
 def register(name: str) -> Callable[[_Method], _Method]:
     """Class decorator: makes an :class:`Adapter` known as ``LoRAConfig(method=name)``.
 
+    A class that is defined anew under the same name takes the place of the old one.
+
+    Raises:
+        TypeError: no name, or no subclass of :class:`Adapter`; or ``options`` or ``frozen`` are no sets, or
+            ``splits`` no mapping.
+        ValueError: another class has that name.
+
     Examples:
         >>> @register("doubled")
         ... class Doubled(LoRA):
@@ -248,12 +280,28 @@ def register(name: str) -> Callable[[_Method], _Method]:
         'doubled'
     """
 
+    check_name(name)
+
     def add(cls: _Method) -> _Method:
+        _check_class(name, cls)
         cls.method = name
         METHODS.add(name, cls)
         return cls
 
     return add
+
+
+def _check_class(name: str, cls: Any) -> None:
+    """Raises where ``cls`` is no method, or the name is another one's."""
+    if not (isinstance(cls, type) and issubclass(cls, Adapter)):
+        raise TypeError(f"register({name!r}): expected a subclass of Adapter, got {cls!r}")
+    for field, kind in (("options", (set, frozenset)), ("frozen", (set, frozenset)), ("splits", (Mapping,))):
+        value = getattr(cls, field)
+        if not isinstance(value, kind):
+            raise TypeError(f"{field}: {cls.__name__} expected a {kind[-1].__name__}, got {value!r}")
+    home = f"lora_kernels.{structures()[name].home}" if name in structures() else cls.__module__
+    there = METHODS._classes.get(name, cls)
+    check_free(name, cls, there if home == cls.__module__ else METHODS[name])
 
 
 def variant_of(method: type[Adapter], wanted: Callable[[LoRAConfig], bool]) -> Callable[[_Method], _Method]:

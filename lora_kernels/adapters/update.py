@@ -185,7 +185,9 @@ def apply_update(
         return formed_linear(x, weight, bias, *update)
     if isinstance(update, Input | Scaled):
         return _reads_another(weight, bias, update)
-    return _plus(_base(x, weight, bias), update.y)  # type: ignore[union-attr]
+    if not isinstance(update, Added):
+        raise TypeError(f"lower: expected LowRank, Dense, Branched or Added, got {type(update).__name__}")
+    return _plus(_base(x, weight, bias), update.y)
 
 
 def _reads_another(weight: Any, bias: Tensor | None, update: Input | Scaled) -> Tensor:

@@ -58,6 +58,12 @@ def register(
 ) -> Callable[[Callable[[Site], Drawn]], Callable[[Site], Drawn]]:
     """Decorator: makes a function known as ``LoRAConfig(init_lora_weights=name)``.
 
+    A function that is defined anew under the same name takes the place of the old one.
+
+    Raises:
+        TypeError: no name; or ``options`` is one str.
+        ValueError: another function has that name.
+
     Examples:
         >>> @register("ones")
         ... def ones(site):
@@ -65,11 +71,32 @@ def register(
         ...     return Drawn(a, torch.zeros(site.out_features, site.config.r))
     """
 
+    check_name(name)
+    if isinstance(options, str):
+        raise TypeError(f"options: expected a list of names, got the str {options!r}")
+
     def add(draw: Callable[[Site], Drawn]) -> Callable[[Site], Drawn]:
+        there = INITIALISERS.get(name)
+        check_free(name, draw, draw if there is None else there.draw)
         INITIALISERS[name] = Initialiser(name, draw, needs, takes, frozenset(options), hint)
         return draw
 
     return add
+
+
+def check_name(name: Any) -> None:
+    """Raises where what a decorator was given is no name: it may have been used without one."""
+    if not isinstance(name, str):
+        raise TypeError(f"register: expected a name, @register('name'), got {name!r}")
+    if not name or "." in name:
+        raise ValueError(f"register: expected a name without dots, got {name!r}")
+
+
+def check_free(name: str, new: Any, there: Any) -> None:
+    """Raises where ``name`` is that of something else than an earlier definition of ``new``."""
+    if (new.__module__, new.__qualname__) != (there.__module__, there.__qualname__):
+        whose = f"{there.__module__}.{there.__qualname__}"
+        raise ValueError(f"register: expected a name of its own, got {name!r}, which is {whose}'s")
 
 
 def find(name: Any) -> Initialiser:
@@ -112,10 +139,31 @@ def draw(site: Site) -> Drawn:
     if one.needs is not None and one.needs not in site.statistics:
         raise ValueError(_missing(one, site))
     with torch.no_grad():
-        drawn = one.draw(site)
+        drawn = _checked(one, site, one.draw(site))
         if one.takes:
             weight = rest(site, drawn.lora_a, drawn.lora_b)
             drawn = drawn._replace(weight=weight, taken=True)
+    return drawn
+
+
+def _checked(one: Initialiser, site: Site, drawn: Any) -> Drawn:
+    """What a start drew, if that are factors for the site."""
+    if not isinstance(drawn, Drawn):
+        raise TypeError(f"init_lora_weights: expected a Drawn of {one.name!r}, got {type(drawn).__name__}")
+    r, sizes = site.config.r, (site.in_features, site.out_features)
+    wanted = {"lora_a": (r, sizes[0]), "lora_b": (sizes[1], r), "weight": sizes[::-1]}
+    for field, want in wanted.items():
+        got = getattr(drawn, field)
+        if got is None and field == "weight":
+            continue
+        if not isinstance(got, Tensor) or not got.is_floating_point() or tuple(got.shape) != want:
+            shown = f"{got.dtype} {tuple(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
+            raise ValueError(
+                f"{field}: expected floats of shape {want} of the start {one.name!r}, got {shown}"
+            )
+    for name in drawn.frozen:
+        if name not in ("lora_A", "lora_B"):
+            raise ValueError(f"frozen: expected lora_A or lora_B of the start {one.name!r}, got {name!r}")
     return drawn
 
 

@@ -43,6 +43,24 @@ class Schedule:
         self.model, self.optimizer = model, optimizer
         self.steps = 0
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if not isinstance(cls.saved, (tuple, list)) or not all(isinstance(one, str) for one in cls.saved):
+            raise TypeError(f"saved: {cls.__name__} expected a tuple of names, got {cls.saved!r}")
+
+    def __getattr__(self, name: str) -> Any:
+        """Only of what is not there: of the class, or because its ``__init__`` did not call this one's."""
+        kind = type(self).__name__
+        if name == "key":
+            raise AttributeError(
+                f"key: expected a name on the class {kind}, key = '…', which checkpoints hold"
+            )
+        if name in ("model", "optimizer", "steps"):
+            raise AttributeError(f"{kind}: call super().__init__(model, optimizer) in its __init__")
+        if name in self.saved:
+            raise AttributeError(f"saved: expected names of attributes of {kind}, got {name!r}")
+        raise AttributeError(f"{kind!r} object has no attribute {name!r}")
+
     def act(self, step: int) -> None:
         """What to do after the optimiser's step number ``step``, counted from 1."""
         raise NotImplementedError(f"{type(self).__name__}: act")
@@ -64,7 +82,7 @@ class Schedule:
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of what a checkpoint needs, which ``torch.save`` and ``weights_only=True`` take."""
-        own = {name: _copied(getattr(self, name)) for name in ("steps", *self.saved)}
+        own = {name: _copied(name, getattr(self, name)) for name in ("steps", *self.saved)}
         return {"schedule": self.key, **own}
 
     @torch.no_grad()
@@ -126,7 +144,7 @@ def _kinds(own: Any) -> tuple[type, ...]:
     return (int, float) if isinstance(own, (int, float)) else (type(own),)
 
 
-def _copied(value: Any) -> Any:
+def _copied(name: str, value: Any) -> Any:
     if isinstance(value, torch.Generator):
         return value.get_state()
     if isinstance(value, Optimizer):
@@ -134,8 +152,15 @@ def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
-        return {key: _copied(one) for key, one in value.items()}
-    return [_copied(one) for one in value] if isinstance(value, list) else value
+        return {key: _copied(f"{name}[{key!r}]", one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(name, one) for one in value) if type(value) in (list, tuple) else value
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(
+        f"saved: expected numbers, tensors, generators, optimisers, and dicts and lists of those, got"
+        f" {name!r}, a {type(value).__name__}"
+    )
 
 
 def _taken(own: Any, given: Any) -> Any:
@@ -150,4 +175,4 @@ def _taken(own: Any, given: Any) -> Any:
         return given.detach().to(own.device, own.dtype, copy=True)
     if isinstance(own, dict):
         return {key: _taken(one, given[key]) for key, one in own.items()}
-    return _copied(given)
+    return _copied("state", given)
