@@ -26,6 +26,7 @@ from lora_kernels import (
     planner,
     save_adapter,
 )
+from lora_kernels.nn import delete_adapter
 
 PACKAGE = Path(_messages.__file__).parent
 # What is run to read what it prints.
@@ -117,6 +118,14 @@ def optimiser_of_another_rank():
         optimizer.step()
 
 
+def optimiser_of_a_deleted_adapter():
+    model = adapted(two())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    delete_adapter(model, "default")
+    for _ in range(2):
+        optimizer.step()
+
+
 CAUSES = {
     "_extension.py": lambda: _extension._rebuild("the extension is of another version, rebuild it"),
     "_cpu_ways.py": lambda: unsound(_cpu_ways.read, "cpu"),
@@ -126,6 +135,7 @@ CAUSES = {
     "nn/exposed.py": lambda: adapted(Reads(), ["proj"], lora_dropout=0.1),
     "nn/invocation.py": without_ids,
     "nn/outdated.py": optimiser_of_another_rank,
+    "nn/outdated.py deleted": optimiser_of_a_deleted_adapter,
     "nn/sites.py": lambda: adapted(nn.Sequential(nn.Linear(4, 4), weight_norm(nn.Linear(4, 4)))),
     "nn/sites.py strays": lambda: adapted(two(), ["0", "nope"]),
     "planner.py": lambda: unsound(lambda path: planner.read(path, "sm_90"), "sm_90"),

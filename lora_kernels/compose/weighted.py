@@ -14,7 +14,7 @@ from ..adapters.lowered import low_rank_of
 from ..nn import lora_layers, owned
 from ..nn.adapted import is_combined, lora_configs
 from ..nn.adapter_layer import AdapterLayer, _check_name
-from ..nn.install import install
+from ..nn.install import check_place, install
 from ..nn.planned import PlannedAdapter, plan_adapter
 from ..nn.wrappers import plain_names
 from .merging import Factors, Merging, combine, decompose, merge_factors
@@ -62,6 +62,7 @@ def add_weighted_adapter(
         ValueError: an adapter is not there, owns parameters of the model, or is of a method without such a
             ΔW; the name is taken; ranks differ where A and B are added; or an option is out of range. The
             model is then as it was.
+        RuntimeError: FSDP2 has taken over the parameters.
 
     Examples:
         >>> config = LoRAConfig(r=2, target_modules="all-linear")
@@ -72,6 +73,7 @@ def add_weighted_adapter(
     how = how._replace(kind="linear") if len(adapters) == 1 else how
     _check_given(model, adapters, weights)
     _check_name(adapter_name, lora_configs(model))
+    check_place(model, adapter_name)
     each = dict(zip(adapters, map(float, weights), strict=True))
     plain = plain_names(model)
     parts = {

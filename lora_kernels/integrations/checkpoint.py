@@ -22,7 +22,7 @@ from ..adapters.token_rows import TokenRows
 from ..init import GIVEN
 from ..nn import owned
 from ..nn.adapted import is_combined, lora_configs, lora_layers, lora_state_dict
-from ..nn.install import check_retune, install, reinstall, retune
+from ..nn.install import check_place, check_retune, install, reinstall, retune
 from ..nn.layer_weights import fill_
 from ..nn.planned import PlannedAdapter, plan_adapter
 from ..nn.quantized import QuantizedLinear, QuantizedLoRALinear
@@ -207,7 +207,8 @@ def load_adapter(
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged, has keys that are not known, which are named, sets an option that is
             not supported, or does not fit the model.
-        RuntimeError: a layer is merged of which the adapter has to be replaced, or that very adapter is.
+        RuntimeError: a layer is merged of which the adapter has to be replaced, or that very adapter is; or
+            FSDP2 has taken over the parameters, and other tensors than are there would have to come.
 
     Examples:
         >>> import tempfile
@@ -232,6 +233,8 @@ def load_adapter(
     there = _same_tensors(model, plan, slots, adapter_name)
     if there is not None:
         check_retune(plan, adapter_name)
+    else:
+        check_place(model, adapter_name)
     _fill_all([slot.target for slot in slots] if there is None else there, values)
     if there is not None:
         retune(model, config, adapter_name, plan)

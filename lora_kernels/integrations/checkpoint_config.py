@@ -81,7 +81,10 @@ def config_text(config: LoRAConfig, fan_in_fan_out: bool, taken: bool) -> str:
     if theirs is not None:
         kept = values if theirs["peft_type"] == "LORA" else {"fan_in_fan_out": fan_in_fan_out}
         values = {**kept, **theirs}
-    values["lora_kernels"] = ours
+    if "start" in ours or _config_from(values, Path()) != _config_from(
+        values | {"lora_kernels": ours}, Path()
+    ):
+        values["lora_kernels"] = ours  # PEFT warns of a key that it does not know
     return json.dumps(values, indent=2, sort_keys=True)
 
 

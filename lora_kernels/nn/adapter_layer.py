@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from ..adapters import METHODS, Adapter, LoRAConfig, Site, class_of, place
 from ..adapters.token_rows import TokenRows
+from ..ops._dispatch import sharded
 from .layer_weights import LayerWeights
 from .made_classes import Made
+from .outdated import note_deleted
+from .wrappers import check_whole
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -175,8 +178,14 @@ class AdapterLayer(LayerWeights):
 
         Raises:
             ValueError: another one has taken its start out of the weight, and this one would too.
-            RuntimeError: the layer is merged, and either the adapter would be active or changes the weight.
+            RuntimeError: the layer is merged, and either the adapter would be active or changes the weight;
+                or it is split over processes.
         """
+        check_whole(self, f"add the adapter {name!r}")
+        if sharded(self.base_weight):
+            raise RuntimeError(
+                f"cannot add the adapter {name!r} to a weight that is split over processes; do it before"
+            )
         if activate:
             self._must_be_unmerged("add an active adapter")
         if adapter.rest is not None:
@@ -185,7 +194,22 @@ class AdapterLayer(LayerWeights):
                 raise ValueError(f"adapter: {self._taker!r} has taken its start out of this weight already")
 
     def delete_adapter(self, name: str) -> None:
-        """Forgets the adapter ``name``; if it was active, the others that were remain so."""
+        """Forgets the adapter ``name``; if it was active, the others that were remain so.
+
+        An optimiser that holds its parameters says so at its next step.
+
+        Raises:
+            ValueError: an unknown name.
+            RuntimeError: it is merged.
+        """
+        self._check_known((name,))
+        own = self.adapters[name]
+        alone = [one for key, one in own.named_parameters() if key not in own.shared]
+        self.drop_adapter(name)
+        note_deleted(f"the adapter {name!r} that was deleted", alone, self.parameters())
+
+    def drop_adapter(self, name: str) -> None:
+        """:meth:`delete_adapter` without a word to optimisers, for who puts its parameters back."""
         self._check_known((name,))
         if name in self.merged:
             self._must_be_unmerged(f"delete {name!r}")

@@ -51,7 +51,7 @@ def apply_lora(
         TypeError: not a module, or not a config.
         ValueError: no layer matches ``target_modules``, a match cannot be adapted, the name is taken, or the
             statistics that the initialiser needs are not there. The model is then as it was.
-        RuntimeError: the adapter owns parameters (``modules_to_save``, biases) that FSDP2 has taken over.
+        RuntimeError: FSDP2 or tensor parallelism has taken over the parameters.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +17,32 @@ from .exposed import expose_weights, hide_weights
 from .groups import group_layers, ungroup_layers, why_alone
 from .invocation import find_invocations
 from .mlp import fuse_mlps, unfuse_mlps
-from .outdated import note_replaced
+from .outdated import note_deleted, note_replaced
 from .planned import PlannedAdapter
 from .quantized import QuantizedLinear
 from .side_inputs import open_calls
 from .sites import Target
-from .wrappers import unwrapped
+from .wrappers import check_whole, unwrapped
 
 logger = logging.getLogger(__name__)
+
+
+def check_place(model: nn.Module, adapter_name: str) -> None:
+    """Whether other tensors than are there can be the adapter's.
+
+    Raises:
+        RuntimeError: FSDP2 has taken over the parameters.
+    """
+    there = adapter_name in lora_configs(model)
+    replace, add = f"replace {adapter_name!r} by tensors of other shapes", f"add the adapter {adapter_name!r}"
+    check_whole(model, replace if there else add)
 
 
 def install(
     model: nn.Module, config: LoRAConfig, adapter_name: str, plan: PlannedAdapter, *, fuse: bool = True
 ) -> None:
     """Adds a planned adapter; the model's first one becomes active, and what is none of its own is frozen."""
-    owned.check_add(model, plan.owned)
+    check_place(model, adapter_name)
     first = not lora_configs(model)
     for _, layer, adapter in plan.layers:
         layer.check_new(adapter_name, adapter, first)
@@ -61,6 +72,7 @@ def reinstall(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Pla
         RuntimeError: a layer of either is merged, FSDP2 has taken over the parameters, or
             :func:`owned.check_choice` refuses. The model is then as it was.
     """
+    check_place(model, adapter_name)
     layers = lora_layers(model)
     for layer in (*layers.values(), *(layer for _, layer, _ in plan.layers)):
         layer._must_be_unmerged(f"replace {adapter_name!r}")
@@ -68,15 +80,13 @@ def reinstall(model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Pla
         layer.check_new(adapter_name, adapter, False)
     active = any(adapter_name in layer.active for layer in layers.values())
     acting = owned.acting(model) - {adapter_name}
-    owned.check_add(model, plan.owned)
     owned.check_choice(model, acting)
-    owned.check_whole(model, f"replace {adapter_name!r}")
     before = list(_trained(model, adapter_name))
     plan = _keep_parameters(model, adapter_name, plan)
     kept, combined = {id(layer) for _, layer, _ in plan.layers}, is_combined(model)
     for layer in layers.values():
         if adapter_name in layer.adapters and id(layer) not in kept:
-            layer.delete_adapter(adapter_name)
+            layer.drop_adapter(adapter_name)
     for site, layer, adapter in plan.layers:
         _exchange(layer, adapter_name, adapter, active)
         put_in_place(site, layer)
@@ -98,6 +108,16 @@ def _trained(model: nn.Module, adapter_name: str) -> Iterator[Tensor]:
         if adapter_name in layer.adapters:
             yield from (one for one in layer.adapters[adapter_name].parameters() if one.requires_grad)
     yield from (one for one in owned.owned_tensors(model, adapter_name).values() if one.requires_grad)
+
+
+def _all_of(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
+    """Every parameter of these adapters, and what they own."""
+    found: list[Tensor] = []
+    for name in names:
+        for layer in lora_layers(model).values():
+            found += layer.adapters[name].parameters() if name in layer.adapters else ()
+        found += owned.owned_tensors(model, name).values()
+    return found
 
 
 def _keep_parameters(model: nn.Module, adapter_name: str, plan: PlannedAdapter) -> PlannedAdapter:
@@ -159,7 +179,7 @@ def _exchange(layer: AdapterLayer, name: str, adapter: Adapter, active: bool) ->
     old = dict(layer.adapters.items()).get(name)
     trains = active if old is None else any(p.requires_grad for p in old.parameters())
     if old is not None:
-        layer.delete_adapter(name)
+        layer.drop_adapter(name)
     flags = [(p, p.requires_grad) for p in layer.adapters.parameters()]
     layer.add_adapter(name, adapter, activate=False)
     layer.set_adapter(acting)
@@ -170,6 +190,8 @@ def _exchange(layer: AdapterLayer, name: str, adapter: Adapter, active: bool) ->
 
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Forgets the adapter ``name`` with all that it owns; others that were active remain so.
+
+    An optimiser that holds its parameters says so at its next step.
 
     Raises:
         ValueError: no layer has an adapter of that name.
@@ -187,10 +209,11 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     for layer in layers.values():
         if name in layer.merged:
             layer._must_be_unmerged(f"delete {name!r}")
-    combined = is_combined(model)
+    combined, before = is_combined(model), _all_of(model, (name,))
     for layer in layers.values():
-        layer.delete_adapter(name)
+        layer.drop_adapter(name)
     owned.forget(model, name)
+    note_deleted(f"the adapter {name!r} that was deleted", before, model.parameters())
     if combined:
         combine(model)
     expose_weights(model)
@@ -202,13 +225,19 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> nn.Module:
     """Puts the base layer back wherever there is one with adapters.
 
     The base parameters are the original ones and stay frozen. With ``merge`` the layers carry the active
-    adapters in new weights, and what these own stays in the model.
+    adapters in new weights, and what these own stays in the model. An optimiser that holds parameters of the
+    adapters says so at its next step.
+
+    Raises:
+        RuntimeError: FSDP2 has taken over the parameters.
 
     Examples:
         >>> model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules="all-linear"))
         >>> type(remove_lora(model, merge=True)[0]).__name__
         'Linear'
     """
+    check_whole(model, "take adapters out of their layers")
+    before = _all_of(model, {name for layer in lora_layers(model).values() for name in layer.adapters})
     ungroup_layers(model)
     unfuse_mlps(model)
     hide_weights(model)
@@ -224,6 +253,7 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> nn.Module:
                 parent._modules[attribute] = plain[id(child)]
     vars(unwrapped(model)).pop(CONFIGS, None)
     open_side_calls(model)
+    note_deleted("adapters that were removed", before, model.parameters())
     return model
 
 

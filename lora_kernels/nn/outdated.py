@@ -1,8 +1,8 @@
 """Optimisers that were made before a model's parameters became others: said at their next step.
 
 An optimiser holds parameters and not names. One that goes on with those that an adapter had before a file
-of other shapes was loaded trains nothing, and one whose moments have ranks that are no longer there is
-refused by torch in other words, or reads past their end.
+of other shapes was loaded, or before the adapter was deleted, trains nothing, and one whose moments have
+ranks that are no longer there is refused by torch in other words, or reads past their end.
 """
 
 from __future__ import annotations
@@ -35,6 +35,18 @@ class _Note:
         return {id(one) for one in (reference() for reference in self.about) if one is not None}
 
 
+class _Deleted(_Note):
+    """Of parameters that nothing computes with any more."""
+
+    def __init__(self, what: str, about: Iterable[Tensor]) -> None:
+        super().__init__(about, self._tell)
+        self.what = what
+
+    def _tell(self, optimizer: Optimizer, held: set[int]) -> None:
+        count = len(held & self.alive())
+        warn(f"optimizer: it holds {count} parameters of {self.what}, which nothing computes with; {_AGAIN}")
+
+
 def note_replaced(what: str, before: Iterable[Tensor], after: Iterable[Tensor]) -> None:
     """Has an optimiser of any parameter ``before`` warn where it steps without all of those ``after`` them.
 
@@ -52,6 +64,17 @@ def note_replaced(what: str, before: Iterable[Tensor], after: Iterable[Tensor]) 
             warn(f"optimizer: {what} has {missed} parameters that it does not hold; {_AGAIN}")
 
     _add(_Note(old, tell))
+
+
+def note_deleted(what: str, before: Iterable[Tensor], left: Iterable[Tensor]) -> None:
+    """Has an optimiser of parameters ``before``, and not ``left`` in the model, warn that it holds them."""
+    kept = {id(one) for one in left}
+    gone = [one for one in before if id(one) not in kept]
+    note = next((one for one in _notes if isinstance(one, _Deleted) and one.what == what), None)
+    if note is not None:  # layer by layer
+        note.about += [weakref.ref(one) for one in gone]
+    elif gone:
+        _add(_Deleted(what, gone))
 
 
 def note_cut(what: str, parameter: nn.Parameter, before: torch.Size) -> None:

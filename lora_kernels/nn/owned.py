@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..adapters import LoRAConfig
 from .adapter_layer import inside_adapters
-from .wrappers import plain_names
+from .wrappers import fully_sharded, plain_names
 
 CHILD = "lora_owned"
 # The version of the model itself.
@@ -128,30 +128,6 @@ def copies(places: Iterable[Place], tied: bool, fill: bool = True) -> dict[Place
     return found
 
 
-def check_add(model: nn.Module, tensors: Mapping[Place, Tensor]) -> None:
-    """Whether an adapter can come to own versions of what stands at these places.
-
-    Raises:
-        RuntimeError: FSDP2 has taken over the parameters.
-    """
-    if tensors and _fully_sharded(model):
-        name = next(iter(tensors))[1]
-        raise RuntimeError(
-            f"cannot add an adapter that owns parameters of the model ({name!r} of {len(tensors)}) after"
-            " fully_shard took them over; add the adapter before"
-        )
-
-
-def check_whole(model: nn.Module, what: str) -> None:
-    """Whether parameters of adapters can come and go.
-
-    Raises:
-        RuntimeError: FSDP2 has taken over the parameters.
-    """
-    if _fully_sharded(model):
-        raise RuntimeError(f"cannot {what} by tensors of other shapes after fully_shard took them over")
-
-
 def add(owner: str, tensors: Mapping[Place, Tensor], trained: Iterable[Place]) -> None:
     """Gives an adapter its versions of what stands at these places. They do not act until :func:`choose`."""
     trained = set(trained)
@@ -199,16 +175,11 @@ def _check_free(model: nn.Module, at: str, module: nn.Module, holder: Any) -> No
         owns = any(name in names for names in holder.names.values())
         if owns and module._buffers.get(kept) is not None:
             raise RuntimeError(f"cannot switch the {name} of {at!r} while it is merged; call unmerge() first")
-    if _fully_sharded(model):
+    if fully_sharded(model):
         raise RuntimeError(
             f"cannot switch the parameters of {at!r} that an adapter owns after fully_shard took them over;"
             " choose the adapter before"
         )
-
-
-def _fully_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 holds parameters, told without importing it."""
-    return any(hasattr(type(one), "set_requires_all_reduce") for one in model.modules())
 
 
 def choose(model: nn.Module, names: Iterable[str]) -> None:

@@ -17,6 +17,7 @@ from .invocation import check_invocation
 from .lora_experts import experts_with_adapters
 from .sites import Target, find_parameter_sites, find_sites, layer_type
 from .token_sites import find_token_sites
+from .wrappers import check_whole
 
 # Plain name of a layer -> name of a statistic -> tensor.
 Statistics = Mapping[str, Mapping[str, Tensor]]
@@ -40,12 +41,16 @@ def plan_adapter(
     Raises:
         TypeError: a wrong type.
         ValueError: as :func:`apply_lora`, but for the name.
+        RuntimeError: FSDP2 has taken over layers that have no adapter yet.
     """
     check_types(model, config)
     if statistics is not None and not isinstance(statistics, Mapping):
         raise TypeError(f"statistics: expected those of calibrate, got {type(statistics).__name__}")
     check_invocation(model, config)
-    layers = _prepare_all(_all_sites(model, config), config, draw, statistics or {})
+    sites = _all_sites(model, config)
+    if not all(isinstance(site.linear, AdapterLayer) for site in sites):
+        check_whole(model, "add an adapter")
+    layers = _prepare_all(sites, config, draw, statistics or {})
     adapted = {site.linear: layer for site, layer, _ in layers}
     if config.ensure_weight_tying:
         _check_ties(model, {site.linear: layer for site, layer, _ in layers if site.rows is None})

@@ -143,7 +143,9 @@ def find_sites(
         raise ValueError(_no_match(model, config, refused))
     if refused:
         warn(f"target_modules: left as they are, {_named(refused)}")
-    _warn_of_strays(config, [site.plain for site in sites.values()])
+    # PEFT's files list what it leaves out among the targets.
+    left_out = [name for name in plain.values() if _excluded(config, name, saved)]
+    _warn_of_strays(config, [*(site.plain for site in sites.values()), *left_out])
     return list(sites.values())
 
 
@@ -196,11 +198,15 @@ def _is_all_linear(config: LoRAConfig) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
 
 
+def _excluded(config: LoRAConfig, name: str, saved: Sequence[str]) -> bool:
+    if config.exclude_modules and _matches(config.exclude_modules, name):
+        return True
+    return any(name == one or name.startswith(f"{one}.") for one in saved)
+
+
 def _targets(config: LoRAConfig, name: str, saved: Sequence[str]) -> bool:
     """PEFT's rule: exclusions first, modules saved whole next, then the targets."""
-    if config.exclude_modules and _matches(config.exclude_modules, name):
-        return False
-    if any(name == one or name.startswith(f"{one}.") for one in saved):
+    if _excluded(config, name, saved):
         return False
     return _is_all_linear(config) or (_matches(config.target_modules, name) and _in_layers(config, name))
 

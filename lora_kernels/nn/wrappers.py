@@ -45,3 +45,18 @@ def plain_names(model: nn.Module) -> dict[str, str]:
 def plain_key(key: str) -> str:
     """A key of a file, without the names that only wrappers have."""
     return ".".join(part for part in key.split(".") if part not in _INNER)
+
+
+def fully_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 holds parameters, told without importing it."""
+    return any(hasattr(type(one), "set_requires_all_reduce") for one in model.modules())
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Whether adapters can come and go: nobody splits what comes later, nor sums its gradients.
+
+    Raises:
+        RuntimeError: FSDP2 has taken over the parameters.
+    """
+    if fully_sharded(model):
+        raise RuntimeError(f"cannot {what} after fully_shard took the parameters over; do it before")

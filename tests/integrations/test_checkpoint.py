@@ -1,6 +1,7 @@
 """save_adapter and load_adapter against PEFT, and every way a checkpoint can be bad."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -46,6 +47,22 @@ def test_peft_reads_what_we_write(bert, tokens, tmp_path, options):
     save_adapter(model, tmp_path)
     peft = PeftModel.from_pretrained(bert(), tmp_path).eval()
     torch.testing.assert_close(output(peft, tokens), output(model, tokens), rtol=0, atol=1e-6)
+
+
+KEYLESS = [{}, {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["LayerNorm"]}, {"lora_bias": True}]
+KEYED = [{"method": "lora_fa"}, {"init_lora_weights": "pissa"}, {"method": "moslora"}]
+
+
+@pytest.mark.parametrize("options", [*KEYLESS, *KEYED], ids=str)
+def test_what_pefts_fields_say_is_said_by_them_alone(bert, tmp_path, options):
+    """PEFT warns of a key that it does not know, and blames a newer version of itself."""
+    save_adapter(ours(bert, **options), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert ("lora_kernels" in config) == (options in KEYED)
+    if options in KEYLESS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            LoraConfig.from_pretrained(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import warnings
 
 import pytest
 import torch
@@ -24,6 +25,16 @@ from lora_kernels.nn import (
     set_adapter,
     unmerge_adapters,
 )
+
+
+@pytest.mark.parametrize("options", [{"exclude_modules": ["2"]}, {"modules_to_save": ["2"]}], ids=str)
+def test_targets_that_are_left_out_on_purpose_are_no_strays(options):
+    """PEFT's files of "all-linear" list them."""
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_lora(model, LoRAConfig(r=1, target_modules=["0", "1", "2"], **options))
+    assert list(lora_layers(model)) == ["0", "1"]
 
 
 class Block(nn.Module):

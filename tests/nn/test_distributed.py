@@ -21,10 +21,12 @@ from processes import run
 from lora_kernels.adapters import LoRAConfig
 from lora_kernels.nn import (
     apply_lora,
+    delete_adapter,
     disable_adapters,
     group_layers,
     layer_groups,
     lora_layers,
+    remove_lora,
     set_adapter,
     ungroup_layers,
 )
@@ -191,7 +193,9 @@ def adapters_of_fsdp2_are_saved_whole(rank):
         torch.testing.assert_close(alone(x), y)
         wide = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 6))
         save_adapter(apply_lora(wide, LoRAConfig(r=5, target_modules="all-linear")), folder)
-        with pytest.raises(RuntimeError, match="by tensors of other shapes after fully_shard took them over"):
+        with pytest.raises(
+            RuntimeError, match="by tensors of other shapes after fully_shard took the parameters"
+        ):
             load_adapter(model, folder)
         torch.testing.assert_close(model(x), y)
 
@@ -226,8 +230,68 @@ def what_adapters_own_under_fsdp2(rank):
     assert list(model.state_dict()) == keys and model[0].active == ("default",)
 
 
+def fsdp2_takes_no_adapter_later(rank):
+    """It would be split by nobody, and each process would train one of its own: every way in says so."""
+    from torch.distributed.fsdp import fully_shard
+
+    from lora_kernels import load_adapter, save_adapter
+    from lora_kernels.compose import add_weighted_adapter
+
+    config = LoRAConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    plain = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 6))
+    model, x, _ = build()
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, folder)
+        for each in (plain[0], plain[2], *lora_layers(model).values(), plain, model):
+            fully_shard(each)
+        want, modules = model(x), [type(one) for one in model.modules()]
+        ways = (
+            lambda: apply_lora(plain, config),
+            lambda: apply_lora(model, config, "b"),
+            lambda: load_adapter(plain, folder),
+            lambda: load_adapter(model, folder, "b"),
+            lambda: add_weighted_adapter(model, ["default"], [1.0], "b"),
+            lambda: model[0].add_adapter("b", config),
+            lambda: remove_lora(model),
+            lambda: remove_lora(model, merge=True),
+        )
+        for way in ways:
+            with pytest.raises(
+                RuntimeError, match="after fully_shard took the parameters over; do it before"
+            ):
+                way()
+    assert not lora_layers(plain) and [type(one) for one in model.modules()] == modules
+    torch.testing.assert_close(model(x), want)
+
+
+def what_fsdp2_holds_is_chosen_among_and_deleted(rank):
+    """Adapters that were there before: each trains as in one process, alone and together."""
+    from torch.distributed.fsdp import fully_shard
+
+    whole, x, dy = build()
+    for name in "bc":
+        apply_lora(whole, LoRAConfig(r=2, target_modules="all-linear", init_lora_weights=False), name)
+    split = copy.deepcopy(whole)
+    for layer in lora_layers(split).values():
+        fully_shard(layer)
+    fully_shard(split)
+    for names in ("b", ["default", "b"], "default"):
+        for model, rows in ((whole, slice(None)), (split, slice(2 * rank, 2 * rank + 2))):
+            set_adapter(model, names)
+            model.zero_grad()
+            (model(x[rows]) * dy[rows]).sum(-1).mean().backward()
+        want = {name: one.grad for name, one in whole.named_parameters() if one.grad is not None}
+        got = {name: one.grad.full_tensor() for name, one in split.named_parameters() if one.grad is not None}
+        torch.testing.assert_close(got, want)
+        for model in (whole, split):
+            if names == ["default", "b"]:
+                delete_adapter(model, "b")
+
+
 def test_two_processes_equal_one(tmp_path):
     more = (
+        fsdp2_takes_no_adapter_later,
+        what_fsdp2_holds_is_chosen_among_and_deleted,
         fsdp2_of_a_group,
         fsdp2_with_dropout_and_checkpoints,
         fsdp2_in_mixed_precision,

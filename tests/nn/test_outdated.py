@@ -12,11 +12,14 @@ from torch import nn
 
 from lora_kernels import LoRAConfig, apply_lora, load_adapter, quantize_base, save_adapter
 from lora_kernels.nn import (
+    delete_adapter,
     disable_adapters,
+    lora_configs,
     lora_layers,
     mark_only_lora_as_trainable,
     merge_adapters,
     outdated,
+    remove_lora,
     set_adapter,
     unmerge_adapters,
 )
@@ -147,6 +150,64 @@ def test_nothing_is_kept_once_nobody_holds_the_old_ones(tmp_path):
     other(torch.ones(1, 2)).sum().backward()
     torch.optim.SGD(other.parameters(), lr=0.1).step()
     assert not outdated._notes and not outdated._hooks
+
+
+GONE = {
+    "delete_adapter": lambda one: delete_adapter(one, "default"),
+    "delete_adapter of a layer": lambda one: [layer.delete_adapter("default") for layer in one[::2]],
+    "remove_lora": remove_lora,
+    "remove_lora, merged": lambda one: remove_lora(one, merge=True),
+}
+
+
+@pytest.mark.parametrize("way", GONE.values(), ids=GONE)
+def test_an_optimiser_of_what_was_taken_out_says_so_once(way):
+    """An adapter put in its place, of the same name and shapes, has other parameters."""
+    own = model()
+    optimizer, other = adam(own), adam(nn.Linear(2, 2))
+    step(own, optimizer)
+    way(own)
+    apply_lora(
+        own, LoRAConfig(r=3, target_modules=["0", "2"]), "default" if not lora_configs(own) else "next"
+    )
+    quietly(other.step)
+    with pytest.warns(
+        UserWarning, match=r"it holds \d parameters of .*adapter.* make the optimiser again"
+    ) as said:
+        optimizer.step()
+    assert [one.filename for one in said] == [__file__]
+    quietly(optimizer.step)
+
+
+def test_one_made_after_a_deletion_and_one_of_another_adapter_are_told_nothing():
+    own = apply_lora(model(), LoRAConfig(r=2, target_modules=["0"]), "other")
+    before = adam(own)
+    set_adapter(own, "other")
+    other = adam(own)
+    delete_adapter(own, "default")
+    for _ in range(2):
+        quietly(lambda: step(own, other))
+        quietly(lambda: step(own, adam(own)))
+    with pytest.warns(UserWarning, match="it holds 4 parameters of the adapter 'default' that was deleted"):
+        before.step()
+
+
+def test_what_a_deleted_adapter_owned_is_told_of():
+    own = model(modules_to_save=["3"])
+    optimizer = adam(own)
+    delete_adapter(own, "default")
+    with pytest.warns(UserWarning, match="it holds 6 parameters of the adapter 'default' that was deleted"):
+        optimizer.step()
+
+
+def test_a_bank_that_other_layers_still_read_is_not_gone():
+    own = shared_banks()
+    optimizer = torch.optim.SGD([own[0].adapters["default"].vblora_vector_bank], lr=0.1)
+    own[0].delete_adapter("default")
+    quietly(lambda: step(own, optimizer))
+    delete_adapter(own, "default")
+    with pytest.warns(UserWarning, match="it holds 1 parameters"):
+        optimizer.step()
 
 
 def shared_banks():
