@@ -116,15 +116,10 @@ class _BranchedLinear(torch.autograd.Function):
     """Saves W and what the branch saves."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        branch: Branch,
-        x: Tensor,
-        x_branch: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        *tensors: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        # Without gradients torch.compile counts what is given against the names that stand here, and takes
+        # the context away where both are as many: named beside ``*tensors``, two tensors were that.
+        branch, x, x_branch, weight, bias, *tensors = given
         rows, branch_rows = rows_of(x), rows_of(x if x_branch is None else x_branch)
         if weight is not None and branch.writes:
             y = rows.new_empty(rows.shape[0], branch.out_features)

@@ -136,7 +136,8 @@ class _FormedLinear(torch.autograd.Function):
     """Saves its inputs."""
 
     @staticmethod
-    def forward(ctx: Any, former: Any, x: Tensor, weight: Any, bias: Any, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, *given: Any) -> Tensor:  # see _BranchedLinear's
+        former, x, weight, bias, *tensors = given
         ctx.former = former
         _, _, needs_weight, _, *needs = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight or any(needs) else None, weight, *tensors)

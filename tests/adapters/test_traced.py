@@ -6,6 +6,9 @@ the invariants too. What ``torch.export`` does not take stands in ``UNEXPORTED``
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from cases import IN, case, shake
@@ -120,6 +123,23 @@ def test_a_training_step_and_an_answer_are_one_graph_each(key):
         with torch.no_grad():
             want["answer"], got["answer"] = model(*inputs), compiled(*inputs)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+# Whose tensors are more than two, always.
+COUNTED = {"_LoRALinearGroup", "_SparseCore"}
+
+
+def test_no_function_takes_names_beside_a_star():
+    """Compiled without gradients, torch takes away the context of one that gets as many as its names."""
+    folder = Path(ours.__file__).parents[1] / "ops"
+    found = set()
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and any("Function" in ast.unparse(base) for base in node.bases):
+                forward = next(one for one in node.body if getattr(one, "name", "") == "forward")
+                if forward.args.vararg and len(forward.args.args) > 1:
+                    found.add(node.name)
+    assert found == COUNTED
 
 
 @pytest.mark.spread("key", of=5)
