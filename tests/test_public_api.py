@@ -151,3 +151,18 @@ def test_only_settings_reads_the_environment(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute):
             assert node.attr not in ("environ", "getenv"), f"line {node.lineno} reads the environment"
+
+
+TRACED = ("ops", "adapters", "routing", "nn")
+READS_SOURCE = PACKAGE / "nn/weight_reads.py"  # of another model, once
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if p.parts[len(PACKAGE.parts)] in TRACED and p != READS_SOURCE], ids=module_id
+)
+def test_what_is_traced_zips_equal_lengths(path):
+    """torch.compile of torch 2.9 takes strict=False for strict."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "zip":
+            strict = [keyword.value for keyword in node.keywords if keyword.arg == "strict"]
+            assert all(ast.literal_eval(value) for value in strict), f"line {node.lineno}"

@@ -33,9 +33,10 @@ variable_list once(variable_list grads) {
   for (Tensor& grad : grads) {
     if (grad.defined()) grad = grad.detach().set_requires_grad(true);
   }
-  const auto refuses = c10::make_intrusive<torch::autograd::DelayedError>(
+  // Not on the heap: torch counts its nodes' references in one way to 2.11 and in another since.
+  torch::autograd::DelayedError refuses(
       "trying to differentiate twice a linear whose branch is differentiable once", grads.size());
-  return refuses->apply(std::move(grads));
+  return refuses.apply(std::move(grads));
 }
 
 struct CoredLinear : torch::autograd::Function<CoredLinear> {

@@ -138,7 +138,7 @@ def _arguments(mlp: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
         if not _plain(members[-1]):
             return None
     gate, up, down = members
-    fit = all(_fits(layer, member, x) for layer, member in zip(layers[:2], members, strict=False))
+    fit = all(_fits(layer, member, x) for layer, member in zip(layers[:2], members[:2], strict=True))
     device = down.weight.device == x.device and type(down.weight) in (Tensor, nn.Parameter)
     widths = gate.weight.shape[0] == up.weight.shape[0] == down.weight.shape[1]
     activation = activation_name(mlp._modules["act_fn"])

@@ -161,12 +161,12 @@ def differentiable_backward(ctx: Any, dy: Tensor, saved: Saved) -> tuple[Tensor 
             "lora_linear: a double backward needs the input, which is not saved when no first"
             " derivative reads it (frozen lora_a, or an x_lora of its own)"
         )
-    needs, rows = ctx.needs_input_grad, rows_of(dy)
+    needs, rows = ctx.needs_input_grad[:7], rows_of(dy)
     tensors = (x, weight, lora_a, lora_b, None, gate, x_lora)
-    wanted = [tensor for tensor, needed in zip(tensors, needs, strict=False) if needed and tensor is not None]
+    wanted = [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed and tensor is not None]
     branch = (gate_rows(gate), rows_of(x_lora), None, ctx.scaling, ctx.dropout_p)
     y = composite(LoraInputs(rows_of(x), weight, lora_a, lora_b, None, *branch), mask)
     given = iter(torch.autograd.grad(y, wanted, rows, create_graph=True) if wanted else ())
-    grads = [next(given) if n and t is not None else None for t, n in zip(tensors, needs, strict=False)]
+    grads = [next(given) if n and t is not None else None for t, n in zip(tensors, needs, strict=True)]
     grads[4] = rows.sum(0) if needs[4] else None
     return (*grads, None, None, None)

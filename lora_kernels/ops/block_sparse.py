@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -108,8 +109,6 @@ class BlockSparse(Branch):
 def _diagonal(pieces: Sequence[Piece]) -> int:
     """How many of the leading pieces are whole blocks of the first one's size along the diagonal."""
     height, width = pieces[0].height, pieces[0].width
-    whole = (Piece(i, i * height, i * width, height, width, 0, i * width) for i in itertools.count())
-    found = sum(
-        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(pieces, whole, strict=False))
-    )
+    whole = (Piece(i, i * height, i * width, height, width, 0, i * width) for i in range(len(pieces)))
+    found = sum(1 for _ in itertools.takewhile(bool, map(operator.eq, pieces, whole)))
     return found if found > 1 else 0

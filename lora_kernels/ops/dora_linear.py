@@ -215,7 +215,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         )
     needs, rows = ctx.needs_input_grad[:6], rows_of(dy)
     tensors = (x, weight, lora_a, lora_b, scale)
-    wanted = [tensor for tensor, needed in zip(tensors, needs, strict=False) if needed]
+    wanted = [tensor for tensor, needed in zip(tensors, needs[:5], strict=True) if needed]
     numbers = (None, None, ctx.scaling, ctx.dropout_p)
     y = composite(DoraInputs(rows_of(x), weight, lora_a, lora_b, scale, *numbers), mask)
     given = iter(torch.autograd.grad(y, wanted, rows, create_graph=True) if wanted else ())

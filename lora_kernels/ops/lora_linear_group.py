@@ -239,7 +239,9 @@ def _add_quantized(
     outs: Sequence[Tensor], xs: Sequence[Any], layouts: Sequence[Any], packed: Sequence[Any], transpose: bool
 ) -> None:
     """Each out += x Wᵀ, or x W, of the members whose weight is quantised; ``packed`` is empty without any."""
-    for out, x, layout, weight in zip(outs, xs, layouts, zip(*packed, strict=True), strict=False):
+    if not packed:
+        return
+    for out, x, layout, weight in zip(outs, xs, layouts, zip(*packed, strict=True), strict=True):
         if layout is not None:
             accumulate(out, x, weight, layout, transpose)
 

@@ -203,7 +203,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             " first derivative reads them (frozen but for down's lora_b)"
         )
     rows, inputs = rows_of(dy), (gate, up, weight, lora_a, lora_b)
-    wanted = [tensor for tensor, needed in zip(inputs, needs, strict=False) if needed]
+    wanted = [tensor for tensor, needed in zip(inputs, needs[:5], strict=True) if needed]
     product = glu_composite(rows_of(gate), rows_of(up), ctx.activation)
     branch = (None, None, None, None, ctx.scaling, ctx.dropout_p)
     y = composite(LoraInputs(product, weight, lora_a, lora_b, *branch), mask)

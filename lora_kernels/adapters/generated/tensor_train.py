@@ -50,7 +50,7 @@ def draw_train(site: Site, shape: tuple[int, ...], inner: int, std: float) -> li
     """
     ranks = (1, *[inner] * (len(shape) - 1), 1)
     each = std ** (1 / len(shape))
-    sizes = zip(ranks, shape, ranks[1:], strict=False)
+    sizes = zip(ranks[:-1], shape, ranks[1:], strict=True)
     return [site.normal(*size, std=each / math.sqrt(size[-1])) for size in sizes]
 
 

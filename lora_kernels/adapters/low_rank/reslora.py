@@ -96,7 +96,8 @@ class ResLoRA(LoRA):
             )
         kappa, total = self.kappa.to(weight.dtype), self.lora_A.to(weight.dtype)
         if self.mode == "ms" and self.merge_by == "input":
-            for k, other in zip(kappa, self._all("lora_A")[1:], strict=False):
+            others = self._all("lora_A")[1:]
+            for k, other in zip(kappa[: len(others)], others, strict=True):
                 total = total + k * other.to(weight.dtype)
         else:
             total = (1 + kappa.sum()) * total
