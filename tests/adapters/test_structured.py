@@ -91,8 +91,8 @@ def test_a_base_that_trains_gets_its_gradient(method):
 
 @pytest.mark.parametrize("method", ["mora", "quanta", "fourierft", "smt", "neft"])
 def test_under_autocast_and_transforms(method):
-    layer = shake(new_layer(method, dtype=torch.float32))
-    x = torch.randn(3, layer.in_features)
+    layer = shake(new_layer(method, dtype=torch.float64))
+    x = torch.randn(3, layer.in_features, dtype=torch.float64)
     parameters = {n: p for n, p in layer.named_parameters() if p.requires_grad}
 
     def loss(given):
@@ -102,6 +102,7 @@ def test_under_autocast_and_transforms(method):
     want = torch.autograd.grad(layer(x).square().sum(), list(parameters.values()))
     for one, other in zip(got.values(), want, strict=True):
         torch.testing.assert_close(one, other)
+    layer, x = layer.float(), x.float()
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
