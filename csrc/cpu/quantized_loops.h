@@ -20,15 +20,13 @@ LK_INLINE Floats as_floats(const Ints& bits) {
 }
 
 #if defined(__clang__)
-template <typename Vector>
-LK_INLINE Vector permuted(const Vector& from, const Ints& places) {
-  Vector out;
+LK_INLINE Ints permuted(const Ints& from, const Ints& places) {
+  Ints out;
   for (int i = 0; i < kOne; ++i) out[i] = from[places[i]];
   return out;
 }
 #else
-template <typename Vector>
-LK_INLINE Vector permuted(const Vector& from, const Ints& places) {
+LK_INLINE Ints permuted(const Ints& from, const Ints& places) {
   return __builtin_shuffle(from, places);
 }
 #endif
