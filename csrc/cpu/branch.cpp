@@ -6,8 +6,10 @@
 #include <type_traits>
 
 #include "activation_pass.h"
+#include "dropout.h"
 #include "math_type.h"
 #include "scale_pass.h"
+#include "tensors.h"
 
 namespace lora_kernels {
 namespace {
@@ -29,17 +31,9 @@ int64_t grain(int64_t work_each) {
   return std::max<int64_t>(1, kTask / std::max<int64_t>(1, work_each));
 }
 
-Tensor with_dense_rows(const Tensor& x) {
-  return x.stride(1) == 1 || x.size(1) <= 1 ? x : x.contiguous();
-}
-
 Activation activation(const Tensor& x, const std::optional<Tensor>& mask, double p) {
-  const bool drops = mask.has_value() && mask->numel() > 0;
-  return {x.const_data_ptr(),
-          storage_of(x.scalar_type()),
-          x.stride(0),
-          drops ? mask->const_data_ptr<uint8_t>() : nullptr,
-          drops ? mask->stride(0) : 0,
+  const KeepBits keep = keep_bits(mask);
+  return {x.const_data_ptr(), storage_of(x.scalar_type()), x.stride(0), keep.data, keep.stride,
           1.0 / (1.0 - p)};
 }
 
@@ -249,7 +243,7 @@ void expand_into(const Tensor& out, const Tensor& vectors, const Tensor& factor,
                  const std::optional<Tensor>& mask, double scaling, bool add) {
   const int64_t rows = out.size(0), rank = factor.size(0), cols = factor.size(1);
   const Tensor padded = staggered(factor, vectors.scalar_type());
-  const bool drops = mask.has_value() && mask->numel() > 0;
+  const KeepBits keep = keep_bits(mask);
   in_math(vectors.scalar_type(), [&](auto math) {
     using Math = decltype(math);
     const Expansion<Math> expansion = {rank,
@@ -260,8 +254,8 @@ void expand_into(const Tensor& out, const Tensor& vectors, const Tensor& factor,
                                        cols,
                                        out.mutable_data_ptr(),
                                        storage_of(out.scalar_type()),
-                                       drops ? mask->const_data_ptr<uint8_t>() : nullptr,
-                                       drops ? mask->stride(0) : 0,
+                                       keep.data,
+                                       keep.stride,
                                        static_cast<Math>(scaling),
                                        add};
     at::parallel_for(0, rows, grain(cols * rank),

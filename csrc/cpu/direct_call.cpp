@@ -10,13 +10,13 @@
 #include "batch_plan.h"
 #include "lora_linear_autograd.h"
 #include "multi_lora_linear.h"
+#include "tensors.h"
 
 namespace lora_kernels {
 namespace {
 
 using at::Tensor;
 using c10::DispatchKey;
-using OptTensor = std::optional<Tensor>;
 
 enum Argument { kX, kWeight, kA, kB, kBias, kGate, kTensors, kScaling = kTensors, kP, kArguments };
 

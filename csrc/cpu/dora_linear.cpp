@@ -20,16 +20,12 @@
 #include "math_type.h"
 #include "products.h"
 #include "scale_pass.h"
+#include "tensors.h"
 
 namespace lora_kernels {
 namespace {
 
 using at::Tensor;
-using OptTensor = std::optional<Tensor>;
-
-Tensor dense(const Tensor& tensor) {
-  return tensor.stride(1) == 1 || tensor.size(1) <= 1 ? tensor : tensor.contiguous();
-}
 
 Way way_for(Op op, const Tensor& rows, const Tensor& weight, const Tensor& lora_a) {
   return way_of(op, rows.scalar_type(), {rows.size(0), weight.numel(), lora_a.size(0)});
@@ -72,7 +68,7 @@ void add_scaled(Tensor& y, const Tensor& z, const Tensor& scale, const OptTensor
 
 // d = drop(x), and x - d.
 std::pair<Tensor, Tensor> split(const Tensor& x_in, const Tensor& mask, double p) {
-  const Tensor x = dense(x_in);
+  const Tensor x = with_dense_rows(x_in);
   Tensor dropped = at::empty({x.size(0), x.size(1)}, x.options());
   Tensor rest = at::empty_like(dropped);
   const Keep keep = {mask.const_data_ptr<uint8_t>(), mask.stride(0), 1.0 / (1.0 - p)};
@@ -84,7 +80,7 @@ std::pair<Tensor, Tensor> split(const Tensor& x_in, const Tensor& mask, double p
 // dY * factor, where that is asked for, and the column sums of dY * z, where there is a z.
 std::pair<Tensor, Tensor> unscaled(const Tensor& dy_in, const Tensor& factor, bool needs_scaled,
                                    const OptTensor& z) {
-  const Tensor dy = dense(dy_in);
+  const Tensor dy = with_dense_rows(dy_in);
   const int64_t rows = dy.size(0), cols = dy.size(1);
   Tensor result = needs_scaled ? at::empty({rows, cols}, dy.options()) : Tensor();
   Tensor sums = has(z) ? at::zeros({cols}, factor.options()) : Tensor();
@@ -164,7 +160,7 @@ void over_blocks(int64_t rows, int64_t count, Run run) {
 // base - x_dropped W'.
 Tensor without_dropped(const Tensor& base, const Tensor& x_in, const Tensor& mask,
                        const Tensor& weight) {
-  const Tensor x = dense(x_in);
+  const Tensor x = with_dense_rows(x_in);
   const int64_t rows = x.size(0), cols = x.size(1), out = weight.size(0);
   const Dropped dropped(mask, cols, x);
   Tensor result = base.clone();
@@ -178,7 +174,7 @@ Tensor without_dropped(const Tensor& base, const Tensor& x_in, const Tensor& mas
 
 // Where x was dropped, dX = dY W.
 void replace_dropped(Tensor& dx, const Tensor& dy_in, const Tensor& mask, const Tensor& weight) {
-  const Tensor dy = dense(dy_in);
+  const Tensor dy = with_dense_rows(dy_in);
   const int64_t rows = dy.size(0), cols = dx.size(1), out = dy.size(1);
   const Dropped dropped(mask, cols, Tensor());
   const Replacement pass = {dropped.list,

@@ -3,16 +3,12 @@
 
 #include <ATen/ATen.h>
 
-#include <optional>
+#include "tensors.h"
 
 namespace lora_kernels {
 
-inline bool has(const std::optional<at::Tensor>& tensor) {
-  return tensor.has_value() && tensor->defined();
-}
-
 // h * g, or h where there is no gate.
-inline at::Tensor gated(const at::Tensor& h, const std::optional<at::Tensor>& gate) {
+inline at::Tensor gated(const at::Tensor& h, const OptTensor& gate) {
   return has(gate) ? h.mul(gate->to(h.scalar_type())) : h;
 }
 

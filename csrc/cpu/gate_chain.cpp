@@ -5,13 +5,13 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <cstdint>
-#include <memory>
 #include <numeric>
 #include <vector>
 
 #include "gate_pass.h"
+#include "kept_memory.h"
 #include "math_type.h"
+#include "tensors.h"
 
 namespace lora_kernels {
 namespace {
@@ -20,7 +20,6 @@ using at::Tensor;
 
 // Chunks of tokens with sums of their own.
 constexpr int64_t kChunks = 16;
-constexpr size_t kAlignment = 64;
 
 // A gate, its transpose, and where it finds its columns in a tile.
 template <typename Math>
@@ -87,22 +86,12 @@ struct Chain {
   int64_t scratch() const { return places * (kLanes + 1); }
 };
 
-// Memory that a thread keeps from call to call, on a cache line's edge.
+// Of all passes, which are never under way at once on one thread.
 template <typename Math>
 Math* kept(int64_t elements) {
-  thread_local std::unique_ptr<Math[]> memory;
-  thread_local int64_t size = 0;
-  const int64_t room = elements + static_cast<int64_t>(kAlignment / sizeof(Math));
-  if (size < room) {
-    memory.reset();
-    memory = std::make_unique_for_overwrite<Math[]>(room);
-    size = room;
-  }
-  const auto address = reinterpret_cast<uintptr_t>(memory.get());
-  return memory.get() + (-address % kAlignment) / sizeof(Math);
+  thread_local KeptMemory<Math> memory;
+  return memory.room(elements);
 }
-
-Tensor unit_columns(const Tensor& x) { return x.stride(1) == 1 ? x : x.contiguous(); }
 
 int64_t tiles_of(int64_t rows) { return (rows + kTokens - 1) / kTokens; }
 
@@ -110,10 +99,10 @@ Range tokens_of(int64_t tile, int64_t rows) {
   return {tile * kTokens, std::min((tile + 1) * kTokens, rows)};
 }
 
-// Calls run(out with unit columns), whose first columns it fills; the rest is zero, or stays.
+// Calls run(out with dense rows), whose first columns it fills; the rest is zero, or stays.
 template <typename Run>
 void fill(const Tensor& out, int64_t token, bool add, Run run) {
-  Tensor written = unit_columns(out);
+  Tensor written = with_dense_rows(out);
   if (!add && out.size(1) > token) written.narrow(1, token, out.size(1) - token).zero_();
   run(written);
   if (!written.is_same(out)) out.copy_(written);
@@ -205,14 +194,14 @@ void gate_chain(Tensor& out, const Tensor& x, at::TensorList gates, at::IntArray
   in_math(math_of(x.scalar_type()), [&](auto math) {
     const Chain<decltype(math)> chain(gates, dims);
     fill(out, chain.token, add,
-         [&](const Tensor& written) { forward(chain, written, unit_columns(x), add); });
+         [&](const Tensor& written) { forward(chain, written, with_dense_rows(x), add); });
   });
 }
 
 void gate_chain_backward(const Tensor& dy, const Tensor& x, at::TensorList gates,
                          at::IntArrayRef dims, const std::optional<Tensor>& dx, bool add,
                          at::TensorList grads) {
-  const Tensor rows = unit_columns(x), back = unit_columns(dy);
+  const Tensor rows = with_dense_rows(x), back = with_dense_rows(dy);
   in_math(math_of(x.scalar_type()), [&](auto math) {
     const Chain<decltype(math)> chain(gates, dims);
     Backward pass{matrix_of(rows),

@@ -9,16 +9,13 @@
 
 #include "gather_pass.h"
 #include "math_type.h"
+#include "tensors.h"
 
 namespace lora_kernels {
 namespace {
 
 // Rows of W that one task multiplies with all rows of x.
 constexpr int64_t kOutputs = 64;
-
-at::Tensor with_dense_rows(const at::Tensor& matrix) {
-  return matrix.stride(1) == 1 || matrix.size(1) <= 1 ? matrix : matrix.contiguous();
-}
 
 std::vector<int32_t> counting(int64_t count) {
   std::vector<int32_t> numbers(count);

@@ -17,7 +17,6 @@ namespace {
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using OptTensor = std::optional<Tensor>;
 
 // Places of the differentiable arguments of apply(), and of what is saved beside them.
 enum Input { kGate, kUp, kWeight, kA, kB, kBias, kInputs, kH = kBias, kMask };
@@ -47,7 +46,7 @@ struct LoraGluLinear : torch::autograd::Function<LoraGluLinear> {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor product = activated(rows(gate).contiguous(), activation).mul_(rows(up));
     OptTensor seed;
-    if (dropout_p > 0) seed = at::empty({1}, gate.options().dtype(at::kLong)).random_();
+    if (dropout_p > 0) seed = drawn_seed(gate);
     auto [y, h, mask] = lora_linear(product, weight, lora_a, lora_b, bias, std::nullopt,
                                     std::nullopt, seed, scaling, dropout_p);
     save(ctx, {gate, up, weight, lora_a, lora_b, bias.value_or(Tensor())}, h, mask, dropout_p);
@@ -60,12 +59,8 @@ struct LoraGluLinear : torch::autograd::Function<LoraGluLinear> {
   // Of the inputs only what the gradients asked for will read.
   static void save(AutogradContext* ctx, variable_list in, const Tensor& h, const Tensor& mask,
                    double dropout_p) {
-    int64_t needed = 0;
-    for (int i = 0; i < kInputs; ++i) {
-      needed |= static_cast<int64_t>(in[i].defined() && in[i].requires_grad()) << i;
-    }
-    ctx->saved_data["needed"] = needed;
-    const auto needs = [needed](Input i) { return (needed >> i & 1) != 0; };
+    const Needed needs(in, kInputs);
+    ctx->saved_data["needed"] = needs.bits();
     const bool needs_product = needs(kGate) || needs(kUp);
     if (!needs_product && !needs(kWeight) && !needs(kA)) in[kGate] = in[kUp] = Tensor();
     if (!needs_product && !needs(kWeight)) in[kWeight] = Tensor();
@@ -77,21 +72,20 @@ struct LoraGluLinear : torch::autograd::Function<LoraGluLinear> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor dy = rows(grad_outputs[0]);
-    const int64_t needed = ctx->saved_data["needed"].toInt();
+    const Needed needs(ctx->saved_data["needed"].toInt());
     variable_list grads(kInputs + 3);
     if (at::GradMode::is_enabled()) {
-      differentiable(ctx, saved, dy, needed, grads);
+      differentiable(ctx, saved, dy, needs, grads);
     } else {
       at::AutoDispatchBelowADInplaceOrView guard;  // nothing below has a derivative of its own
-      put_grads(ctx, saved, dy, needed, grads);
+      put_grads(ctx, saved, dy, needs, grads);
     }
-    if (needed >> kBias & 1) grads[kBias] = dy.sum(0);
+    if (needs(kBias)) grads[kBias] = dy.sum(0);
     return grads;
   }
 
   static void put_grads(AutogradContext* ctx, const variable_list& saved, const Tensor& dy,
-                        int64_t needed, variable_list& grads) {
-    const auto needs = [needed](int i) { return (needed >> i & 1) != 0; };
+                        const Needed& needs, variable_list& grads) {
     const std::string activation = ctx->saved_data["activation"].toStringRef();
     const double p = ctx->saved_data["dropout_p"].toDouble();
     const bool needs_product = needs(kGate) || needs(kUp);
@@ -121,7 +115,7 @@ struct LoraGluLinear : torch::autograd::Function<LoraGluLinear> {
 
   // The gradients as differentiable functions of the inputs, for a second derivative.
   static void differentiable(AutogradContext* ctx, const variable_list& saved, const Tensor& dy,
-                             int64_t needed, variable_list& grads) {
+                             const Needed& needs, variable_list& grads) {
     TORCH_CHECK(saved[kGate].defined(),
                 "lora_mlp: a double backward needs the outputs of gate and up, which are not saved "
                 "when no first derivative reads them (frozen but for down's lora_b)");
@@ -131,16 +125,7 @@ struct LoraGluLinear : torch::autograd::Function<LoraGluLinear> {
     const Tensor y =
         composite({product, saved[kWeight], saved[kA], saved[kB], Tensor(), Tensor(), saved[kMask],
                    ctx->saved_data["scaling"].toDouble(), ctx->saved_data["dropout_p"].toDouble()});
-    variable_list wanted;
-    std::vector<int> places;
-    for (int i = 0; i < kBias; ++i) {
-      if (!(needed >> i & 1)) continue;
-      wanted.push_back(saved[i]);
-      places.push_back(i);
-    }
-    if (wanted.empty()) return;
-    const auto given = torch::autograd::grad({y}, wanted, {dy}, true, true);
-    for (size_t i = 0; i < places.size(); ++i) grads[places[i]] = given[i];
+    put_differentiable_grads({y}, {dy}, saved, kBias, needs, grads);
   }
 };
 

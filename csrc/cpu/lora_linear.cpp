@@ -9,12 +9,12 @@
 #include "gate.h"
 #include "plain_branch.h"
 #include "products.h"
+#include "tensors.h"
 
 namespace lora_kernels {
 namespace {
 
 using at::Tensor;
-using OptTensor = std::optional<Tensor>;
 
 Way way_for(Op op, const Tensor& rows, const Tensor& lora_a, const Tensor& lora_b) {
   return way_of(op, rows.scalar_type(),

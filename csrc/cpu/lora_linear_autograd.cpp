@@ -15,7 +15,6 @@ namespace {
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using OptTensor = std::optional<Tensor>;
 
 // Places of the differentiable arguments of apply().
 enum Input { kX, kWeight, kA, kB, kBias, kGate, kXLora, kInputs };
@@ -31,7 +30,7 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     const Tensor weight = plain(weight_in), bias = plain(bias_in), gate = plain(gate_in),
                  x_lora = plain(x_lora_in);
     OptTensor seed;
-    if (dropout_p > 0) seed = at::empty({1}, x.options().dtype(at::kLong)).random_();
+    if (dropout_p > 0) seed = drawn_seed(x);
     const Tensor flat = rows(x);
     auto [y, h, mask] =
         lora_linear(flat, optional(weight), lora_a, lora_b, optional(bias),
@@ -46,12 +45,8 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
   // Of the inputs only what the gradients asked for will read.
   static void save(AutogradContext* ctx, variable_list in, const Tensor& h, const Tensor& mask,
                    double dropout_p) {
-    int64_t needed = 0;
-    for (int i = 0; i < kInputs; ++i) {
-      needed |= static_cast<int64_t>(in[i].defined() && in[i].requires_grad()) << i;
-    }
-    ctx->saved_data["needed"] = needed;
-    const auto needs = [needed](Input i) { return (needed >> i & 1) != 0; };
+    const Needed needs(in, kInputs);
+    ctx->saved_data["needed"] = needs.bits();
     const bool separate = in[kXLora].defined();
     const bool x_read = needs(kWeight) || (needs(kA) && !separate);
     const bool mask_read = dropout_p > 0 && (needs(kX) || needs(kA) || needs(kXLora));
@@ -69,12 +64,10 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor& dy_any = grad_outputs[0];
     const Tensor dy = rows(dy_any);
-    // autograd's own needs_input_grad counts only the tensors that are there.
-    const int64_t needed = ctx->saved_data["needed"].toInt();
-    const auto needs = [&](int i) { return (needed >> i & 1) != 0; };
+    const Needed needs(ctx->saved_data["needed"].toInt());
     variable_list grads(kInputs + 2);
     if (at::GradMode::is_enabled()) {
-      differentiable(ctx, saved, dy, needed, grads);
+      differentiable(ctx, saved, dy, needs, grads);
       return grads;
     }
     at::AutoDispatchBelowADInplaceOrView guard;  // no operation below has a derivative of its own
@@ -100,7 +93,7 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
   }
 
   static void differentiable(AutogradContext* ctx, const variable_list& saved, const Tensor& dy,
-                             int64_t needed, variable_list& grads) {
+                             const Needed& needs, variable_list& grads) {
     const bool separate = ctx->saved_data["separate"].toBool();
     TORCH_CHECK(saved[kX].defined() && (!separate || saved[kXLora].defined()),
                 "lora_linear: a double backward needs the input, which is not saved when no first "
@@ -109,16 +102,8 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
         composite({saved[kX], saved[kWeight], saved[kA], saved[kB], saved[kGate], saved[kXLora],
                    saved[kInputs + 1], ctx->saved_data["scaling"].toDouble(),
                    ctx->saved_data["dropout_p"].toDouble()});
-    variable_list wanted;
-    std::vector<int> places;
-    for (int i = 0; i < kInputs; ++i) {
-      if (i == kBias || !(needed >> i & 1) || !saved[i].defined()) continue;
-      wanted.push_back(saved[i]);
-      places.push_back(i);
-    }
-    const auto given = torch::autograd::grad({y}, wanted, {dy}, true, true);
-    for (size_t i = 0; i < places.size(); ++i) grads[places[i]] = given[i];
-    if (needed >> kBias & 1) grads[kBias] = dy.sum(0);
+    put_differentiable_grads({y}, {dy}, saved, kInputs, needs, grads);
+    if (needs(kBias)) grads[kBias] = dy.sum(0);
   }
 };
 

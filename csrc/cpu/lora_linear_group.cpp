@@ -15,18 +15,14 @@
 #include "math_type.h"
 #include "plain_branch.h"
 #include "products.h"
+#include "tensors.h"
 
 namespace lora_kernels {
 namespace {
 
 using at::Tensor;
-using OptTensor = std::optional<Tensor>;
 
 constexpr auto kContiguous = at::MemoryFormat::Contiguous;
-
-OptTensor optional(const Tensor& tensor) {
-  return tensor.defined() ? OptTensor(tensor) : std::nullopt;
-}
 
 // A tensor that is there, of an optional list.
 Tensor item(const OptTensors& list, size_t i) {

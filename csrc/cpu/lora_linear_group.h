@@ -1,14 +1,13 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/core/List.h>
 
 #include <optional>
 #include <vector>
 
-namespace lora_kernels {
+#include "tensors.h"
 
-using OptTensors = c10::List<std::optional<at::Tensor>>;
+namespace lora_kernels {
 
 // y of each member, h of each, the keep bits of those that drop.
 std::vector<at::Tensor> lora_linear_group(const at::Tensor& x, const OptTensors& weights,

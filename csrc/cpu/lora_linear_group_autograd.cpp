@@ -29,7 +29,7 @@ struct Given {
 Tensor drawn_seeds(const Tensor& x, const std::vector<double>& ps) {
   variable_list seeds;
   for (double p : ps) {
-    if (p > 0) seeds.push_back(at::empty({1}, x.options().dtype(at::kLong)).random_());
+    if (p > 0) seeds.push_back(drawn_seed(x));
   }
   return seeds.empty() ? Tensor() : at::cat(seeds);
 }
@@ -118,25 +118,17 @@ void put_grads(const Backward& at, variable_list& grads) {
 }
 
 // The same as differentiable functions of the inputs, for a second derivative.
-void put_differentiable_grads(const Backward& at, variable_list& grads) {
+void put_grads_to_differentiate(const Backward& at, variable_list& grads) {
   TORCH_CHECK(at.x().defined(),
               "lora_linear_group: a double backward needs the input, which is not saved when no "
               "first derivative reads it (frozen lora_as)");
-  variable_list ys, wanted;
-  std::vector<size_t> places;
+  variable_list ys;
   for (int64_t i : at.used) {
     ys.push_back(composite({at.x(), at.of(kWeight, i), at.of(kA, i), at.of(kB, i), at.of(kGate, i),
                             Tensor(), at.of(kMask, i), at.scalings[i], at.ps[i]}));
   }
-  for (size_t place = 0; place < at.needed.size(); ++place) {
-    if (!at.needed[place] || !at.saved[place].defined()) continue;
-    wanted.push_back(at.saved[place]);
-    places.push_back(place);
-  }
-  if (wanted.empty()) return;
-  const variable_list given =
-      torch::autograd::grad(ys, wanted, chosen(at.dys, at.used), true, true, true);
-  for (size_t i = 0; i < places.size(); ++i) grads[places[i]] = given[i];
+  const auto needs = [&](size_t place) { return at.needed[place]; };
+  put_differentiable_grads(ys, chosen(at.dys, at.used), at.saved, at.needed.size(), needs, grads);
 }
 
 struct LoraLinearGroup : torch::autograd::Function<LoraLinearGroup> {
@@ -211,7 +203,7 @@ struct LoraLinearGroup : torch::autograd::Function<LoraLinearGroup> {
       }
     };
     if (at::GradMode::is_enabled()) {
-      put_differentiable_grads(at, grads);
+      put_grads_to_differentiate(at, grads);
       sum_biases();
     } else {
       at::AutoDispatchBelowADInplaceOrView guard;  // nothing below has a derivative of its own

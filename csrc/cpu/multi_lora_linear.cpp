@@ -9,17 +9,15 @@
 #include "dropout.h"
 #include "gather_pass.h"
 #include "math_type.h"
+#include "tensors.h"
 
 namespace lora_kernels {
 namespace {
 
 using at::Tensor;
-using OptTensor = std::optional<Tensor>;
 
 // Columns of one task of a product that adds multiples of rows.
 constexpr int64_t kColumns = 1024;
-
-bool has(const OptTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
 // Which slots belong to which adapter, and which pages are whose.
 struct Batch {
@@ -104,7 +102,7 @@ Pages pages_of(const Tensor& data, const int32_t* index) {
 // double.
 Tensor readable(const Tensor& pages, at::ScalarType math) {
   const Tensor typed = math == at::kDouble ? pages.to(math) : pages;
-  return typed.stride(1) == 1 || typed.size(1) <= 1 ? typed : typed.contiguous();
+  return with_dense_rows(typed);
 }
 
 // h[slot, r] = rows . page r, [slots, max_rank] and zero beyond the adapter's rank.
@@ -341,7 +339,7 @@ void add_deltas(const Tensor& y, const Tensor& x, const std::vector<AdapterStack
                 const Tensor& weights, const Slots& slots, int64_t max_rank) {
   const auto math = math_of(x.scalar_type());
   const Tensor rows = readable(x.scalar_type() == math ? x : x.to(math), math);
-  const bool direct = y.stride(1) == 1 || y.size(1) <= 1;
+  const bool direct = has_dense_rows(y);
   const Tensor sums = direct ? y : y.contiguous();
   const int64_t count = stacks.size(), itemsize = y.element_size();
   const Tensor h = at::empty({count, slots.count, max_rank}, rows.options());

@@ -3,6 +3,7 @@
 #include "dropout.h"
 #include "math_type.h"
 #include "products.h"
+#include "tensors.h"
 
 namespace lora_kernels {
 namespace {
@@ -11,11 +12,9 @@ using at::Tensor;
 
 constexpr int64_t kFewRows = 8, kNarrow = 32;
 
-bool drops(const Dropped& x) { return x.mask.has_value() && x.mask->numel() > 0; }
-
 // x without what is dropped, and what the rest is scaled by: the product is the smaller tensor.
 std::pair<Tensor, double> kept(const Dropped& x) {
-  if (!drops(x)) return {x.x, 1.0};
+  if (keep_bits(x.mask).data == nullptr) return {x.x, 1.0};
   return {dropped(x.x.to(math_of(x.x.scalar_type())), *x.mask), 1.0 / (1.0 - x.p)};
 }
 

@@ -4,12 +4,12 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 
 #include "branch.h"
+#include "kept_memory.h"
 #include "math_type.h"
 #include "panel_pass.h"
+#include "tensors.h"
 
 namespace lora_kernels {
 namespace {
@@ -35,37 +35,10 @@ constexpr int64_t kFewestAtOnce = 512, kMostAtOnce = 1024, kPacked = int64_t(1) 
 // Elements to pack, and multiply-adds, that are worth a thread.
 constexpr int64_t kPackTask = 1 << 15, kMultiplyTask = 1 << 19;
 
-// A matrix with rows of unit stride.
-Tensor with_dense_rows(const Tensor& matrix) {
-  return matrix.stride(1) == 1 || matrix.size(1) <= 1 ? matrix : matrix.contiguous();
-}
-
 bool is_transposed(const Tensor& right) { return right.stride(1) != 1 && right.stride(0) == 1; }
 
 Tensor readable(const Tensor& right) {
   return is_transposed(right) ? right : with_dense_rows(right);
-}
-
-// Memory that a thread keeps between calls, as BLAS libraries keep theirs: fresh pages can cost
-// more than what is written into them.
-enum class Kept { kPacked, kScratch };
-
-// It starts where a cache line does: a vector across two lines is loaded twice.
-struct Aligned {
-  static constexpr std::align_val_t kLine{64};
-  void operator()(float* memory) const { ::operator delete[](memory, kLine); }
-};
-
-template <Kept>
-float* kept(int64_t elements) {
-  thread_local std::unique_ptr<float[], Aligned> memory;
-  thread_local int64_t size = 0;
-  if (size < elements) {
-    memory.reset();
-    memory.reset(new (Aligned::kLine) float[elements]);
-    size = elements;
-  }
-  return memory.get();
 }
 
 int64_t total_depth(const std::vector<Tensor>& lefts) {
@@ -79,7 +52,8 @@ std::vector<const float*> packed_rows(const std::vector<Tensor>& lefts, int64_t 
                                       int64_t rows) {
   const int64_t each = panel_shape().rows, panels = panels_of(rows, each);
   const int64_t depth = total_depth(lefts);
-  std::vector<float*> packed = {kept<Kept::kPacked>(panels * each * depth)};
+  thread_local KeptMemory<float> memory;
+  std::vector<float*> packed = {memory.room(panels * each * depth)};
   for (const Tensor& left : lefts) {
     packed.push_back(packed.back() + panels * each * left.size(1));
   }
@@ -122,7 +96,8 @@ void multiply(const PanelProduct& product, int64_t depth) {
       panels_of(rows, cuts) * shape.rows * shape.cols * std::max<int64_t>(depth, 1);
   const int64_t grain = std::max<int64_t>(1, kMultiplyTask / each);
   at::parallel_for(0, cuts * cols, grain, [&](int64_t begin, int64_t end) {
-    float* scratch = kept<Kept::kScratch>(shape.scratch());
+    thread_local KeptMemory<float> memory;
+    float* scratch = memory.room(shape.scratch());
     for (int64_t at = begin, next; at < end; at = next) {
       const int64_t cut = at / cols;
       next = std::min(end, (cut + 1) * cols);

@@ -11,12 +11,12 @@
 #include "math_type.h"
 #include "products.h"
 #include "quantized_pass.h"
+#include "tensors.h"
 
 namespace lora_kernels {
 namespace {
 
 using at::Tensor;
-using OptTensor = std::optional<Tensor>;
 
 // Elements of a panel: 4 MB of float, which the last cache holds while the GEMM reads it.
 constexpr int64_t kPanel = 1 << 22;
@@ -34,10 +34,9 @@ Format format_of(std::string_view name) {
 
 QuantizedMatrix matrix(const Tensor& codes, const Tensor& scales, const OptTensor& nested,
                        std::string_view format, int64_t rows, int64_t cols, int64_t block) {
-  const bool twice = nested.has_value() && nested->defined();
   return {static_cast<const uint8_t*>(codes.const_data_ptr()),
           scales.const_data_ptr(),
-          twice ? nested->const_data_ptr<float>() : nullptr,
+          has(nested) ? nested->const_data_ptr<float>() : nullptr,
           format_of(format),
           rows,
           cols,

@@ -11,17 +11,15 @@
 
 #include "gather_pass.h"
 #include "math_type.h"
+#include "tensors.h"
 
 namespace lora_kernels {
 namespace {
 
 using at::Tensor;
-using OptTensor = std::optional<Tensor>;
 
 // Rows of a stack that one task works on: few long ones of A, many short ones of B.
 constexpr int64_t kRanks = 4, kColumns = 256;
-
-bool has(const OptTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
 // Which rows use which adapter. Tensors of a server may be longer than what they hold.
 struct Segments {
@@ -167,8 +165,8 @@ void expand(const Tensor& h, at::TensorList lora_b, const Segments& segments, in
             bool add, const Tensor& y) {
   const auto math = h.scalar_type();
   // As the loops write it.
-  const bool direct = (y.stride(1) == 1 || y.size(1) <= 1) &&
-                      (y.scalar_type() == at::kDouble) == (math == at::kDouble);
+  const bool direct =
+      has_dense_rows(y) && (y.scalar_type() == at::kDouble) == (math == at::kDouble);
   const Tensor sums = direct ? y : y.to(math).contiguous();
   const Storage storage = storage_of(sums.scalar_type());
   const std::vector<int32_t> index = counting(segments.max_rank);

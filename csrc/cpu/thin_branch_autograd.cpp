@@ -18,7 +18,6 @@ namespace {
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using OptTensor = std::optional<Tensor>;
 
 // y += x W' + b.
 Tensor with_base(Tensor y, const Tensor& x, const OptTensor& weight, const OptTensor& bias) {

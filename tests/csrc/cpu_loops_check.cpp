@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <new>
 #include <random>
 #include <vector>
 
@@ -13,6 +14,7 @@
 #include "../../csrc/cpu/dropped_pass.h"
 #include "../../csrc/cpu/gate_pass.h"
 #include "../../csrc/cpu/gather_pass.h"
+#include "../../csrc/cpu/kept_memory.h"
 #include "../../csrc/cpu/panel_pass.h"
 #include "../../csrc/cpu/quantized_pass.h"
 #include "../../csrc/cpu/scale_pass.h"
@@ -402,11 +404,25 @@ void check_version() {
   }
 }
 
+// Where there was no memory for more, the next call gets what it asks for.
+void check_kept_memory() {
+  KeptMemory<float> memory;
+  memory.room(8)[7] = 1;
+  try {
+    memory.room(int64_t(1) << 50)[0] = 1;
+    std::printf("kept memory: expected none for 4 PiB\n");
+    std::exit(1);
+  } catch (const std::bad_alloc&) {
+    memory.room(4)[3] = 1;
+  }
+}
+
 }  // namespace
 }  // namespace lora_kernels
 
 int main() {
   using namespace lora_kernels;
+  check_kept_memory();
   for (const Version version : runnable_versions()) {
     chosen_version = version;
     check_version();
