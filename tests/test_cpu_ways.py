@@ -146,5 +146,4 @@ def test_our_products_where_they_were_measured_faster(instructions):
         choices = _cpu_ways.decide({}, "auto", instructions, maker)
         for op, classes in choices.items():
             assert (classes["many/large/low"].way == "panels") == large, op
-            assert (classes["some/small/low"].way == "panels") == (vector and "group" not in op), op
-            assert "panels" not in {choice.way for name, choice in classes.items() if name.startswith("few")}
+            assert "panels" not in {classes[name].way for name in classes if "few" in name or "small" in name}
