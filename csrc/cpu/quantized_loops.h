@@ -339,8 +339,8 @@ LK_INLINE float nf4_dot(const QuantizedMatrix& w, const float* x, int64_t n) {
   return sum_of_lanes<float>(sums);
 }
 
-// Columns of W in a line of the cache.
-constexpr int64_t kLine = 64;
+// Columns of W in a line of the cache, and those that one chain of additions runs over.
+constexpr int64_t kLine = 64, kOfChain = 8 * kLine;
 
 // x . W_(n + j) for P rows of W that have a scale each, or one together.
 template <Format F, int P>
@@ -350,12 +350,17 @@ LK_INLINE void byte_dots(const QuantizedMatrix& w, const float* x, int64_t n, fl
   for (int j = 0; j < P; ++j) rows[j] = w.codes + (n + j) * w.cols;
   Floats sums[P] = {};
   int64_t k = 0;
-  for (; k + kLine <= w.cols; k += kLine) {
-    for (int j = 0; j < P; ++j) __builtin_prefetch(rows[j] + k + kAhead);
-    for (int64_t part = k; part < k + kLine; part += kOne) {
-      const Floats columns = vector(x + part);
-      for (int j = 0; j < P; ++j) sums[j] += columns * values_of<F, 0>(rows[j] + part);
+  while (k + kLine <= w.cols) {
+    Floats chains[P] = {};
+    const int64_t end = std::min(k + kOfChain, w.cols / kLine * kLine);
+    for (; k < end; k += kLine) {
+      for (int j = 0; j < P; ++j) __builtin_prefetch(rows[j] + k + kAhead);
+      for (int64_t part = k; part < k + kLine; part += kOne) {
+        const Floats columns = vector(x + part);
+        for (int j = 0; j < P; ++j) chains[j] += columns * values_of<F, 0>(rows[j] + part);
+      }
     }
+    for (int j = 0; j < P; ++j) sums[j] += chains[j];
   }
   for (int j = 0; j < P; ++j) {
     float rest = 0;
@@ -394,14 +399,12 @@ LK_INLINE void decode_columns(const QuantizedMatrix& w, int64_t n, int64_t k, in
   decode_range<F>(w, n * w.cols + k, n * w.cols + k + width, out);
 }
 
-// lanes[i][j] += x_i * w_j, lane by lane.
+// lanes[i][j] += x_i * w_j, lane by lane. The sums of a span start at zero: one chain over all of a
+// row's columns would round worse than a GEMM.
 template <int R, int P>
 LK_INLINE void dot_span(const float* x, int64_t x_stride, const float (*w)[kDecoded], int64_t width,
                         Floats (*lanes)[kRowsAtOnce]) {
-  Floats sums[R][P];
-  for (int i = 0; i < R; ++i) {
-    for (int j = 0; j < P; ++j) sums[i][j] = lanes[i][j];
-  }
+  Floats sums[R][P] = {};
   for (int64_t k = 0; k < width; k += kOne) {
     Floats columns[P];
     for (int j = 0; j < P; ++j) columns[j] = vector(w[j] + k);
@@ -411,7 +414,7 @@ LK_INLINE void dot_span(const float* x, int64_t x_stride, const float (*w)[kDeco
     }
   }
   for (int i = 0; i < R; ++i) {
-    for (int j = 0; j < P; ++j) lanes[i][j] = sums[i][j];
+    for (int j = 0; j < P; ++j) lanes[i][j] += sums[i][j];
   }
 }
 

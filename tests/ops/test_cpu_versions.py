@@ -154,6 +154,17 @@ def test_a_few_rows_with_a_quantised_weight(version, form, shape):
             assert_close(got, x @ dense.float().T, x.double() @ dense.T)
 
 
+@pytest.mark.parametrize("form", ["int8", "nf4", "fp8"])
+def test_the_sums_of_long_quantised_rows(version, form):
+    """Of one sign: a chain of additions over a whole row is off by more than twice what a GEMM is."""
+    weight = quantize(torch.rand(24, 2**15), form)
+    dense = dequantize(weight, torch.float64)
+    with use_backend("cpp"):
+        for rows in (1, 16):
+            x = torch.rand(rows, 2**15)
+            assert_close(quantized_linear(x, weight), x @ dense.float().T, x.double() @ dense.T)
+
+
 @pytest.fixture
 def loaded(after_torch):
     code = "from lora_kernels import _extension as e; print(e.load()); import lora_kernels._C as c"
