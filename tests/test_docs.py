@@ -10,7 +10,10 @@ import pytest
 pytest.importorskip("peft")
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from lora_kernels import (
     LoRAConfig,
@@ -147,6 +150,15 @@ def moments_of_more_ranks():
     optimizer.step()
 
 
+def sharded():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(adapted(), mesh=init_device_mesh("cpu", (1,)))
+        apply_lora(model, LoRAConfig(target_modules=["0"]), adapter_name="b")
+    finally:
+        dist.destroy_process_group()
+
+
 def foreign():
     Path("adapter_config.json").write_text('{"peft_type": "IA3"}', encoding="utf-8")
     load_adapter(two(), ".")
@@ -197,6 +209,7 @@ CAUSES = (
     lambda: adapted()[0]._replicate_for_data_parallel(),
     transformed,
     moments_of_more_ranks,
+    sharded,
     lambda: accelerate(two()),
     foreign,
     without_weights,

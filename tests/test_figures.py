@@ -14,6 +14,8 @@ from benchmarks import picture
 
 ROOT = Path(__file__).parents[1]
 BIG, SMALL = "512x2048x2048", "1x64x64"
+# The Xeon and the EPYC, each with AVX-512 and with it hidden.
+PROCESSORS = ("", "-avx2", "-epyc", "-epyc-avx2")
 
 
 @cache
@@ -41,19 +43,19 @@ def pair(name, provider):
     return [linear(name, provider, dropout) for dropout in ("0", "0.1")]
 
 
-def both(suite, *where, to, **columns):
-    """On AVX-512 and on AVX2."""
-    return [ratio(to, f"cpu-{suite}{isa}", *where, **columns) for isa in ("", "-avx2")]
+def each(suite, *where, to, **columns):
+    """On every processor."""
+    return [ratio(to, f"cpu{suite and '-'}{suite}{which}", *where, **columns) for which in PROCESSORS]
 
 
 def quantized(rows, form="nf4"):
     shape = f"{rows}x4096x4096"
-    return both("quantized_linear", "ours_cpp", "forward", to="dense", shape=shape, format=form)
+    return each("quantized_linear", "ours_cpp", "forward", to="dense", shape=shape, format=form)
 
 
-def serving(name, rows, pattern, *to, adapters="32"):
+def serving(rows, pattern, to, adapters="32"):
     columns = {"rows": rows, "adapters": adapters, "pattern": pattern, "rank": "16", "shape": "4096x4096"}
-    return [ratio(one, name, "ours_cpp", "delta", **columns) for one in to]
+    return each("serving", "ours_cpp", "delta", to=to, **columns)
 
 
 def lycoris():
@@ -82,6 +84,8 @@ def saved():
 
 
 GROUP = {"to": "frozen", "shape": "512x1024x1024", "dropout": "0"}
+FOUR_PAIRS = r"\| (N) / (N) " * 4 + r"\|$"
+FOUR = r".*\| (N) / (N) \| (N) / (N) \|"
 # Of each line of a page that has figures, where they stand in it and what the tables say.
 FIGURES = {
     "README.md": (
@@ -90,8 +94,8 @@ FIGURES = {
         (r"differ by up to (N)", lambda: [spread()]),
         *(
             (
-                rf"^\| {name} \| (N) / (N) \| (N) / (N) \| (N) / (N) \|$",
-                lambda one=one: [f for name in ("cpu", "cpu-avx2", "cpu-epyc") for f in pair(name, one)],
+                rf"^\| {name} {FOUR_PAIRS}",
+                lambda one=one: [f for which in PROCESSORS for f in pair(f"cpu{which}", one)],
             )
             for name, one in (
                 ("`LoRALinear`", "ours_module"),
@@ -107,39 +111,22 @@ FIGURES = {
         (r"after `accelerate` (N) .\)", lambda: [call("ours_in_peft")]),
         (r"in bf16 a layer keeps (N) .", lambda: [saved()]),
         (
-            r"^\| DoRA forward.*\| (N) / (N) \|",
-            lambda: both("dora_linear", "ours_module", to="peft", shape=BIG, dropout="0"),
+            rf"^\| DoRA forward{FOUR}",
+            lambda: each("dora_linear", "ours_module", to="peft", shape=BIG, dropout="0"),
         ),
         (
-            r"^\| the same with dropout 0\.1 \| (N) / (N) \|",
-            lambda: both("dora_linear", "ours_module", to="peft", shape=BIG, dropout="0.1"),
+            rf"^\| the same with dropout{FOUR}",
+            lambda: each("dora_linear", "ours_module", to="peft", shape=BIG, dropout="0.1"),
         ),
-        (r"as one group.*\| (N) / (N) \|", lambda: both("lora_linear_group", "ours_group_cpp", **GROUP)),
-        (r"^\| NF4 linear of 1 row.*\| (N) / (N) \|", lambda: quantized(1)),
-        (r"^\| NF4 linear of 8 rows.*\| (N) / (N) \|", lambda: quantized(8)),
-        (r"^\| int8 linear of 1 row.*\| (N) / (N) \|", lambda: quantized(1, "int8")),
-        (
-            r"takes (N) . PEFT's mixed batch and (N) . vLLM's",
-            lambda: serving("cpu-serving", "32", "distinct", "peft", "vllm_torch"),
-        ),
-        (r"rows (N) and (N) .", lambda: serving("cpu-serving", "128", "uniform", "peft", "vllm_torch")),
-        (
-            r"takes (N) . a plain loop's, and on AVX2 (N)",
-            lambda: [
-                figure
-                for name in ("cpu-serving", "cpu-serving-avx2")
-                for figure in serving(name, "1", "identical", "loop", adapters="1")
-            ],
-        ),
+        (rf"as one group{FOUR}", lambda: each("lora_linear_group", "ours_group_cpp", **GROUP)),
+        (rf"^\| NF4 linear of 1 row{FOUR}", lambda: quantized(1)),
+        (rf"^\| NF4 linear of 8 rows{FOUR}", lambda: quantized(8)),
+        (rf"^\| int8 linear of 1 row{FOUR}", lambda: quantized(1, "int8")),
+        (rf"^\| delta of 32 rows{FOUR}", lambda: serving("32", "distinct", "peft")),
+        (rf"^\| delta of 128 rows{FOUR}", lambda: serving("128", "uniform", "peft")),
+        (r"^\| the same \| (N) / (N) \| (N) / (N) \|", lambda: serving("128", "uniform", "vllm_torch")),
+        (rf"^\| delta of one row{FOUR}", lambda: serving("1", "identical", "loop", adapters="1")),
         (r"takes (N) . LyCORIS' time, DoRA (N), LoHa (N) and LoKr (N) .", lycoris),
-        (
-            r"they took (N), (N), (N) and (N) .",
-            lambda: [
-                figure
-                for rows, pattern in (("32", "distinct"), ("128", "uniform"))
-                for figure in serving("cpu-serving-epyc", rows, pattern, "peft", "vllm_torch")
-            ],
-        ),
     ),
 }
 CASES = [(page, *figure) for page, figures in FIGURES.items() for figure in figures]
