@@ -34,6 +34,10 @@ class _Note:
         """The ids of those that somebody still holds."""
         return {id(one) for one in (reference() for reference in self.about) if one is not None}
 
+    def forget(self, told: set[int]) -> None:
+        """What is left is for other optimisers."""
+        self.about = [one for one in self.about if id(one()) not in told]
+
 
 class _Deleted(_Note):
     """Of parameters that nothing computes with any more."""
@@ -102,10 +106,10 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Says what concerns this optimiser, and forgets what concerns none any more."""
     held = {id(one) for one in _parameters(optimizer)}
     for note in list(_notes):
-        about = note.alive()
-        if about & held:
+        if note.alive() & held:
             note.tell(optimizer, held)
-        if not about or about & held:
+            note.forget(held)
+        if not note.alive():
             _notes.remove(note)
     if not _notes:
         _hooks.pop().remove()

@@ -142,14 +142,16 @@ def test_what_keeps_its_shape_stays_in_a_load_that_replaces_others(tmp_path):
 
 
 def test_nothing_is_kept_once_nobody_holds_the_old_ones(tmp_path):
+    others = list(outdated._notes)  # of what other tests' optimisers still hold
     saved(tmp_path, r=5)
     own = model()
     load_adapter(own, tmp_path)
+    assert set(outdated._notes) - set(others)
     gc.collect()
     other = nn.Linear(2, 2)
     other(torch.ones(1, 2)).sum().backward()
     torch.optim.SGD(other.parameters(), lr=0.1).step()
-    assert not outdated._notes and not outdated._hooks
+    assert set(outdated._notes) <= set(others) and bool(outdated._hooks) == bool(outdated._notes)
 
 
 GONE = {
@@ -158,6 +160,17 @@ GONE = {
     "remove_lora": remove_lora,
     "remove_lora, merged": lambda one: remove_lora(one, merge=True),
 }
+
+
+def test_the_optimisers_of_two_models_hear_each_of_its_own():
+    models = [model(), model()]
+    optimizers = [adam(one) for one in models]
+    for one in models:
+        delete_adapter(one, "default")
+    for optimizer in optimizers:
+        with pytest.warns(UserWarning, match="that was deleted"):
+            optimizer.step()
+        quietly(optimizer.step)
 
 
 @pytest.mark.parametrize("way", GONE.values(), ids=GONE)
