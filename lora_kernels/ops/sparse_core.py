@@ -54,8 +54,8 @@ def sparse_core(
     """y = x V (diag λ + S)ᵀ Uᵀ
 
     Two products forward and two backward, and the sparse ones in S's own size, its gradient among them: no
-    ``[n, n]`` is made, but in half precision, which no sparse product knows on every device. V and U are
-    constants. x V ``[rows, n]`` is saved, x is not.
+    ``[n, n]`` is made, except in half precision, which no sparse product knows on every device, and where
+    ``torch.compile`` or ``torch.func`` trace it. V and U are constants. x V ``[rows, n]`` is saved, x is not.
 
     Args:
         x: ``[..., in]``.

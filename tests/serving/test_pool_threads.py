@@ -21,6 +21,14 @@ from lora_kernels.serving.pages import PageTable
 from lora_kernels.serving.pool import BASE
 
 
+def in_eight_threads(worker):
+    threads = [threading.Thread(target=worker, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_update_waits_for_the_users_to_leave():
     pool, entered = pool_of(2), threading.Event()
 
@@ -53,11 +61,7 @@ def test_eight_threads_load_and_evict_at_once():
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=worker, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_eight_threads(worker)
     assert not failures, failures[:1]
     assert not any(adapter.users for adapter in pool._adapters.values())
 
@@ -87,11 +91,7 @@ def test_eight_threads_with_failing_uploads_and_updates(monkeypatch):
 
     monkeypatch.setattr(PageTable, "write", failing)
     torch.set_num_threads(1)
-    threads = [threading.Thread(target=worker, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_eight_threads(worker)
     assert not failures, failures[:1]
     monkeypatch.undo()
     assert stopped and not any(adapter.users for adapter in pool._adapters.values())
