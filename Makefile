@@ -39,7 +39,7 @@ test-all: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
 
 # The suite as on a processor without AVX-512, on one that has it: no library sees it.
-HIDING = env $$($(BIN)/python tests/csrc/without_avx512.py build/hiding)
+HIDING = hidden=$$($(BIN)/python tests/csrc/without_avx512.py build/hiding) && env $$hidden
 
 test-avx2: install
 	$(HIDING) $(BIN)/python -m pytest -n 2 --dist worksteal

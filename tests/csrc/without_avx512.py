@@ -48,7 +48,10 @@ def offsets(library: Path) -> list[str]:
     command = ["objdump", "-d", "--no-show-raw-insn", str(library)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
-        return [line.partition(":")[0].strip() for line in run.stdout if line.rstrip().endswith("\tcpuid")]
+        found = [line.partition(":")[0].strip() for line in run.stdout if line.rstrip().endswith("\tcpuid")]
+    if run.returncode:  # a library that is missed would see AVX-512
+        raise subprocess.CalledProcessError(run.returncode, command)
+    return found
 
 
 def sites(folder: Path) -> Path:
